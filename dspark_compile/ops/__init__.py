@@ -1,0 +1,20 @@
+"""The dialect: canonical ``dspark::`` ops, one file per family.
+
+Importing this package registers every op. ``OPS`` maps names to their `OpSpec`.
+"""
+
+from . import attention, cache, linear, mlp, norm, rope, token
+from ._define import OPS, OpSpec, is_dialect
+
+__all__ = [
+    "OPS",
+    "OpSpec",
+    "attention",
+    "cache",
+    "is_dialect",
+    "linear",
+    "mlp",
+    "norm",
+    "rope",
+    "token",
+]

@@ -1,0 +1,73 @@
+"""Choosing the next token from logits ``[..., V]``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._define import define
+
+
+@define(
+    "greedy_token(Tensor logits) -> Tensor",
+    family="token",
+    fake=lambda logits: logits.new_empty(logits.shape[:-1], dtype=torch.int64),
+)
+def greedy_token(logits: Tensor) -> Tensor:
+    """Arg-max over the vocabulary; int64 ``[...]``."""
+    return logits.argmax(-1)
+
+
+def filtered_probabilities(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> Tensor:
+    """Float32 probabilities after temperature, top-k, top-p and min-p, in that order.
+
+    ``top_k=0``, ``top_p=1`` and ``min_p=0`` switch a filter off. Ties at the top-k
+    threshold are all kept, as in Hugging Face.
+    """
+    z = logits.float() / temperature
+    if top_k > 0:
+        kth = z.topk(min(top_k, z.shape[-1]), dim=-1).values[..., -1:]
+        z = z.masked_fill(z < kth, -torch.inf)
+    if top_p < 1.0:
+        ordered, order = z.sort(dim=-1, descending=False)
+        # Ascending: drop the tail whose cumulative mass stays within 1 - top_p.
+        drop = ordered.softmax(-1).cumsum(-1) <= (1.0 - top_p)
+        drop[..., -1] = False
+        z = z.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
+    if min_p > 0.0:
+        p = z.softmax(-1)
+        z = z.masked_fill(p < min_p * p.amax(-1, keepdim=True), -torch.inf)
+    return z.softmax(-1)
+
+
+@define(
+    "sample_token(Tensor logits, Tensor uniform, float temperature=1.0, int top_k=0, "
+    "float top_p=1.0, float min_p=0.0) -> Tensor",
+    family="token",
+    fake=lambda logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0: (
+        logits.new_empty(logits.shape[:-1], dtype=torch.int64)
+    ),
+)
+def sample_token(
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> Tensor:
+    """Inverse-CDF sample: ``uniform [...]`` in [0, 1) picks from the filtered softmax.
+
+    The randomness is an argument so that a graph holding this op stays pure and a seed
+    reproduces it. A temperature below 1e-5 is arg-max.
+    """
+    if temperature < 1e-5:
+        return logits.argmax(-1)
+    p = filtered_probabilities(logits, temperature, top_k, top_p, min_p)
+    cdf = p.cumsum(-1)
+    # Scaled by the last entry so that rounding in the sum cannot run off the end.
+    picked = (cdf <= (uniform.float().unsqueeze(-1) * cdf[..., -1:])).sum(-1)
+    last = p.shape[-1] - 1 - p.flip(-1).gt(0).to(torch.int64).argmax(-1)
+    return torch.minimum(picked, last)
