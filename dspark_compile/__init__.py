@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from dspark_compile._version import __version__
 
 if TYPE_CHECKING:
-    from dspark_compile.diagnostics import CompileReport, explain, last_report
+    from dspark_compile.diagnostics import CompileReport, last_report
+    from dspark_compile.diagnostics.explain import explain
     from dspark_compile.options import Options
     from dspark_compile.runtime.cache import CompressedCache
 
 _EXPORTS = {
-    "explain": "dspark_compile.diagnostics",
+    "explain": "dspark_compile.diagnostics.explain",
     "last_report": "dspark_compile.diagnostics",
     "CompileReport": "dspark_compile.diagnostics",
     "Options": "dspark_compile.options",
