@@ -1,0 +1,161 @@
+"""The ``dspark`` command: explain a model, run the demo, show the environment."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="dspark",
+    help="A torch.compile back end for language-model decoding.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def explain(
+    model_path: Annotated[Path, typer.Argument(help="A Hugging Face model folder.")],
+    prompt: Annotated[str, typer.Option(help="Text to run the model on.")] = "def main():",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the report as JSON.")
+    ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Also write the report as one HTML file.")
+    ] = None,
+    options: Annotated[
+        list[str] | None, typer.Option(help="An option of the back end, as name=value; repeatable.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option(help="Show every site, pass and program.")] = False,
+) -> None:
+    """Compile a model folder, run its prefill on a prompt, and print what was done and why."""
+    from dspark_compile.diagnostics.explain import explain as run_explain
+
+    chosen = parse_options(options or [])
+    _check_options(chosen)
+    model, tokenizer = _load(model_path)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs["input_ids"].shape[-1] == 0:
+        raise typer.BadParameter(
+            f"--prompt {prompt!r} has no tokens; give some text", param_hint="--prompt"
+        )
+    report = run_explain(model, input_ids=inputs["input_ids"], use_cache=False, options=chosen)
+    report.print(verbose=verbose)
+    _write(report.to_json, json_file, "--json")
+    _write(report.to_html, html_file, "--html")
+
+
+@app.command()
+def demo() -> None:
+    """Compile the shipped model, generate with it, and compare it with eager and Inductor."""
+    from dspark_compile.demo import run
+
+    run()
+
+
+@app.command()
+def env() -> None:
+    """Print versions, devices, instruction sets and the C++ compiler, for bug reports."""
+    from dspark_compile.diagnostics.environment import environment
+
+    typer.echo(json.dumps(environment(), indent=2, default=str))
+
+
+def parse_options(items: list[str]) -> dict[str, Any]:
+    """``["kv_cache=int8", "verify=true"]`` as ``{"kv_cache": "int8", "verify": True}``.
+
+    Values are read as Python literals where they are one (``true`` and ``false`` too), otherwise
+    as text.
+
+    Raises:
+        typer.BadParameter: an item is not of the form name=value, or a name comes twice.
+    """
+    parsed: dict[str, Any] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            raise typer.BadParameter(
+                f"{item!r} is not name=value; write for instance --options kv_cache=int8",
+                param_hint="--options",
+            )
+        if name in parsed:
+            raise typer.BadParameter(f"{name!r} is given twice; keep one", param_hint="--options")
+        parsed[name] = _literal(text.strip())
+    return parsed
+
+
+def _literal(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _check_options(chosen: dict[str, Any]) -> None:
+    from dspark_compile.options import Options, OptionsError
+
+    try:
+        Options.parse(chosen)
+    except OptionsError as error:
+        raise typer.BadParameter(str(error), param_hint="--options") from error
+
+
+def _load(path: Path) -> tuple[Any, Any]:
+    """The causal language model and the tokenizer of a folder.
+
+    Raises:
+        typer.BadParameter: there is no such folder, it holds no model, or transformers is missing.
+    """
+    if not (path / "config.json").is_file():
+        what = "has no config.json" if path.is_dir() else "is not a folder"
+        raise typer.BadParameter(
+            f"{str(path)!r} {what}; give a folder in Hugging Face format "
+            "(config.json, model.safetensors, tokenizer.json)",
+            param_hint="MODEL_PATH",
+        )
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise typer.BadParameter(
+            "loading a model folder needs transformers; pip install 'dspark-compile[hf]'",
+            param_hint="MODEL_PATH",
+        ) from error
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(
+            f"{str(path)!r} cannot be loaded as a causal language model: {error}",
+            param_hint="MODEL_PATH",
+        ) from error
+    return model.eval(), tokenizer
+
+
+def _write(write: Callable[[Path], Any], path: Path | None, option: str) -> None:
+    if path is None:
+        return
+    try:
+        write(path)
+    except OSError as error:
+        raise typer.BadParameter(
+            f"cannot write {str(path)!r}: {error.strerror}; give a path in a folder that exists "
+            "and is writable",
+            param_hint=option,
+        ) from error
+
+
+def main() -> None:
+    """The console script's entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
