@@ -30,9 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     family="linear",
     fake=lambda x, weight, bias, sizes: [x.new_empty((*x.shape[:-1], n)) for n in sizes],
 )
-def merged_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]
-) -> list[Tensor]:
+def merged_linear(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> list[Tensor]:
     """Several linears on one input as one product.
 
     ``weight [sum(sizes), K]`` is the stacked weights, ``bias`` the stacked biases; the

@@ -24,9 +24,7 @@ _TAIL = (
 
 
 def _like(x: Tensor, out_dtype: torch.dtype | None) -> Tensor:
-    return torch.empty_like(
-        x, dtype=out_dtype or x.dtype, memory_format=torch.contiguous_format
-    )
+    return torch.empty_like(x, dtype=out_dtype or x.dtype, memory_format=torch.contiguous_format)
 
 
 def _scale(
@@ -51,8 +49,9 @@ def _scale(
 @define(
     f"rms_norm(Tensor x, Tensor? weight, {_TAIL}) -> Tensor",
     family="norm",
-    fake=lambda x, weight, eps, weight_offset=0.0, weight_in_compute=False, compute_fp32=True,
-    out_dtype=None: _like(x, out_dtype),
+    fake=lambda x, weight, eps, weight_offset=0.0, weight_in_compute=False, compute_fp32=True, out_dtype=None: (
+        _like(x, out_dtype)
+    ),
 )
 def rms_norm(
     x: Tensor,
@@ -72,8 +71,9 @@ def rms_norm(
 @define(
     f"layer_norm(Tensor x, Tensor? weight, Tensor? bias, {_TAIL}) -> Tensor",
     family="norm",
-    fake=lambda x, weight, bias, eps, weight_offset=0.0, weight_in_compute=False,
-    compute_fp32=True, out_dtype=None: _like(x, out_dtype),
+    fake=lambda x, weight, bias, eps, weight_offset=0.0, weight_in_compute=False, compute_fp32=True, out_dtype=None: (
+        _like(x, out_dtype)
+    ),
 )
 def layer_norm(
     x: Tensor,
@@ -92,9 +92,7 @@ def layer_norm(
     return _scale(y, x, weight, bias, weight_offset, weight_in_compute, out_dtype)
 
 
-def _pair_like(
-    x: Tensor, residual: Tensor, out_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
+def _pair_like(x: Tensor, residual: Tensor, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     dtype = torch.result_type(x, residual)
     shape = torch.broadcast_shapes(x.shape, residual.shape)
     total = x.new_empty(shape, dtype=dtype)
@@ -104,8 +102,9 @@ def _pair_like(
 @define(
     f"add_rms_norm(Tensor x, Tensor residual, Tensor? weight, {_TAIL}) -> (Tensor, Tensor)",
     family="norm",
-    fake=lambda x, residual, weight, eps, weight_offset=0.0, weight_in_compute=False,
-    compute_fp32=True, out_dtype=None: _pair_like(x, residual, out_dtype),
+    fake=lambda x, residual, weight, eps, weight_offset=0.0, weight_in_compute=False, compute_fp32=True, out_dtype=None: (
+        _pair_like(x, residual, out_dtype)
+    ),
 )
 def add_rms_norm(
     x: Tensor,
@@ -119,9 +118,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """``(rms_norm(x + residual), x + residual)``: the sum is the next residual."""
     total = (x + residual).contiguous()
-    normed = rms_norm(
-        total, weight, eps, weight_offset, weight_in_compute, compute_fp32, out_dtype
-    )
+    normed = rms_norm(total, weight, eps, weight_offset, weight_in_compute, compute_fp32, out_dtype)
     return normed, total.clone() if normed is total else total
 
 
@@ -129,8 +126,9 @@ def add_rms_norm(
     f"add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, {_TAIL})"
     " -> (Tensor, Tensor)",
     family="norm",
-    fake=lambda x, residual, weight, bias, eps, weight_offset=0.0, weight_in_compute=False,
-    compute_fp32=True, out_dtype=None: _pair_like(x, residual, out_dtype),
+    fake=lambda x, residual, weight, bias, eps, weight_offset=0.0, weight_in_compute=False, compute_fp32=True, out_dtype=None: (
+        _pair_like(x, residual, out_dtype)
+    ),
 )
 def add_layer_norm(
     x: Tensor,

@@ -134,8 +134,10 @@ def _call(name: str, values: list[Any]) -> Any:
     for value in values[1:]:
         if isinstance(result, Tensor) or isinstance(value, Tensor):
             like = result if isinstance(result, Tensor) else value
-            result = pick(torch.as_tensor(result, device=like.device),
-                          torch.as_tensor(value, device=like.device))
+            result = pick(
+                torch.as_tensor(result, device=like.device),
+                torch.as_tensor(value, device=like.device),
+            )
         else:
             result = plain(result, value)
     return result

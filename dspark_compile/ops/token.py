@@ -46,8 +46,8 @@ def filtered_probabilities(
     "sample_token(Tensor logits, Tensor uniform, float temperature=1.0, int top_k=0, "
     "float top_p=1.0, float min_p=0.0) -> Tensor",
     family="token",
-    fake=lambda logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0: (
-        logits.new_empty(logits.shape[:-1], dtype=torch.int64)
+    fake=lambda logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0: logits.new_empty(
+        logits.shape[:-1], dtype=torch.int64
     ),
 )
 def sample_token(

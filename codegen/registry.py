@@ -1,0 +1,63 @@
+"""Which implementations each dialect op has, and which one a site gets.
+
+An `Implementation` says what it supports by device, dtype and shape (a reason when not)
+and how the node is changed. Lowering asks them in order of preference and takes the
+first that fits; a preferred one that did not fit is reported with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..ops import OPS
+from .aten import FORMS
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run one dialect op.
+
+    Attributes:
+        name: ``aten``, ``triton``, ``reference`` …
+        op: the dialect op's name.
+        supports: None if the site fits, else the reason why not; gets the node.
+        target: what the node calls under this implementation; None leaves the op in the
+            graph (the inner compiler decomposes it, or its own kernel runs).
+    """
+
+    name: str
+    op: str
+    supports: Callable[[fx.Node], str | None]
+    target: Callable[..., Any] | None
+
+
+def _always(node: fx.Node) -> str | None:
+    return None
+
+
+def _triton(op: str) -> Implementation | None:
+    try:
+        from ..kernels.triton import registry as triton_registry
+    except ImportError:
+        return None
+    entry = triton_registry.find(op)
+    if entry is None:
+        return None
+    return Implementation("triton", op, entry.supports, entry.target)
+
+
+def implementations(op: str, kernels: str, device: torch.device) -> list[Implementation]:
+    """Candidates for ``op`` in order of preference under ``Options(kernels=...)``."""
+    aten = Implementation("aten", op, _always, FORMS[op]) if op in FORMS else None
+    reference = Implementation("reference", op, _always, OPS[op].reference)
+    triton = None
+    if kernels == "triton" or (kernels == "auto" and device.type == "cuda"):
+        triton = _triton(op)
+    if kernels == "reference":
+        return [reference]
+    return [item for item in (triton, aten, reference) if item is not None]

@@ -1,0 +1,141 @@
+"""The only module that touches private parts of torch.
+
+Everything here was checked on torch 2.11 to 2.13; a moved API is mended here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def tracing_fake_mode() -> Any:
+    """The fake mode of the compilation under way, or a fresh one."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    context = torch._guards.TracingContext.try_get()
+    if context is not None and context.fake_mode is not None:
+        return context.fake_mode
+    return FakeTensorMode(shape_env=ShapeEnv())
+
+
+def fake_inputs(inputs: Sequence[Any]) -> tuple[list[Any], Any]:
+    """``inputs`` as fake tensors (the symbols Dynamo chose are kept), and their mode."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    mode = next((x.fake_mode for x in inputs if isinstance(x, FakeTensor)), None)
+    mode = mode or tracing_fake_mode()
+    context = torch._guards.TracingContext.try_get()
+    known = context.tensor_to_context if context is not None else {}
+
+    def convert(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or isinstance(x, FakeTensor):
+            return x
+        symbolic = known.get(x) if context is not None else None
+        if symbolic is not None:
+            return mode.from_tensor(
+                x,
+                static_shapes=False,
+                symbolic_context=symbolic,
+                source=symbolic.tensor_source,
+                trace=False,
+            )
+        return mode.from_tensor(x, static_shapes=context is None)
+
+    with mode:
+        return [convert(x) for x in inputs], mode
+
+
+def ignore_fresh_symbols(mode: Any) -> contextlib.AbstractContextManager[Any]:
+    """Unbacked symbols made while tracing belong to nobody: the graph is traced again."""
+    if mode.shape_env is None:
+        return contextlib.nullcontext()
+    return mode.shape_env.ignore_fresh_unbacked_symbols()
+
+
+def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's decomposition table (a copy)."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return dict(select_decomp_table())
+
+
+def mode_config(mode: str | None) -> dict[str, Any]:
+    """Inductor's config for a ``torch.compile`` mode.
+
+    Raises:
+        RuntimeError: torch's own, for an unknown mode.
+    """
+    if mode is None or mode == "default":
+        return {}
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode))
+
+
+def inductor(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    config: dict[str, Any] | None = None,
+    decompositions: dict[Any, Callable[..., Any]] | None = None,
+    salt: str = "",
+) -> Callable[..., Any]:
+    """``compile_fx``, with extra decompositions and a salt in its cache keys.
+
+    The decompositions are not part of Inductor's cache keys, so whatever decides them
+    goes into ``salt``.
+    """
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class _Salt(CustomGraphPass):  # type: ignore[misc]
+        def __call__(self, graph: fx.Graph) -> None:
+            return None
+
+        def uuid(self) -> Any:
+            return f"dspark:{salt}"
+
+    patches = dict(config or {})
+    table = None
+    if decompositions is not None:
+        table = {**inductor_decompositions(), **decompositions}
+        patches["post_grad_custom_pre_pass"] = _Salt()
+    return compile_fx(module, list(inputs), config_patches=patches or None, decompositions=table)
+
+
+def source_hash() -> str:
+    """A hash of this package's sources: part of every cache key."""
+    import functools
+    import hashlib
+    from pathlib import Path
+
+    @functools.cache
+    def compute() -> str:
+        digest = hashlib.sha256()
+        root = Path(__file__).parent
+        for folder in (root, root / "passes", root / "codegen", root / "kernels"):
+            for path in sorted(folder.resolve().rglob("*.py")):
+                digest.update(path.name.encode())
+                digest.update(path.read_bytes())
+        return digest.hexdigest()[:16]
+
+    return compute()
+
+
+def grad_needed(inputs: Sequence[Any]) -> bool:
+    """Whether autograd would record this graph."""
+    return torch.is_grad_enabled() and any(
+        isinstance(x, torch.Tensor) and x.requires_grad for x in inputs
+    )
+
+
+def is_subclass(x: object) -> bool:
+    """Whether a tensor is a traceable wrapper subclass (torchao, DTensor …)."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return isinstance(x, torch.Tensor) and is_traceable_wrapper_subclass(x)

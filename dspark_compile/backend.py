@@ -1,0 +1,162 @@
+"""The ``torch.compile`` backend: Dynamo's graph in, a callable out.
+
+    capture -> trace -> pipeline -> lower -> inner compiler -> runtime wrapper
+
+Nothing in here may raise out of ``torch.compile`` except an error of the user's own input
+(`OptionsError`, `UserError`) or, with ``fallback="error"``, anything: a graph that cannot
+be rewritten is compiled unchanged and the report says why.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import _torch_compat as compat
+from . import ops as _ops  # noqa: F401 - registers the dialect
+from .diagnostics import state
+from .diagnostics.report import GraphReport
+from .options import Options, OptionsError
+from .passes.base import PassContext, UserError
+from .passes.capture import capture
+from .passes.lower import lower
+from .passes.pipeline import run_pipeline
+from .passes.trace import trace
+from .passes.verifier import VerifyError
+
+log = logging.getLogger("dspark_compile")
+
+
+class CannotCompile(Exception):
+    """A graph is outside what the compiler rewrites; the message says why."""
+
+
+def dspark(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | Options | None = None,
+    mode: str | None = None,
+    **unknown: Any,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph; see `Options` for ``options``. ``mode`` is Inductor's.
+
+    Raises:
+        OptionsError: for an unknown or illegal option.
+    """
+    if unknown:
+        raise OptionsError(f"backend 'dspark' takes options= and mode=, not {sorted(unknown)}")
+    parsed = Options.parse(options)
+    try:
+        config = compat.mode_config(mode)
+    except RuntimeError as error:
+        raise OptionsError(f"mode={mode!r}: {error}") from None
+    group = state.start_report(_group_key(gm, parsed))
+    group.options = parsed.to_dict()
+    if not group.environment:
+        from .diagnostics.environment import environment
+
+        group.environment = environment()
+    report = group.add_graph()
+    report.num_nodes_before = len(gm.graph.nodes)
+    try:
+        refusal = _refusal(gm, example_inputs)
+        if refusal:
+            raise CannotCompile(refusal)
+        return _compile(gm, example_inputs, parsed, config, report)
+    except (OptionsError, UserError):
+        raise
+    except Exception as error:
+        reason = str(error) if isinstance(error, CannotCompile) else _describe(error)
+        deliberate = isinstance(error, CannotCompile)
+        if parsed.fallback == "error" or (parsed.verify and isinstance(error, VerifyError)):
+            raise
+        report.add_fallback("graph", reason)
+        (log.info if deliberate else log.warning)(
+            "graph %d is compiled unchanged: %s", report.index, reason
+        )
+        if not deliberate:
+            log.debug("the failure was", exc_info=True)
+        return _inner(gm, example_inputs, parsed, config, None, report)
+
+
+def _describe(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+def _group_key(gm: fx.GraphModule, options: Options) -> Any:
+    """Graphs of one compiled callable share a report: Dynamo's code object is the key."""
+    context = torch._guards.CompileContext.current_compile_id()
+    return (options, getattr(context, "frame_id", None))
+
+
+def _refusal(gm: fx.GraphModule, inputs: Sequence[Any]) -> str | None:
+    """Why this graph must be handed on unchanged, or None."""
+    if compat.grad_needed(inputs):
+        return "gradients are needed: run under torch.no_grad() or inference_mode() to rewrite"
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return "autocast is on: cast the model instead"
+    for node in gm.graph.nodes:
+        if "autocast" in str(node.target):
+            return "the graph enters autocast: cast the model instead"
+    for x in inputs:
+        if compat.is_subclass(x):
+            return f"an input is a {type(x).__name__}: quantised weights are not rewritten yet"
+    if not any(n.op in ("call_function", "call_method", "call_module") for n in gm.graph.nodes):
+        return "the graph computes nothing"
+    return None
+
+
+def _compile(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    config: dict[str, Any],
+    report: GraphReport,
+) -> Callable[..., Any]:
+    with report.timed("trace"):
+        traced, mode = trace(capture(gm), inputs)
+    if options.keep_programs:
+        report.programs["dynamo"] = str(gm.graph)
+        report.programs["traced"] = str(traced.graph)
+    ctx = PassContext(options, report, mode, list(inputs))
+    with report.timed("passes"):
+        run_pipeline(traced, ctx)
+        decompositions = lower(traced, ctx)
+    report.num_nodes_after = len(traced.graph.nodes)
+    if options.keep_programs:
+        report.programs["lowered"] = str(traced.graph)
+    return _inner(traced, inputs, options, config, decompositions, report, ctx)
+
+
+def _inner(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    config: dict[str, Any],
+    decompositions: dict[Any, Callable[..., Any]] | None,
+    report: GraphReport,
+    ctx: PassContext | None = None,
+) -> Callable[..., Any]:
+    """The rewritten graph through the inner compiler, behind the runtime wrapper."""
+    extra = ctx.extra_inputs if ctx is not None else []
+    if extra:
+        inputs = [*inputs, *(item.example(inputs) for item in extra)]
+    with report.timed("inner"):
+        if options.inner == "eager":
+            run: Callable[..., Any] = gm.forward
+        else:
+            salt = f"{compat.source_hash()}:{sorted(options.to_dict().items())}"
+            run = compat.inductor(gm, inputs, config, decompositions, salt)
+    if not extra:
+        return run
+
+    def call(*args: Any) -> Any:
+        return run(*args, *(item.value(args) for item in extra))
+
+    return call

@@ -1,0 +1,153 @@
+"""What a pass is, and what it may use.
+
+A pass rewrites one idea. It yields `Match`es (`pattern`), says why a match must not be
+rewritten (`check`: None or a `Problem`), and rewrites the rest (`rewrite`). The driver
+`Pass.run` counts, times and records rejections, so that no pass can miss silently.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from ..diagnostics.report import GraphReport, PassRecord
+from ..options import Options
+from .graph import module_path, op_counts, source
+
+
+class UserError(Exception):
+    """An error of the user's input: it is raised out of ``torch.compile``, never turned
+    into a fallback."""
+
+
+@dataclass
+class Match:
+    """One place a pass may rewrite.
+
+    Attributes:
+        anchor: the node whose value the rewrite replaces (and which the report names).
+        nodes: every node of the match, for the report.
+        captures: what `rewrite` needs, by name.
+    """
+
+    anchor: fx.Node
+    nodes: list[fx.Node] = field(default_factory=list)
+    captures: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.captures[name]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a match is left alone: the failed condition, and what would help."""
+
+    condition: str
+    hint: str = ""
+    node: fx.Node | None = None
+
+
+@dataclass
+class PassContext:
+    """What passes share during one graph's way through the pipeline.
+
+    Attributes:
+        options: the user's options.
+        report: where findings go.
+        fake_mode: the mode that ``node.meta["val"]`` belongs to.
+        example_inputs: the real (or fake) inputs, one for each placeholder.
+        extra_inputs: placeholders that passes added, each with the recipe that the
+            runtime wrapper follows to produce its value (see ``backend.py``).
+        shared: what one pass leaves for another, e.g. the mask prover.
+    """
+
+    options: Options
+    report: GraphReport
+    fake_mode: Any
+    example_inputs: list[Any]
+    extra_inputs: list[Any] = field(default_factory=list)
+    shared: dict[str, Any] = field(default_factory=dict)
+
+    def reject(
+        self, pass_name: str, kind: str, node: fx.Node, condition: str, hint: str = ""
+    ) -> None:
+        """Record that a site of ``kind`` was not rewritten, and why."""
+        self.report.reject(
+            pass_name, kind, node.name, module_path(node), source(node), condition, hint
+        )
+
+    def raised(self, kind: str, node: fx.Node) -> None:
+        """Record a site that became a dialect op (``node`` is that op)."""
+        name = getattr(node.target, "_schema", None)
+        op = name.name.split("::")[-1] if name is not None else str(node.target)
+        self.report.add_site(kind, node.name, module_path(node), op)
+
+
+class Pass(ABC):
+    """One rewrite. Subclasses set ``name`` and ``kind`` and give the three steps."""
+
+    name: ClassVar[str]
+    kind: ClassVar[str] = "other"
+    stage: ClassVar[str] = "raise"
+    changes_numerics: ClassVar[bool] = False
+
+    def enabled(self, ctx: PassContext) -> bool:
+        """Whether the options ask for this pass."""
+        return self.name not in ctx.options.disable
+
+    @abstractmethod
+    def pattern(self, graph: fx.Graph, ctx: PassContext) -> Iterator[Match]:
+        """Places that look like a match, partial ones too, in graph order."""
+
+    def check(self, match: Match, ctx: PassContext) -> Problem | None:
+        """None if the match may be rewritten, else what stands in the way."""
+        return None
+
+    @abstractmethod
+    def rewrite(self, match: Match, graph: fx.Graph, ctx: PassContext) -> None:
+        """Rewrite a match that passed `check`."""
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> PassRecord:
+        """Find, check, rewrite; record in the report."""
+        start = time.perf_counter()
+        before = op_counts(graph)
+        found = rewritten = 0
+        for match in self.pattern(graph, ctx):
+            found += 1
+            problem = self.check(match, ctx)
+            if problem is None:
+                self.rewrite(match, graph, ctx)
+                rewritten += 1
+            else:
+                ctx.reject(
+                    self.name,
+                    self.kind,
+                    problem.node or match.anchor,
+                    problem.condition,
+                    problem.hint,
+                )
+        if rewritten:
+            graph.eliminate_dead_code()
+        after = op_counts(graph)
+        delta = Counter(after)
+        delta.subtract(before)
+        return ctx.report.add_pass(
+            self.name,
+            self.stage,
+            found,
+            rewritten,
+            (time.perf_counter() - start) * 1e3,
+            {op: n for op, n in sorted(delta.items()) if n},
+        )
+
+
+def dialect(name: str) -> torch._ops.OpOverload:
+    """The overload of the dialect op ``name``."""
+    return getattr(torch.ops.dspark, name).default

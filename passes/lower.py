@@ -1,0 +1,66 @@
+"""Lower: every dialect op at every site picks an implementation, visibly.
+
+An ``aten`` site stays a dialect call in the graph and is decomposed by the inner compiler
+(so that its cache keys see one stable op), or, for ``inner="eager"``, calls the ATen form
+directly. A ``triton`` site calls the kernel's own op. ``aten.view`` becomes
+``aten.reshape``: a dialect op may lay out its result otherwise than the code it replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..codegen.aten import FORMS
+from ..codegen.registry import implementations
+from ..ops import OPS
+from .base import PassContext
+from .graph import aten, is_dialect_op, is_op
+
+
+def _device(node: fx.Node) -> torch.device:
+    for item in node.all_input_nodes:
+        value = item.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            return value.device
+    return torch.device("cpu")
+
+
+def lower(module: fx.GraphModule, ctx: PassContext) -> dict[Any, Callable[..., Any]]:
+    """Lower ``module`` in place; returns the decompositions its inner compiler needs."""
+    options, report = ctx.options, ctx.report
+    decompositions: dict[Any, Callable[..., Any]] = {}
+    chosen: dict[str, tuple[str, str]] = {}
+    for node in module.graph.nodes:
+        if is_op(node, aten.view.default):
+            node.target = aten.reshape.default
+        if not is_dialect_op(node):
+            continue
+        name = node.target._schema.name.split("::")[1]
+        report.ops[name] = report.ops.get(name, 0) + 1
+        refused = ""
+        for candidate in implementations(name, options.kernels, _device(node)):
+            reason = candidate.supports(node)
+            if reason is not None:
+                refused = f"{candidate.name}: {reason}"
+                report.add_fallback(f"{name} at {node.name}", refused)
+                continue
+            chosen[node.name] = (candidate.name, refused)
+            if candidate.name == "triton" or options.inner == "eager":
+                node.target = candidate.target or node.target
+            elif candidate.name == "aten":
+                decompositions[OPS[name].overload] = FORMS[name]
+            break
+    report.sites[:] = [
+        replace(site, impl=chosen[site.node][0], reason=chosen[site.node][1])
+        if site.status == "raised" and site.node in chosen
+        else site
+        for site in report.sites
+    ]
+    module.graph.lint()
+    module.recompile()
+    return decompositions

@@ -1,0 +1,46 @@
+"""The passes, in order. This file is the pipeline."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import fx
+
+from .base import Pass, PassContext
+from .normalize import Normalize
+from .verifier import verify
+
+# Raise: decomposed forms become dialect ops.
+RAISE: list[type[Pass]] = [
+    Normalize,
+]
+# Optimise: dialect to dialect.
+OPTIMISE: list[type[Pass]] = []
+# Finish: say what was missed, then write caches in place.
+FINISH: list[type[Pass]] = []
+
+
+def pipeline() -> list[type[Pass]]:
+    """Every pass before lowering, in order."""
+    return [*RAISE, *OPTIMISE, *FINISH]
+
+
+@functools.cache
+def pass_names() -> tuple[str, ...]:
+    """The names that ``Options(disable=...)`` takes."""
+    return tuple(dict.fromkeys(p.name for p in pipeline()))
+
+
+def run_pipeline(module: fx.GraphModule, ctx: PassContext) -> None:
+    """Run every enabled pass on ``module`` in place, verifying between them if asked."""
+    for pass_type in pipeline():
+        instance = pass_type()
+        if not instance.enabled(ctx):
+            continue
+        instance.run(module.graph, ctx)
+        if ctx.options.verify:
+            verify(module.graph, ctx, after=instance.name)
+        if ctx.options.keep_programs:
+            ctx.report.programs[f"after {instance.name}"] = str(module.graph)
+    module.graph.lint()
+    module.recompile()

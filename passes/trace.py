@@ -1,0 +1,50 @@
+"""Trace: from a captured graph to functional ATen with dialect ops kept whole.
+
+The result has one placeholder for each input, in order, no mutation except ``copy_`` of a
+final value into an input, and on every node the fake value, the user's source line and
+the module it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .._torch_compat import fake_inputs, ignore_fresh_symbols
+
+
+def trace(module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, Any]:
+    """``(functional graph module, fake mode)`` of ``module`` on ``inputs``.
+
+    Raises whatever tracing raises; the caller falls back.
+    """
+    fakes, mode = fake_inputs(inputs)
+
+    def run(*args: Any) -> Any:
+        return fx.Interpreter(module).run(*args)
+
+    with (
+        torch.no_grad(),
+        mode,
+        ignore_fresh_symbols(mode),
+        fx_traceback.preserve_node_meta(),
+    ):
+        traced = make_fx(torch.func.functionalize(run, remove="mutations"))(*fakes)
+
+    old = [n for n in module.graph.nodes if n.op == "placeholder"]
+    new = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    for source, node, fake in zip(old, new, fakes, strict=True):
+        for key in ("tensor_dict", "grapharg"):
+            if key in source.meta:
+                node.meta[key] = source.meta[key]
+        if hasattr(source, "_dynamo_source"):
+            node._dynamo_source = source._dynamo_source
+        node.meta.setdefault("val", fake)
+        node.meta["dspark_name"] = source.name
+    traced.meta.update(module.meta)
+    return traced, mode
