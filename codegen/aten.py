@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import OPS
-from ..ops.attention import allowed_keys
-from ..ops.attention import attention as attention_reference
+from dspark_compile.ops import OPS
+from dspark_compile.ops.attention import allowed_keys
+from dspark_compile.ops.attention import attention as attention_reference
 
 FORMS: dict[str, Callable[..., Any]] = {}
 

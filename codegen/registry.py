@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ops import OPS
-from .aten import FORMS
+from dspark_compile.codegen.aten import FORMS
+from dspark_compile.ops import OPS
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def _always(node: fx.Node) -> str | None:
 
 def _triton(op: str) -> Implementation | None:
     try:
-        from ..kernels.triton import registry as triton_registry
+        from dspark_compile.kernels.triton import registry as triton_registry
     except ImportError:
         return None
     entry = triton_registry.find(op)

@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from ..diagnostics.report import GraphReport, PassRecord
-from ..options import Options
-from .graph import module_path, op_counts, source
+from dspark_compile.diagnostics.report import GraphReport, PassRecord
+from dspark_compile.options import Options
+from dspark_compile.passes.graph import module_path, op_counts, source
 
 
 class UserError(Exception):

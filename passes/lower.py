@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..codegen.aten import FORMS
-from ..codegen.registry import implementations
-from ..ops import OPS
-from .base import PassContext
-from .graph import aten, is_dialect_op, is_op
+from dspark_compile.codegen.aten import FORMS
+from dspark_compile.codegen.registry import implementations
+from dspark_compile.ops import OPS
+from dspark_compile.passes.base import PassContext
+from dspark_compile.passes.graph import aten, is_dialect_op, is_op
 
 
 def _device(node: fx.Node) -> torch.device:

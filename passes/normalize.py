@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .base import Match, Pass, PassContext
-from .graph import argument, aten, is_op, is_tensor, same_shape, shape, val
+from dspark_compile.passes.base import Match, Pass, PassContext
+from dspark_compile.passes.graph import argument, aten, is_op, is_tensor, same_shape, shape, val
 
 _VIEWS = (
     aten.view.default,
@@ -149,9 +149,9 @@ def _respell(node: fx.Node, graph: fx.Graph) -> None:
         _respell_slice(node, source)
     elif node.target in _TO_TENSOR:
         node.target = _TO_TENSOR[node.target]
-    elif is_op(node, aten.square.default):
-        node.target, node.args = aten.pow.Tensor_Scalar, (source, 2)
-    elif is_op(node, aten.mul.Tensor) and source is node.args[1]:
+    elif is_op(node, aten.square.default) or (
+        is_op(node, aten.mul.Tensor) and source is node.args[1]
+    ):
         node.target, node.args = aten.pow.Tensor_Scalar, (source, 2)
     elif is_op(node, aten.pow.Tensor_Scalar) and node.args[1] == -0.5:
         node.target, node.args = aten.rsqrt.default, (source,)
@@ -217,7 +217,7 @@ def _key(value: Any) -> Any:
         return tuple(_key(v) for v in value)
     if isinstance(value, dict):
         return tuple((k, _key(v)) for k, v in sorted(value.items()))
-    if isinstance(value, bool) or isinstance(value, float):
+    if isinstance(value, (bool, float)):
         return (type(value), repr(value))
     return value
 

@@ -6,9 +6,9 @@ import functools
 
 from torch import fx
 
-from .base import Pass, PassContext
-from .normalize import Normalize
-from .verifier import verify
+from dspark_compile.passes.base import Pass, PassContext
+from dspark_compile.passes.normalize import Normalize
+from dspark_compile.passes.verifier import verify
 
 # Raise: decomposed forms become dialect ops.
 RAISE: list[type[Pass]] = [

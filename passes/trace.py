@@ -15,7 +15,7 @@ import torch.fx.traceback as fx_traceback
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .._torch_compat import fake_inputs, ignore_fresh_symbols
+from dspark_compile._torch_compat import fake_inputs, ignore_fresh_symbols
 
 
 def trace(module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, Any]:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .base import PassContext
-from .graph import aten, fake_call, is_op, known_equal
+from dspark_compile.passes.base import PassContext
+from dspark_compile.passes.graph import aten, fake_call, is_op, known_equal
 
 
 class VerifyError(AssertionError):
@@ -67,7 +67,7 @@ def _check_values(node: fx.Node, ctx: PassContext, fail: Any) -> None:
         return
     try:
         got = fake_call(target, node.args, node.kwargs, ctx.fake_mode)
-    except Exception as error:  # noqa: BLE001 - whatever a fake raises is a finding
+    except Exception as error:
         fail(node, f"its fake run raises {type(error).__name__}: {error}")
     want = node.meta["val"]
     pairs = list(zip(got, want, strict=False)) if isinstance(want, (tuple, list)) else [(got, want)]

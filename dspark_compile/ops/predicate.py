@@ -66,9 +66,9 @@ def _check(node: ast.expr, text: str) -> None:
     elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
         index = node.slice
         children = list(index.elts) if isinstance(index, ast.Tuple) else [index]
-    elif isinstance(node, ast.Name) and re.fullmatch(r"[bhqk]|[nt]\d+", node.id):
-        children = []
-    elif isinstance(node, ast.Constant) and isinstance(node.value, (bool, int)):
+    elif (isinstance(node, ast.Name) and re.fullmatch(r"[bhqk]|[nt]\d+", node.id)) or (
+        isinstance(node, ast.Constant) and isinstance(node.value, (bool, int))
+    ):
         children = []
     else:
         raise ValueError(f"mask predicate {text!r}: {ast.dump(node)} is not in the language")
