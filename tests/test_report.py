@@ -237,7 +237,7 @@ class TestTerminal:
     def test_verbose_adds_sites_passes_and_programs(self, report):
         text = render_text(report, verbose=True, width=200)
         assert "add_norm" in text
-        assert "program after raise" in text
+        assert "Graph 0: program, raise" in text
         assert "return [x]" in text
 
     def test_empty(self, capsys):

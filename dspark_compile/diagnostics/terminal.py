@@ -207,9 +207,10 @@ def _graph_details(graph: GraphReport) -> list[RenderableType]:
     for s in graph.sites:
         cells = (s.kind, s.module or s.node, s.op, s.status, s.impl, s.reason)
         sites.add_row(*(escape(cell) for cell in cells))
-    parts.append(sites)
+    if graph.sites:
+        parts.append(sites)
     for stage, program in graph.programs.items():
-        parts += [Text(f"Graph {graph.index}: program after {stage}", style="bold"), Text(program)]
+        parts += [Text(f"Graph {graph.index}: program, {stage}", style="bold"), Text(program)]
     return parts
 
 
