@@ -36,8 +36,11 @@ for _name in (
     "dequantize_kv",
     "cache_append",
     "cache_append_int8",
+    "cache_extend",
     "qk_norm_rope_append",
     "qk_norm_rope_append_int8",
+    "qk_norm_rope_append_",
+    "qk_norm_rope_append_int8_",
     "greedy_token",
     "sample_token",
 ):

@@ -173,4 +173,6 @@ def capture(module: fx.GraphModule) -> fx.GraphModule:
             node.kwargs = {rename.get(k, k): v for k, v in node.kwargs.items()}
     captured = fx.GraphModule(module, graph)
     captured.meta.update(module.meta)
+    if hasattr(module, "_param_name_to_source"):
+        captured._param_name_to_source = module._param_name_to_source
     return captured

@@ -19,7 +19,7 @@ from dspark_compile.codegen.aten import FORMS
 from dspark_compile.codegen.registry import implementations
 from dspark_compile.ops import OPS
 from dspark_compile.passes.base import PassContext
-from dspark_compile.passes.graph import aten, is_dialect_op, is_op
+from dspark_compile.passes.graph import aten, emit, emit_getitem, is_dialect_op, is_op
 
 
 def _device(node: fx.Node) -> torch.device:
@@ -30,12 +30,34 @@ def _device(node: fx.Node) -> torch.device:
     return torch.device("cpu")
 
 
+def _inline(node: fx.Node, name: str, ctx: PassContext) -> None:
+    """Spell an in-place append as ATen calls: a decomposition is not applied to an op that
+    mutates, and ATen's own in-place ops functionalise without a copy."""
+    graph, write = node.graph, aten.index_copy_.default
+    with graph.inserting_before(node):
+        if name == "cache_append_":
+            cache, new, positions = node.args
+            pairs = [(cache, new)]
+        elif name == "cache_append_int8_":
+            cache, scale, new, positions = node.args
+            call = (OPS["quantize_kv"].overload, (new, scale.meta["val"].dtype))  # type: ignore[union-attr]
+            parts = emit(graph, *call, like=node, fake_mode=ctx.fake_mode)
+            pairs = [(cache, emit_getitem(graph, parts, 0)), (scale, emit_getitem(graph, parts, 1))]
+        else:
+            raise ValueError(f"{name} has no ATen spelling")
+        for tensor, values in pairs:
+            emit(graph, write, (tensor, 2, positions, values), like=node, fake_mode=ctx.fake_mode)
+    graph.erase_node(node)
+
+
 def lower(module: fx.GraphModule, ctx: PassContext) -> dict[Any, Callable[..., Any]]:
     """Lower ``module`` in place; returns the decompositions its inner compiler needs."""
     options, report = ctx.options, ctx.report
-    decompositions: dict[Any, Callable[..., Any]] = {}
+    decompositions: dict[Any, Callable[..., Any]] = {
+        OPS["quantize_kv"].overload: FORMS["quantize_kv"]
+    }
     chosen: dict[str, tuple[str, str]] = {}
-    for node in module.graph.nodes:
+    for node in list(module.graph.nodes):
         if is_op(node, aten.view.default):
             node.target = aten.reshape.default
         if not is_dialect_op(node):
@@ -52,6 +74,8 @@ def lower(module: fx.GraphModule, ctx: PassContext) -> dict[Any, Callable[..., A
             chosen[node.name] = (candidate.name, refused)
             if candidate.name == "triton" or options.inner == "eager":
                 node.target = candidate.target or node.target
+            elif candidate.name == "aten" and OPS[name].mutates:
+                _inline(node, name, ctx)
             elif candidate.name == "aten":
                 decompositions[OPS[name].overload] = FORMS[name]
             break

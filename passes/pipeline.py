@@ -7,17 +7,28 @@ import functools
 from torch import fx
 
 from dspark_compile.passes.base import Pass, PassContext
+from dspark_compile.passes.kv_int8 import FuseDequantize, KVInt8
 from dspark_compile.passes.normalize import Normalize
+from dspark_compile.passes.raise_cache import RaiseCache
+from dspark_compile.passes.repeat_kv import RepeatKV
 from dspark_compile.passes.verifier import verify
+from dspark_compile.passes.write_in_place import WriteInPlace
 
 # Raise: decomposed forms become dialect ops.
 RAISE: list[type[Pass]] = [
     Normalize,
+    RepeatKV,
+    RaiseCache,
 ]
 # Optimise: dialect to dialect.
-OPTIMISE: list[type[Pass]] = []
-# Finish: say what was missed, then write caches in place.
-FINISH: list[type[Pass]] = []
+OPTIMISE: list[type[Pass]] = [
+    FuseDequantize,
+]
+# Finish: write caches in place, compress them if asked, and say what was missed.
+FINISH: list[type[Pass]] = [
+    WriteInPlace,
+    KVInt8,
+]
 
 
 def pipeline() -> list[type[Pass]]:

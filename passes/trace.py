@@ -47,4 +47,8 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule
         node.meta.setdefault("val", fake)
         node.meta["dspark_name"] = source.name
     traced.meta.update(module.meta)
+    # Tells AOTAutograd which placeholders are parameters at a fixed address.
+    tensors = [*traced.named_parameters(), *traced.named_buffers()]
+    if hasattr(module, "_param_name_to_source") and not tensors:
+        traced._param_name_to_source = module._param_name_to_source
     return traced, mode

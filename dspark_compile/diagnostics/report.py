@@ -195,6 +195,13 @@ class GraphReport:
         self.sites.append(site)
         return site
 
+    def rename_site(self, node: str, new: str, op: str) -> None:
+        """A raised site's node was replaced by node ``new``, which calls ``op``."""
+        self.sites[:] = [
+            replace(s, node=new, op=op) if s.node == node and s.status == "raised" else s
+            for s in self.sites
+        ]
+
     def add_kv(self, name: str, scheme: str, bytes_before: int, bytes_after: int) -> KVEntry:
         """Record how a cache tensor is stored."""
         entry = KVEntry(name, scheme, bytes_before, bytes_after)

@@ -29,6 +29,16 @@ def cache_append(cache: Tensor, new: Tensor, positions: Tensor) -> Tensor:
 
 
 @define(
+    "cache_extend(Tensor past, Tensor new) -> Tensor",
+    family="cache",
+    fake=lambda past, new: torch.cat((past, new), 2),
+)
+def cache_extend(past: Tensor, new: Tensor) -> Tensor:
+    """A growing cache: ``past`` followed by ``new`` along dimension 2."""
+    return torch.cat((past, new), 2)
+
+
+@define(
     "cache_append_(Tensor(a!) cache, Tensor new, Tensor positions) -> ()",
     family="cache",
     fake=lambda cache, new, positions: None,
@@ -210,3 +220,80 @@ def qk_norm_rope_append_int8(
     key_cache, key_scale = cache_append_int8(key_cache, key_scale, k, positions)
     value_cache, value_scale = cache_append_int8(value_cache, value_scale, value, positions)
     return q, key_cache, key_scale, value_cache, value_scale
+
+
+@define(
+    "qk_norm_rope_append_("
+    + _PREPARE.format(caches="Tensor(a!) key_cache, Tensor(b!) value_cache")
+    + ") -> Tensor",
+    family="cache",
+    fake=lambda query, *rest: query.new_empty(query.shape),
+)
+def qk_norm_rope_append_(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    positions: Tensor,
+    eps: float,
+    weight_offset: float,
+    weight_in_compute: bool,
+    norm: bool,
+    rotary_dim: int,
+    interleaved: bool,
+    compute_fp32: bool,
+) -> Tensor:
+    """`qk_norm_rope_append` with the caches written in place; returns the query."""
+    q, k = _prepared(
+        query, key, query_weight, key_weight, cos, sin, eps, weight_offset,
+        weight_in_compute, norm, rotary_dim, interleaved, compute_fp32,
+    )  # fmt: skip
+    cache_append_(key_cache, k, positions)
+    cache_append_(value_cache, value, positions)
+    return q
+
+
+@define(
+    "qk_norm_rope_append_int8_("
+    + _PREPARE.format(
+        caches="Tensor(a!) key_cache, Tensor(b!) key_scale, "
+        "Tensor(c!) value_cache, Tensor(d!) value_scale"
+    )
+    + ") -> Tensor",
+    family="cache",
+    fake=lambda query, *rest: query.new_empty(query.shape),
+)
+def qk_norm_rope_append_int8_(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    key_scale: Tensor,
+    value_cache: Tensor,
+    value_scale: Tensor,
+    positions: Tensor,
+    eps: float,
+    weight_offset: float,
+    weight_in_compute: bool,
+    norm: bool,
+    rotary_dim: int,
+    interleaved: bool,
+    compute_fp32: bool,
+) -> Tensor:
+    """`qk_norm_rope_append_int8` with the caches written in place; returns the query."""
+    q, k = _prepared(
+        query, key, query_weight, key_weight, cos, sin, eps, weight_offset,
+        weight_in_compute, norm, rotary_dim, interleaved, compute_fp32,
+    )  # fmt: skip
+    cache_append_int8_(key_cache, key_scale, k, positions)
+    cache_append_int8_(value_cache, value_scale, value, positions)
+    return q

@@ -1,0 +1,203 @@
+"""Cache appends: writing new keys and values into a cache becomes one dialect op.
+
+Static caches (fixed shape, rows replaced at given positions):
+
+    index_copy(cache, 2, positions, new)
+    index_put(cache, [None, None, positions], new)
+    slice_scatter(cache, new, 2, start, end)           -> cache_append
+
+Growing caches:
+
+    cat([past, new], 2)      where attention reads the result -> cache_extend
+
+A cache is a 4-d floating tensor ``[B, H, N, D]``. Other layouts and other updates of a
+graph input that attention reads are rejections, so that no cache is missed silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from dspark_compile.passes.base import Match, Pass, PassContext, Problem, dialect
+from dspark_compile.passes.graph import (
+    argument,
+    aten,
+    dtype,
+    emit,
+    is_dialect_op,
+    is_op,
+    is_tensor,
+    known_equal,
+    shape,
+    val,
+)
+
+_UPDATES = (
+    aten.index_copy.default,
+    aten.index_put.default,
+    aten.slice_scatter.default,
+    aten.scatter.src,
+    aten.select_scatter.default,
+    aten.where.self,
+)
+_READS = (
+    aten.permute.default,
+    aten.view.default,
+    aten.expand.default,
+    aten.unsqueeze.default,
+    aten.slice.Tensor,
+    aten._to_copy.default,
+)
+
+
+def read_by_attention(node: fx.Node, depth: int = 8) -> bool:
+    """Whether attention reads ``node``, directly or through views and casts, as key or value."""
+    for user in node.users:
+        if is_dialect_op(user, "attention", "attention_int8"):
+            if node in user.args[1:3]:
+                return True
+        elif is_dialect_op(user, "matmul") and user.args[1] is node:
+            return True
+        elif depth and is_op(user, *_READS) and read_by_attention(user, depth - 1):
+            return True
+    return False
+
+
+class RaiseCache(Pass):
+    """See the module's docstring."""
+
+    name = "raise_cache"
+    kind = "cache"
+    stage = "raise"
+
+    def pattern(self, graph: fx.Graph, ctx: PassContext) -> Iterator[Match]:
+        for node in list(graph.nodes):
+            if is_op(node, *_UPDATES) and is_tensor(node):
+                cache = node.args[0]
+                if not isinstance(cache, fx.Node) or not is_tensor(cache):
+                    continue
+                if is_op(node, aten.where.self):
+                    # ``where(row == position, new, cache)``: only of interest on an input.
+                    cache = node.args[2]
+                    if not isinstance(cache, fx.Node) or cache.op != "placeholder":
+                        continue
+                if val(node).dim() >= 3 and read_by_attention(node):
+                    yield Match(node, captures={"cache": cache})
+            elif is_op(node, aten.cat.default) and is_tensor(node) and val(node).dim() == 4:
+                parts = node.args[0]
+                if isinstance(parts, (list, tuple)) and len(parts) == 2 and _is_input(parts[0]):
+                    if read_by_attention(node):
+                        yield Match(node, captures={"cache": parts[0], "grow": True})
+
+    def check(self, match: Match, ctx: PassContext) -> Problem | None:
+        node, cache = match.anchor, match["cache"]
+        if val(node).dim() != 4:
+            return Problem(
+                f"the cache has {val(node).dim()} dimensions, not [B, H, N, D]",
+                "keep batch, heads, sequence and features apart",
+            )
+        if not dtype(node).is_floating_point:
+            return Problem(f"the cache is {dtype(node)}, not floating point")
+        if match.captures.get("grow"):
+            dim = int(argument(node, 1, "dim", 0)) % 4
+            if dim != 2:
+                return Problem(f"the cache grows along dimension {dim}, not 2")
+            if dtype(node.args[0][1]) != dtype(cache):  # type: ignore[index,arg-type]
+                return Problem("past and new entries differ in dtype")
+            return None
+        found = _append(node)
+        if isinstance(found, Problem):
+            return found
+        match.captures["new"], match.captures["positions"] = found
+        return None
+
+    def rewrite(self, match: Match, graph: fx.Graph, ctx: PassContext) -> None:
+        node = match.anchor
+        with graph.inserting_before(node):
+            if match.captures.get("grow"):
+                target, args = dialect("cache_extend"), tuple(node.args[0])  # type: ignore[arg-type]
+            else:
+                positions = match["positions"]
+                if isinstance(positions, tuple):
+                    device = val(match["cache"]).device
+                    positions = emit(
+                        graph,
+                        aten.arange.start,
+                        positions,
+                        {"device": device, "pin_memory": False},
+                        like=node,
+                        fake_mode=ctx.fake_mode,
+                    )
+                target, args = dialect("cache_append"), (match["cache"], match["new"], positions)
+            new = emit(graph, target, args, like=node, fake_mode=ctx.fake_mode)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        ctx.raised("cache", new)
+
+
+def _is_input(node: Any, depth: int = 4) -> bool:
+    """Whether a value is a graph input, through views."""
+    while depth and isinstance(node, fx.Node) and is_op(node, *_READS):
+        node, depth = node.args[0], depth - 1
+    return isinstance(node, fx.Node) and node.op == "placeholder"
+
+
+def _append(node: fx.Node) -> Problem | tuple[fx.Node, Any]:
+    """``(new entries, positions)`` of an update; positions may be a ``(start, end)``."""
+    cache = node.args[0]
+    assert isinstance(cache, fx.Node)
+    if is_op(node, aten.index_copy.default):
+        dim, positions, new = int(node.args[1]) % 4, node.args[2], node.args[3]  # type: ignore[arg-type]
+        if dim != 2:
+            return Problem(f"the cache is written along dimension {dim}, not 2", "use [B, H, N, D]")
+    elif is_op(node, aten.index_put.default):
+        index = list(node.args[1])  # type: ignore[arg-type]
+        if argument(node, 3, "accumulate", False):
+            return Problem("the cache is accumulated into, not written")
+        if len(index) < 3 or any(i is not None for i in (*index[:2], *index[3:])):
+            return Problem(
+                "the cache is written at indices of other dimensions than the sequence",
+                "write cache[:, :, positions] = new",
+            )
+        positions, new = index[2], node.args[2]
+        if not is_tensor(positions) or dtype(positions) == torch.bool:
+            return Problem("the cache is written at a boolean mask")
+    elif is_op(node, aten.slice_scatter.default):
+        new = node.args[1]
+        dim = int(argument(node, 2, "dim", 0)) % 4
+        start, end = argument(node, 3, "start", 0) or 0, argument(node, 4, "end")
+        if dim != 2 or argument(node, 5, "step", 1) != 1:
+            return Problem(f"the cache is sliced along dimension {dim}, not 2", "use [B, H, N, D]")
+        size = shape(cache)[2]
+        if not isinstance(start, int) or start < 0:
+            return Problem("the cache is written at a slice whose start is not a known number")
+        if end is None or (isinstance(end, int) and isinstance(size, int) and end > size):
+            end = size
+        if not isinstance(end, int) or end < 0:
+            return Problem("the cache is written at a slice whose end is not a known number")
+        positions = (start, end)
+    else:
+        return Problem(
+            f"the cache is updated by {node.target}",
+            "write rows with index_copy_ or cache[:, :, positions] = new",
+        )
+    assert isinstance(new, fx.Node)
+    if not isinstance(positions, tuple):
+        assert isinstance(positions, fx.Node)
+        if val(positions).dim() != 1:
+            return Problem(f"positions have {val(positions).dim()} dimensions, not 1")
+        rows = shape(positions)[0]
+    else:
+        rows = positions[1] - positions[0]
+    want = [*shape(cache)[:2], rows, shape(cache)[3]]
+    if val(new).dim() != 4 or not all(
+        known_equal(a, b) for a, b in zip(want, shape(new), strict=True)
+    ):
+        return Problem(f"new entries are {tuple(shape(new))}, not {tuple(want)}")
+    if dtype(new) != dtype(cache):
+        return Problem(f"new entries are {dtype(new)} and the cache {dtype(cache)}")
+    return new, positions
