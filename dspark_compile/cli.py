@@ -42,7 +42,9 @@ def explain(
     inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[-1] == 0:
         raise typer.BadParameter(
-            f"--prompt {prompt!r} has no tokens; give some text", param_hint="--prompt"
+            f"{prompt!r} has no tokens in this folder's tokenizer; give other text, or check that "
+            "the folder holds a tokenizer.json",
+            param_hint="--prompt",
         )
     report = run_explain(model, input_ids=inputs["input_ids"], use_cache=False, options=chosen)
     report.print(verbose=verbose)
