@@ -8,7 +8,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dspark_compile.cli import app, parse_options
+from dspark_compile.cli import _write, app, parse_options
+from dspark_compile.diagnostics import CompileReport
 
 
 def run(*args: str):
@@ -59,3 +60,9 @@ def test_env_prints_json():
     result = run("env")
     assert result.exit_code == 0
     assert json.loads(result.output)["dspark"]
+
+
+def test_a_report_that_cannot_be_written(tmp_path):
+    with pytest.raises(typer.BadParameter, match=r"cannot write .*give a path in a folder"):
+        _write(CompileReport().to_json, tmp_path / "nope" / "r.json", "--json")
+    _write(CompileReport().to_json, None, "--json")
