@@ -79,6 +79,27 @@ def peel_casts(node: Any) -> Any:
     return peel(node, TRANSPARENT | {aten._to_copy.default})
 
 
+_WIDTH = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 2, torch.float64: 3}
+
+
+def is_upcast(node: object) -> bool:
+    """Whether a node casts to a type that holds every value of the one it casts from."""
+    if not is_op(node, aten._to_copy.default) or not is_tensor(node.args[0]):  # type: ignore[attr-defined]
+        return False
+    below, here = node.args[0].meta["val"], node.meta["val"]  # type: ignore[attr-defined]
+    wider = _WIDTH.get(here.dtype, 0) > _WIDTH.get(below.dtype, 9)
+    return below.device == here.device and (wider or below.dtype == here.dtype)
+
+
+def peel_upcasts(node: Any) -> Any:
+    """Follow first arguments through transparent nodes and casts that lose nothing."""
+    while True:
+        below = peel(node)
+        if not is_upcast(below):
+            return below
+        node = below.args[0]
+
+
 def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     """A positional-or-keyword argument of a call."""
     if len(node.args) > index:

@@ -8,8 +8,11 @@ from torch import fx
 
 from dspark_compile.passes.base import Pass, PassContext
 from dspark_compile.passes.kv_int8 import FuseDequantize, KVInt8
+from dspark_compile.passes.merge_linears import MergeLinears
 from dspark_compile.passes.normalize import Normalize
+from dspark_compile.passes.prove_masks import ProveMasks
 from dspark_compile.passes.raise_cache import RaiseCache
+from dspark_compile.passes.raise_norm import RaiseNorm
 from dspark_compile.passes.repeat_kv import RepeatKV
 from dspark_compile.passes.verifier import verify
 from dspark_compile.passes.write_in_place import WriteInPlace
@@ -17,12 +20,15 @@ from dspark_compile.passes.write_in_place import WriteInPlace
 # Raise: decomposed forms become dialect ops.
 RAISE: list[type[Pass]] = [
     Normalize,
+    RaiseNorm,
     RepeatKV,
     RaiseCache,
+    ProveMasks,
 ]
 # Optimise: dialect to dialect.
 OPTIMISE: list[type[Pass]] = [
     FuseDequantize,
+    MergeLinears,
 ]
 # Finish: write caches in place, compress them if asked, and say what was missed.
 FINISH: list[type[Pass]] = [
