@@ -1,0 +1,258 @@
+"""One family through one back end: numerics against eager, graphs and recompiles, sites raised.
+
+Three modes: ``prefill`` without a cache, ``static`` (a prefill and three decode steps over a
+``StaticCache``) and ``dynamic`` (the same over a ``DynamicCache``). What eager mode itself cannot
+do, such as a ``StaticCache`` in a family that has its own cache, is recorded as unsupported with
+eager's message, and is not a failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import DynamicCache, StaticCache
+
+from . import families
+from .sites import KINDS, counting
+
+MODES = ("prefill", "static", "dynamic")
+PREFILL = 9
+PROMPT = 7
+STEPS = 3
+CACHE_LENGTH = 32
+# Above this eager's cached logits do not continue its uncached ones; worth a note, no failure.
+CACHE_DIFFERS = 1e-2
+
+Result = dict[str, Any]
+
+
+class CacheIgnored(Exception):
+    """The model took the cache argument and left the cache empty."""
+
+
+Call = Callable[..., Any]
+
+
+def run_family(
+    family: str,
+    backend: str = "dspark",
+    options: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    modes: tuple[str, ...] = MODES,
+) -> Result:
+    """The results of one family, by mode; the exceptions of a mode are part of its result."""
+    start = time.perf_counter()
+    model = families.build(family, dtype)
+    result: Result = {
+        "family": family,
+        "attention": model.config._attn_implementation,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "modes": {},
+    }
+    prefill = None
+    for mode in modes:
+        entry = run_mode(model, family, mode, backend, options, prefill)
+        if mode == "prefill":
+            prefill = entry.pop("_reference", None)
+        entry.pop("_reference", None)
+        result["modes"][mode] = entry
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    return result
+
+
+def run_mode(
+    model: torch.nn.Module,
+    family: str,
+    mode: str,
+    backend: str,
+    options: dict[str, Any] | None,
+    prefill: torch.Tensor | None,
+) -> Result:
+    try:
+        with torch.no_grad(), counting(model) as counts:
+            calls: list[dict[str, int]] = []
+
+            def counted(**kwargs: Any) -> Any:
+                before = Counter(counts)
+                softmax = counts["softmax"]
+                output = model(**kwargs)
+                found = {k: counts[k] - before[k] for k in KINDS}
+                found["attention"] = found["attention"] or counts["softmax"] - softmax
+                calls.append(found)
+                return output
+
+            reference = drive(model, counted, family, mode)
+    except Exception as error:
+        return {"status": "unsupported", "reason": f"eager: {describe(error)}"}
+    if not torch.isfinite(reference).all():
+        return {"status": "unsupported", "reason": "eager: logits are not finite"}
+    note = None
+    if mode != "prefill" and prefill is not None:
+        length = min(PREFILL, reference.shape[1], prefill.shape[1])
+        difference = relative_error(reference[:, :length], prefill[:, :length])
+        if difference > CACHE_DIFFERS:
+            note = f"eager: cached logits differ from uncached ones by {difference:.1e}"
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch._dynamo.utils.clear_compilation_metrics()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    entry: Result = {"_reference": reference}
+    if note:
+        entry["note"] = note
+    compiled = torch.compile(model, backend=backend, **({"options": options} if options else {}))
+    expected: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
+    index = 0
+
+    def call(**kwargs: Any) -> Any:
+        nonlocal index
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        output = compiled(**kwargs)
+        if torch._dynamo.utils.counters["stats"]["unique_graphs"] > before:
+            expected.update(calls[index])
+        index += 1
+        return output
+
+    with recording() as report, torch.no_grad():
+        try:
+            got = drive(model, call, family, mode)
+        except Exception as error:
+            entry.update(status="error", reason=describe(error))
+        else:
+            entry["status"] = "ran"
+            entry["error"] = relative_error(got, reference)
+    stats = torch._dynamo.utils.counters["stats"]
+    metrics = torch._dynamo.utils.get_compilation_metrics()
+    entry["graphs"] = stats["unique_graphs"]
+    entry["recompiles"] = sum(1 for m in metrics if m.recompile_reason)
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    entry["graph_breaks"] = sum(breaks.values())
+    if breaks:
+        entry["break_reasons"] = [str(reason)[:200] for reason in list(breaks)[:3]]
+    entry["expected"] = dict(expected)
+    if report is not None:
+        entry.update(site_summary(report))
+    return entry
+
+
+def drive(model: torch.nn.Module, call: Call, family: str, mode: str) -> torch.Tensor:
+    """Run one mode through ``call`` (the model or its compiled form); all positions' logits."""
+    ids = families.tokens(family, PREFILL if mode == "prefill" else PROMPT + STEPS)
+    if mode == "prefill":
+        return call(input_ids=ids, use_cache=False).logits
+    argument = families.CACHE_ARGUMENT.get(family, "past_key_values")
+    if mode == "static":
+        cache = StaticCache(config=model.config, max_cache_len=CACHE_LENGTH)
+        # A static cache allocates at its first use; keep that out of what is compiled.
+        with torch.no_grad():
+            model(input_ids=ids[:, :2], use_cache=True, **{argument: cache})
+        cache.reset()
+    else:
+        cache = DynamicCache(config=model.config)
+    logits = [call(input_ids=ids[:, :PROMPT], use_cache=True, **{argument: cache}).logits]
+    for position in range(PROMPT, PROMPT + STEPS):
+        token = ids[:, position : position + 1]
+        logits.append(call(input_ids=token, use_cache=True, **{argument: cache}).logits)
+    if not any(touched(layer) for layer in cache.layers):
+        raise CacheIgnored(f"{type(model).__name__}.forward does not use {argument}")
+    return torch.cat([part.clone() for part in logits], dim=1)
+
+
+def touched(layer: Any) -> bool:
+    """Whether anything was stored in a cache layer; True where it does not say."""
+    return bool(getattr(layer, "is_initialized", True))
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    if got.shape != want.shape:
+        return float("inf")
+    scale = want.double().abs().max().item()
+    return (got.double() - want.double()).abs().max().item() / max(scale, 1e-30)
+
+
+def describe(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "/torch/_dynamo/" not in f.filename]
+    where = f" ({os.path.basename(own[-1].filename)}:{own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {' '.join(lines[:3])[:300]}{where}"
+
+
+def recording() -> Any:
+    try:
+        from dspark_compile.diagnostics import recording as record
+    except ImportError:
+        return contextlib.nullcontext()
+    return record()
+
+
+def site_summary(report: Any) -> Result:
+    """Sites by kind and the rejections, in plain data."""
+    raised = Counter(s.kind for s in report.sites() if s.status == "raised")
+    rejected = Counter(s.kind for s in report.sites() if s.status == "rejected")
+    rejections = [
+        {
+            "kind": r.kind,
+            "pass": r.pass_name,
+            "condition": r.condition,
+            "source": r.source[-200:],
+            "module": r.module,
+            "node": r.node,
+        }
+        for r in report.rejections
+    ]
+    fallbacks = sorted({f"{f.where}: {f.reason}"[:300] for f in report.fallbacks})
+    return {
+        "raised": dict(raised),
+        "rejected": dict(rejected),
+        "rejections": rejections,
+        "fallbacks": fallbacks,
+    }
+
+
+def run_guarded(
+    family: str, timeout: float, function: Callable[..., Result] | None = None, **kwargs: Any
+) -> Result:
+    """``run_family`` in a forked child: a crash or a hang is a result, not the run's end."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read)
+        status = 1
+        try:
+            os.setsid()
+            signal.alarm(int(timeout) + 1)
+            warnings.filterwarnings("ignore")
+            logging.disable(logging.ERROR)
+            try:
+                result = (function or run_family)(family, **kwargs)
+            except BaseException as error:
+                result = {"family": family, "failure": describe(error)}
+            with os.fdopen(write, "w") as pipe:
+                json.dump(result, pipe)
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    _, code = os.waitpid(pid, 0)
+    if text and code == 0:
+        return json.loads(text)
+    cause = (
+        f"no result in {timeout:.0f} s"
+        if os.WIFSIGNALED(code) and os.WTERMSIG(code) == signal.SIGALRM
+        else f"the process died (status {code})"
+    )
+    return {"family": family, "failure": cause}

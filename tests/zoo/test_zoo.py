@@ -1,0 +1,122 @@
+"""Families of transformers through the back end: exact, no more graphs than Dynamo needs, sites
+raised.
+
+The default run takes a dozen that differ in everything that matters (norm, RoPE, attention, MLP,
+cache); ``-m slow`` takes the rest. The sweep with its table is ``benchmarks/zoo.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from . import families, runner
+from .gaps import KNOWN_GAPS
+from .sites import KINDS
+
+QUICK = (
+    "llama",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "olmo2",
+    "cohere",
+    "falcon",
+    "mixtral",
+    "deepseek_v3",
+)
+TOLERANCE = 1e-5
+RAISED = 0.95
+TIMEOUT = 600
+
+
+def parameters() -> list[Any]:
+    return [
+        family if family in QUICK else pytest.param(family, marks=pytest.mark.slow)
+        for family in families.tested()
+    ]
+
+
+@functools.lru_cache(maxsize=1)
+def results(family: str) -> dict[str, Any]:
+    return runner.run_guarded(family, TIMEOUT, backend="dspark", options={"inner": "eager"})
+
+
+@functools.lru_cache(maxsize=1)
+def reference(family: str) -> dict[str, Any]:
+    return runner.run_guarded(family, TIMEOUT, backend="eager")
+
+
+@pytest.mark.parametrize("family", parameters())
+def test_family(family: str) -> None:
+    result = results(family)
+    assert "failure" not in result, result["failure"]
+    problems: list[str] = []
+    for mode, entry in result["modes"].items():
+        if entry["status"] == "error":
+            problems.append(f"{mode}: {entry['reason']}")
+        elif entry["status"] == "ran" and not entry["error"] <= TOLERANCE:
+            problems.append(f"{mode}: logits differ by {entry['error']:.1e}")
+    assert not problems, "\n".join(problems)
+    assert result["modes"]["prefill"]["status"] == "ran", result["modes"]["prefill"]["reason"]
+
+    base = reference(family)
+    for mode, entry in result["modes"].items():
+        other = base.get("modes", {}).get(mode, {})
+        if entry["status"] == "ran" and other.get("status") == "ran":
+            for count in ("graphs", "recompiles", "graph_breaks"):
+                if entry[count] > other[count]:
+                    problems.append(f"{mode}: {entry[count]} {count}, Dynamo alone {other[count]}")
+    assert not problems, "\n".join(problems)
+
+    for kind, (have, want) in raised_of_expected(result).items():
+        enough = have >= RAISED * want
+        known = KNOWN_GAPS.get((family, kind))
+        if known is None and not enough:
+            reasons = rejection_lines(result, kind)
+            problems.append("\n".join([f"{kind}: {have} of {want} sites raised", *reasons]))
+        elif known is not None and enough:
+            problems.append(f"{kind}: all raised, yet listed in KNOWN_GAPS: {known}")
+    assert not problems, "\n".join(problems)
+
+
+def raised_of_expected(result: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    ran = [entry for entry in result["modes"].values() if entry["status"] == "ran"]
+    return {
+        kind: (
+            sum(entry.get("raised", {}).get(kind, 0) for entry in ran),
+            sum(entry["expected"].get(kind, 0) for entry in ran),
+        )
+        for kind in KINDS
+    }
+
+
+def rejection_lines(result: dict[str, Any], kind: str) -> list[str]:
+    found = {
+        f"  {r['condition']} at {r['source']}": None
+        for entry in result["modes"].values()
+        for r in entry.get("rejections", [])
+        if r["kind"] == kind
+    }
+    return list(found)[:5]
+
+
+def test_every_model_type_is_accounted_for() -> None:
+    known = {*families.tested(), *families.EXCLUDED, *families.aliases()}
+    assert known == set(families.all_families())
+
+
+@pytest.mark.parametrize("family", QUICK)
+def test_building_is_repeatable_and_dense_in_parameters(family: str) -> None:
+    first, second = families.build(family), families.build(family)
+    for (name, a), b in zip(first.named_parameters(), second.parameters()):
+        assert torch.equal(a, b), name
+        assert a.numel() == 1 or a.float().std() > 0, f"{name} is constant"
