@@ -3,8 +3,10 @@
 A predicate is text such as ``"(k <= q + n0) & t0[b, k]"``. Its names are the indices of
 one attention score — batch ``b``, query head ``h``, query row ``q``, key row ``k`` — the
 integers ``n0, n1, …`` (the op's ``mask_ints``) and the tensors ``t0, t1, …`` (its
-``mask_tensors``), indexed with expressions. Operators: ``+ - * // %``, ``min max abs``,
-one comparison at a time, ``& | ~`` on booleans, ``True False``. The empty text is "always".
+``mask_tensors``), indexed with expressions that are in range; a bare ``t0`` is a tensor of
+no dimensions. Integer tensors are read as int64, so arithmetic on them does not wrap.
+Operators: ``+ - * // %`` (``//`` and ``%`` round down, as Python's), ``min max abs``, one
+comparison at a time, ``& | ~`` on booleans, ``True False``. The empty text is "always".
 
 `passes/masks.py` proves and prints predicates, kernels inline them, and `evaluate` here
 gives their meaning.
@@ -93,6 +95,11 @@ def evaluate(
         view[axis] = shape[axis]
         grid[name] = torch.arange(shape[axis], device=device).view(view)
 
+    def loads(number: int) -> Tensor:
+        tensor = tensors[number].to(device)
+        integral = not (tensor.is_floating_point() or tensor.dtype == torch.bool)
+        return tensor.to(torch.int64) if integral else tensor
+
     def walk(node: ast.expr) -> Any:
         if isinstance(node, ast.BinOp):
             return _BINARY[type(node.op)](walk(node.left), walk(node.right))
@@ -109,14 +116,12 @@ def evaluate(
             tensor = walk(node.value)
             index = node.slice
             parts = list(index.elts) if isinstance(index, ast.Tuple) else [index]
-            if tensor.device != device:
-                tensor = tensor.to(device)
-            grids = [walk(p) for p in parts]
-            return tensor[tuple(g if isinstance(g, (int, Tensor)) else g for g in grids)]
+            return tensor[tuple(walk(p) for p in parts)]
         if isinstance(node, ast.Name):
             if node.id in grid:
                 return grid[node.id]
-            return (tensors if node.id[0] == "t" else ints)[int(node.id[1:])]
+            number = int(node.id[1:])
+            return loads(number) if node.id[0] == "t" else ints[number]
         assert isinstance(node, ast.Constant)
         return node.value
 
