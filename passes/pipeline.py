@@ -11,8 +11,10 @@ from dspark_compile.passes.kv_int8 import FuseDequantize, KVInt8
 from dspark_compile.passes.merge_linears import MergeLinears
 from dspark_compile.passes.normalize import Normalize
 from dspark_compile.passes.prove_masks import ProveMasks
+from dspark_compile.passes.raise_attention import RaiseAttention
 from dspark_compile.passes.raise_cache import RaiseCache
 from dspark_compile.passes.raise_norm import RaiseNorm
+from dspark_compile.passes.raise_rope import RaiseRope
 from dspark_compile.passes.repeat_kv import RepeatKV
 from dspark_compile.passes.verifier import verify
 from dspark_compile.passes.write_in_place import WriteInPlace
@@ -21,6 +23,8 @@ from dspark_compile.passes.write_in_place import WriteInPlace
 RAISE: list[type[Pass]] = [
     Normalize,
     RaiseNorm,
+    RaiseRope,
+    RaiseAttention,
     RepeatKV,
     RaiseCache,
     ProveMasks,
