@@ -299,9 +299,7 @@ def _unbroadcast(node: Any) -> Any:
     """Below casts and whatever only restores or spreads a reduced last dimension."""
     while isinstance(node, fx.Node):
         rank = val(node).dim() if is_tensor(node) else 0
-        if is_op(node, aten._to_copy.default, aten.clone.default):
-            node = node.args[0]
-        elif is_op(node, aten.unsqueeze.default) and int(node.args[1]) % rank == rank - 1:
+        if is_op(node, aten._to_copy.default, aten.clone.default) or (is_op(node, aten.unsqueeze.default) and int(node.args[1]) % rank == rank - 1):
             node = node.args[0]
         elif is_op(node, *VIEWS) and known_equal(shape(node)[-1], 1):
             below = shape(node.args[0])
@@ -506,9 +504,7 @@ def _is_parameter(node: Any) -> bool:
     """Whether ``node`` is an input of rank at most 2 (or of ones before), cast or offset."""
     while isinstance(node, fx.Node) and node.op == "call_function":
         pointwise = is_op(node, aten.add.Tensor, aten.mul.Tensor, aten._to_copy.default)
-        if pointwise and all(not isinstance(a, fx.Node) for a in node.args[1:]):
-            node = node.args[0]
-        elif is_op(node, aten.unsqueeze.default, *VIEWS):
+        if (pointwise and all(not isinstance(a, fx.Node) for a in node.args[1:])) or is_op(node, aten.unsqueeze.default, *VIEWS):
             node = node.args[0]
         else:
             return False
