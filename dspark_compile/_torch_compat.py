@@ -139,3 +139,19 @@ def is_subclass(x: object) -> bool:
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
     return isinstance(x, torch.Tensor) and is_traceable_wrapper_subclass(x)
+
+
+def compile_call() -> object | None:
+    """The object that stands for the ``torch.compile`` call under way: all graphs of one
+    call, graph breaks and recompiles included, meet the same one. None outside of one."""
+    import sys
+
+    frame = sys._getframe(1)
+    for _ in range(8):
+        if frame is None:
+            return None
+        owner = frame.f_locals.get("self")
+        if type(owner).__name__ == "_TorchCompileWrapper":
+            return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    return None

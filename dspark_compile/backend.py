@@ -55,7 +55,9 @@ def dspark(
         config = compat.mode_config(mode)
     except RuntimeError as error:
         raise OptionsError(f"mode={mode!r}: {error}") from None
-    group = state.start_report(_group_key(gm, parsed))
+    owner = compat.compile_call()
+    group = state.start_report(None if owner is None else id(owner))
+    group.owner = owner  # keeps the id from being used again
     group.options = parsed.to_dict()
     if not group.environment:
         from .diagnostics.environment import environment
@@ -87,12 +89,6 @@ def dspark(
 def _describe(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"
-
-
-def _group_key(gm: fx.GraphModule, options: Options) -> Any:
-    """Graphs of one compiled callable share a report: Dynamo's code object is the key."""
-    context = torch._guards.CompileContext.current_compile_id()
-    return (options, getattr(context, "frame_id", None))
 
 
 def _refusal(gm: fx.GraphModule, inputs: Sequence[Any]) -> str | None:

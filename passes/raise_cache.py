@@ -50,19 +50,29 @@ _READS = (
     aten.expand.default,
     aten.unsqueeze.default,
     aten.slice.Tensor,
+    aten.squeeze.dim,
     aten._to_copy.default,
 )
 
 
-def read_by_attention(node: fx.Node, depth: int = 8) -> bool:
-    """Whether attention reads ``node``, directly or through views and casts, as key or value."""
+def read_by_attention(node: fx.Node, depth: int = 8, latent: bool = False) -> bool:
+    """Whether attention reads ``node``, directly or through views and casts, as key or value.
+
+    With ``latent`` also through a linear and a join of features, as multi-head latent
+    attention reads its cache.
+    """
     for user in node.users:
+        if latent and depth:
+            joins = is_op(user, aten.cat.default) and _last_dim(user)
+            if joins or (is_dialect_op(user, "linear") and user.args[0] is node):
+                if read_by_attention(user, depth - 1, latent):
+                    return True
         if is_dialect_op(user, "attention", "attention_int8"):
             if node in user.args[1:3]:
                 return True
-        elif is_dialect_op(user, "matmul") and user.args[1] is node:
-            return True
-        elif depth and is_op(user, *_READS) and read_by_attention(user, depth - 1):
+        elif (is_dialect_op(user, "matmul") and user.args[1] is node) or (
+            depth and is_op(user, *_READS) and read_by_attention(user, depth - 1)
+        ):
             return True
     return False
 
@@ -85,12 +95,13 @@ class RaiseCache(Pass):
                     cache = node.args[2]
                     if not isinstance(cache, fx.Node) or cache.op != "placeholder":
                         continue
-                if val(node).dim() >= 3 and read_by_attention(node):
+                latent = _is_input(cache)
+                if val(node).dim() >= 3 and read_by_attention(node, latent=latent):
                     yield Match(node, captures={"cache": cache})
             elif is_op(node, aten.cat.default) and is_tensor(node) and val(node).dim() == 4:
                 parts = node.args[0]
                 if isinstance(parts, (list, tuple)) and len(parts) == 2 and _is_input(parts[0]):
-                    if read_by_attention(node):
+                    if read_by_attention(node, latent=True):
                         yield Match(node, captures={"cache": parts[0], "grow": True})
 
     def check(self, match: Match, ctx: PassContext) -> Problem | None:

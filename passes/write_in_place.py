@@ -38,9 +38,7 @@ class WriteInPlace(Pass):
         if copy.users:
             return Problem("the written cache is used again")
         position = order(new.graph)
-        late = [
-            u for u in cache.users if u not in (copy, new) and position[u] > position[new]
-        ]
+        late = [u for u in cache.users if u not in (copy, new) and position[u] > position[new]]
         if late:
             return Problem(f"the old cache is still read by {late[0]}", node=late[0])
         return None

@@ -253,6 +253,8 @@ class CompileReport:
     """Reasons, as Dynamo gives them."""
     environment: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    owner: Any = field(default=None, repr=False, compare=False)
+    """The ``torch.compile`` call this report belongs to; not serialised."""
 
     def add_graph(self, graph: GraphReport | None = None) -> GraphReport:
         """Append a graph, by default an empty one, and number it."""
