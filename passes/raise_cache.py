@@ -71,10 +71,15 @@ def read_by_attention(node: fx.Node, depth: int = 8, latent: bool = False) -> bo
             if node in user.args[1:3]:
                 return True
         elif (is_dialect_op(user, "matmul") and user.args[1] is node) or (
-            depth and is_op(user, *_READS) and read_by_attention(user, depth - 1)
+            depth and is_op(user, *_READS) and read_by_attention(user, depth - 1, latent)
         ):
             return True
     return False
+
+
+def _last_dim(cat: fx.Node) -> bool:
+    rank = val(cat).dim()
+    return int(argument(cat, 1, "dim", 0)) % rank == rank - 1
 
 
 class RaiseCache(Pass):
@@ -95,7 +100,7 @@ class RaiseCache(Pass):
                     cache = node.args[2]
                     if not isinstance(cache, fx.Node) or cache.op != "placeholder":
                         continue
-                latent = _is_input(cache)
+                latent = val(node).dim() == 4 or _is_input(cache)
                 if val(node).dim() >= 3 and read_by_attention(node, latent=latent):
                     yield Match(node, captures={"cache": cache})
             elif is_op(node, aten.cat.default) and is_tensor(node) and val(node).dim() == 4:
@@ -143,7 +148,11 @@ class RaiseCache(Pass):
                         like=node,
                         fake_mode=ctx.fake_mode,
                     )
-                target, args = dialect("cache_append"), (match["cache"], match["new"], positions)
+                entries = match["new"]
+                while val(entries).dim() < 4:
+                    lifted = (aten.unsqueeze.default, (entries, 0))
+                    entries = emit(graph, *lifted, like=node, fake_mode=ctx.fake_mode)
+                target, args = dialect("cache_append"), (match["cache"], entries, positions)
             new = emit(graph, target, args, like=node, fake_mode=ctx.fake_mode)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
@@ -205,9 +214,9 @@ def _append(node: fx.Node) -> Problem | tuple[fx.Node, Any]:
     else:
         rows = positions[1] - positions[0]
     want = [*shape(cache)[:2], rows, shape(cache)[3]]
-    if val(new).dim() != 4 or not all(
-        known_equal(a, b) for a, b in zip(want, shape(new), strict=True)
-    ):
+    # Indexed assignment drops leading dimensions of 1: ``cache[:, :, p] = new`` at batch 1.
+    have = [*[1] * (4 - val(new).dim()), *shape(new)]
+    if len(have) != 4 or not all(known_equal(a, b) for a, b in zip(want, have, strict=True)):
         return Problem(f"new entries are {tuple(shape(new))}, not {tuple(want)}")
     if dtype(new) != dtype(cache):
         return Problem(f"new entries are {dtype(new)} and the cache {dtype(cache)}")
