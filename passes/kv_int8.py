@@ -26,6 +26,7 @@ from torch import fx
 from dspark_compile.ops.cache import SCALE_DTYPE
 from dspark_compile.passes.base import Match, Pass, PassContext, Problem, dialect
 from dspark_compile.passes.graph import dtype, emit, is_dialect_op, shape, val
+from dspark_compile.runtime.kv_storage import compress, why_not
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,6 @@ class CompressedInput:
 
     def value(self, args: Any) -> torch.Tensor:
         """The twin's tensor for the cache of this call."""
-        from dspark_compile.runtime.kv_storage import compress
-
         return getattr(compress(args[self.index]), self.part)
 
 
@@ -152,8 +151,13 @@ class KVInt8(Pass):
         index = _input_index(cache)
         if dtype(cache) not in (torch.bfloat16, torch.float16, torch.float32):
             return f"the cache is {dtype(cache)}"
-        if not isinstance(ctx.example_inputs[index], torch.Tensor):
+        tensor = ctx.example_inputs[index]
+        if not isinstance(tensor, torch.Tensor):
             return "the cache is not a tensor input"
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+            reason = why_not(tensor)
+            if reason:
+                return reason
         for user in cache.users:
             if is_dialect_op(user, "cache_append_") and user.args[0] is cache:
                 continue

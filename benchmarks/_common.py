@@ -1,0 +1,79 @@
+"""What the benchmarks share: conditions, interleaving, writing results."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def conditions() -> dict[str, Any]:
+    """Versions, machine, threads, commit and time of a run."""
+    from dspark_compile.diagnostics.environment import environment
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    dirty = subprocess.run(
+        ["git", "status", "--porcelain", "--untracked-files=no"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return {
+        **environment(),
+        "threads": torch.get_num_threads(),
+        "commit": commit + ("+" if dirty else ""),
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def read_bandwidth(megabytes: int = 512, rounds: int = 5) -> float:
+    """Bytes per second of summing a tensor that no cache holds; the median of ``rounds``."""
+    x = torch.ones(megabytes * 2**20 // 4, dtype=torch.int32)
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        x.sum()
+        times.append(time.perf_counter() - start)
+    return x.nbytes / statistics.median(times)
+
+
+def interleaved(
+    runs: dict[str, Callable[[], Any]], rounds: int, repeat: int = 1
+) -> dict[str, dict[str, float]]:
+    """Time every function ``rounds × repeat`` times, taking turns; seconds."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            for _ in range(repeat):
+                start = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - start)
+    return {
+        name: {
+            "median_s": statistics.median(t),
+            "min_s": min(t),
+            "max_s": max(t),
+            "runs": len(t),
+        }
+        for name, t in times.items()
+    }
+
+
+def write(name: str, payload: dict[str, Any]) -> Path:
+    """Write ``benchmarks/results/<name>.json`` with the conditions."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"conditions": conditions(), **payload}, indent=1) + "\n")
+    print(f"wrote {path}")
+    return path
