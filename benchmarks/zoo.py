@@ -34,6 +34,9 @@ def main() -> None:
     parser.add_argument("--backend", default="dspark", choices=["dspark", "inductor", REFERENCE])
     parser.add_argument("--inner", default="eager", choices=["eager", "inductor"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--modes", default=",".join(MODES), help="prefill alone is three times faster"
+    )
     parser.add_argument("--timeout", type=float, default=420, help="seconds for one family")
     parser.add_argument("--force", action="store_true", help="run again what has a result")
     parser.add_argument("--document", action="store_true", help="only write docs/zoo.md")
@@ -66,6 +69,7 @@ def sweep(arguments: argparse.Namespace) -> None:
             backend=arguments.backend,
             options=options,
             dtype=getattr(torch, arguments.dtype),
+            modes=tuple(arguments.modes.split(",")),
         )
         results["environment"] = {
             "torch": torch.__version__,
