@@ -143,6 +143,13 @@ def module_class(node: fx.Node) -> str:
     return cls.__name__ if isinstance(cls, type) else str(cls).rsplit(".", 1)[-1]
 
 
+def module_classes(node: fx.Node) -> list[str]:
+    """The class names of the modules a node came from, outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    classes = [cls for _, cls in stack.values()]
+    return [c.__name__ if isinstance(c, type) else str(c).rsplit(".", 1)[-1] for c in classes]
+
+
 def source(node: fx.Node) -> str:
     """``file.py:12 in forward: code`` of the user line a node came from."""
     trace = node.meta.get("stack_trace") or ""

@@ -6,13 +6,17 @@ import functools
 
 from torch import fx
 
+from dspark_compile.passes.absorb_mla import AbsorbMLA
 from dspark_compile.passes.base import Pass, PassContext
+from dspark_compile.passes.join_writes import JoinWrites
 from dspark_compile.passes.kv_int8 import FuseDequantize, KVInt8
 from dspark_compile.passes.merge_linears import MergeLinears
 from dspark_compile.passes.normalize import Normalize
 from dspark_compile.passes.prove_masks import ProveMasks
 from dspark_compile.passes.raise_attention import RaiseAttention
 from dspark_compile.passes.raise_cache import RaiseCache
+from dspark_compile.passes.raise_linear import RaiseLinear
+from dspark_compile.passes.raise_mlp import RaiseMLP
 from dspark_compile.passes.raise_norm import RaiseNorm
 from dspark_compile.passes.raise_rope import RaiseRope
 from dspark_compile.passes.repeat_kv import RepeatKV
@@ -22,8 +26,11 @@ from dspark_compile.passes.write_in_place import WriteInPlace
 # Raise: decomposed forms become dialect ops.
 RAISE: list[type[Pass]] = [
     Normalize,
+    JoinWrites,
+    RaiseLinear,
     RaiseNorm,
     RaiseRope,
+    RaiseMLP,
     RaiseAttention,
     RepeatKV,
     RaiseCache,
@@ -31,6 +38,7 @@ RAISE: list[type[Pass]] = [
 ]
 # Optimise: dialect to dialect.
 OPTIMISE: list[type[Pass]] = [
+    AbsorbMLA,
     FuseDequantize,
     MergeLinears,
 ]

@@ -298,20 +298,25 @@ def _centred_source(node: Any) -> fx.Node | None:
 def _unbroadcast(node: Any) -> Any:
     """Below casts and whatever only restores or spreads a reduced last dimension."""
     while isinstance(node, fx.Node):
-        rank = val(node).dim() if is_tensor(node) else 0
-        if is_op(node, aten._to_copy.default, aten.clone.default) or (is_op(node, aten.unsqueeze.default) and int(node.args[1]) % rank == rank - 1):
-            node = node.args[0]
-        elif is_op(node, *VIEWS) and known_equal(shape(node)[-1], 1):
-            below = shape(node.args[0])
-            if not (same_shape(below, shape(node)[:-1]) or same_shape(below, shape(node))):
-                return node
-            node = node.args[0]
-        elif is_op(node, aten.expand.default) and same_shape(
-            shape(node)[:-1], shape(node.args[0])[:-1]
-        ):
-            node = node.args[0]
-        else:
+        below = node.args[0] if node.args else None
+        if not is_tensor(node) or not is_tensor(below):
             return node
+        sizes, inner = shape(node), shape(below)  # type: ignore[arg-type]
+        restored = (
+            is_op(node, aten._to_copy.default, aten.clone.default)
+            or (
+                is_op(node, aten.unsqueeze.default) and int(node.args[1]) % len(sizes) == len(inner)
+            )  # type: ignore[arg-type]
+            or (is_op(node, aten.expand.default) and same_shape(sizes[:-1], inner[:-1]))
+            or (
+                is_op(node, *VIEWS)
+                and known_equal(sizes[-1], 1)
+                and (same_shape(inner, sizes[:-1]) or same_shape(inner, sizes))
+            )
+        )
+        if not restored:
+            return node
+        node = below
     return node
 
 
@@ -504,10 +509,10 @@ def _is_parameter(node: Any) -> bool:
     """Whether ``node`` is an input of rank at most 2 (or of ones before), cast or offset."""
     while isinstance(node, fx.Node) and node.op == "call_function":
         pointwise = is_op(node, aten.add.Tensor, aten.mul.Tensor, aten._to_copy.default)
-        if (pointwise and all(not isinstance(a, fx.Node) for a in node.args[1:])) or is_op(node, aten.unsqueeze.default, *VIEWS):
-            node = node.args[0]
-        else:
+        alone = pointwise and all(not isinstance(a, fx.Node) for a in node.args[1:])
+        if not alone and not is_op(node, aten.unsqueeze.default, *VIEWS):
             return False
+        node = node.args[0]
     return isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr")
 
 

@@ -3,7 +3,8 @@
     gated_mlp:  down(act(gate(x)) * up(x))
     mlp:        down(act(up(x)))
 
-Weights are ``[out, in]``. `ACTIVATIONS` names the activations both take.
+Weights are ``[out, in]``. `ACTIVATIONS` names the activations both take. With
+``compute_fp32`` what lies between the products is computed in float32 and cast back once.
 """
 
 from __future__ import annotations
@@ -41,9 +42,11 @@ def _out(x: Tensor, down: Tensor) -> Tensor:
 
 @define(
     "gated_mlp(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? gate_bias, "
-    "Tensor? up_bias, Tensor? down_bias, str activation) -> Tensor",
+    "Tensor? up_bias, Tensor? down_bias, str activation, bool compute_fp32=False) -> Tensor",
     family="mlp",
-    fake=lambda x, gate, up, down, gate_bias, up_bias, down_bias, activation: _out(x, down),
+    fake=lambda x, gate, up, down, gate_bias, up_bias, down_bias, activation, compute_fp32=False: (
+        _out(x, down)
+    ),
 )
 def gated_mlp(
     x: Tensor,
@@ -54,17 +57,23 @@ def gated_mlp(
     up_bias: Tensor | None,
     down_bias: Tensor | None,
     activation: str,
+    compute_fp32: bool = False,
 ) -> Tensor:
     """``down(act(gate(x)) * up(x))`` for ``x [..., K]``, gate and up ``[I, K]``, down ``[N, I]``."""
-    hidden = _activation(activation)(F.linear(x, gate, gate_bias)) * F.linear(x, up, up_bias)
-    return F.linear(hidden, down, down_bias).contiguous()
+    gated, other = F.linear(x, gate, gate_bias), F.linear(x, up, up_bias)
+    if compute_fp32:
+        gated, other = gated.float(), other.float()
+    hidden = _activation(activation)(gated) * other
+    return F.linear(hidden.to(x.dtype), down, down_bias).contiguous()
 
 
 @define(
     "gated_mlp_merged(Tensor x, Tensor gate_up, Tensor down, Tensor? gate_up_bias, "
-    "Tensor? down_bias, str activation) -> Tensor",
+    "Tensor? down_bias, str activation, bool compute_fp32=False) -> Tensor",
     family="mlp",
-    fake=lambda x, gate_up, down, gate_up_bias, down_bias, activation: _out(x, down),
+    fake=lambda x, gate_up, down, gate_up_bias, down_bias, activation, compute_fp32=False: (
+        _out(x, down)
+    ),
 )
 def gated_mlp_merged(
     x: Tensor,
@@ -73,17 +82,22 @@ def gated_mlp_merged(
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
     activation: str,
+    compute_fp32: bool = False,
 ) -> Tensor:
     """`gated_mlp` with the gate's rows above the up's in one ``gate_up [2 I, K]``."""
-    gate, up = F.linear(x, gate_up, gate_up_bias).chunk(2, dim=-1)
-    return F.linear(_activation(activation)(gate) * up, down, down_bias).contiguous()
+    both = F.linear(x, gate_up, gate_up_bias)
+    gate, up = (both.float() if compute_fp32 else both).chunk(2, dim=-1)
+    hidden = _activation(activation)(gate) * up
+    return F.linear(hidden.to(x.dtype), down, down_bias).contiguous()
 
 
 @define(
     "mlp(Tensor x, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, "
-    "str activation) -> Tensor",
+    "str activation, bool compute_fp32=False) -> Tensor",
     family="mlp",
-    fake=lambda x, up, down, up_bias, down_bias, activation: _out(x, down),
+    fake=lambda x, up, down, up_bias, down_bias, activation, compute_fp32=False: (
+        _out(x, down)
+    ),
 )
 def mlp(
     x: Tensor,
@@ -92,7 +106,9 @@ def mlp(
     up_bias: Tensor | None,
     down_bias: Tensor | None,
     activation: str,
+    compute_fp32: bool = False,
 ) -> Tensor:
     """``down(act(up(x)))`` for ``x [..., K]``, up ``[I, K]``, down ``[N, I]``."""
-    hidden = _activation(activation)(F.linear(x, up, up_bias))
-    return F.linear(hidden, down, down_bias).contiguous()
+    hidden = F.linear(x, up, up_bias)
+    hidden = _activation(activation)(hidden.float() if compute_fp32 else hidden)
+    return F.linear(hidden.to(x.dtype), down, down_bias).contiguous()
