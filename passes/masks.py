@@ -36,7 +36,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -170,7 +170,7 @@ class Join:
     parts: frozenset[Formula]
 
 
-Formula = Const | Cmp | Bit | Join
+Formula: TypeAlias = Const | Cmp | Bit | Join
 TRUE, FALSE = Const(True), Const(False)
 
 
@@ -209,7 +209,8 @@ def _implies(a: Formula, b: Formula) -> bool:
 
 def conj(*formulas: Formula) -> Formula:
     """All of ``formulas``: flattened, with implied and contradictory parts resolved."""
-    pending, parts = list(formulas), []
+    pending: list[Formula] = list(formulas)
+    parts: list[Formula] = []
     while pending:
         f = pending.pop(0)
         if isinstance(f, Join) and f.op == "&":
@@ -269,9 +270,9 @@ class Real:
     limit: float = 2.0**53
 
 
-Number = Expr | Real
-Cases = tuple[tuple[Formula, Number], ...]
-Value = Formula | Cases
+Number: TypeAlias = Expr | Real
+Cases: TypeAlias = tuple[tuple[Formula, Number], ...]
+Value: TypeAlias = Formula | Cases
 
 _LIMIT = {
     torch.float64: 2.0**53,
@@ -427,9 +428,9 @@ class _Printer:
         if function in (Quotient, Remainder):
             x, y = (self._factor(e) for e in a.args)
             return f"({x} {'//' if function is Quotient else '%'} {y})"
-        name = {Least: "min", Greatest: "max", Magnitude: "abs"}.get(function)
-        if name:
-            return f"{name}({', '.join(sorted(map(self.expr, a.args)))})"
+        call = {Least: "min", Greatest: "max", Magnitude: "abs"}.get(function)
+        if call:
+            return f"{call}({', '.join(sorted(map(self.expr, a.args)))})"
         if isinstance(a, sympy.Mul):
             return "*".join(sorted(map(self._factor, a.args)))
         if isinstance(a, sympy.Pow) and a.args[1].is_Integer and 0 < a.args[1] < 4:
@@ -613,7 +614,9 @@ class _Interpreter:
             if function is Remainder:
                 return 0, min(most - 1, high) if low >= 0 else most - 1
             return (
-                0.0 if low >= 0 else -INF if low == -INF else low // least,
+                (0.0 if most == INF else low // most)
+                if low >= 0
+                else (-INF if low == -INF else low // least),
                 INF if high == INF else max(high // least, 0.0),
             )
         if isinstance(atom, sympy.Mul):
@@ -846,8 +849,10 @@ class _Interpreter:
         if a.is_Integer and b.is_Integer:
             return Integer(int(a) // int(b)), Integer(int(a) % int(b))
         terms, const = _linear(a)
-        whole, rest = Integer(0), Integer(0)
-        for term in [c * atom for atom, c in terms] + [Integer(const)]:
+        whole, rest = Integer(0), Integer(const)
+        if b.is_Integer:
+            whole, rest = Integer(const // int(b)), Integer(const % int(b))
+        for term in [c * atom for atom, c in terms]:
             ratio = term / b
             if sympy.denom(ratio) == 1:
                 whole += ratio
@@ -1116,8 +1121,8 @@ def _arithmetic(op: str, boolean: str | None = None) -> Handler:
         if dtype == torch.bool:
             if boolean is None:
                 raise _Unknown("computes with bool values")
-            x, y = run.formula(a, node, index), run.formula(b, node, index)
-            return conj(x, y) if boolean == "and" else disj(x, y)
+            p, r = run.formula(a, node, index), run.formula(b, node, index)
+            return conj(p, r) if boolean == "and" else disj(p, r)
         mode = op
         if "aten.rsub" in name:
             a, b = b, a
@@ -1128,11 +1133,7 @@ def _arithmetic(op: str, boolean: str | None = None) -> Handler:
         x, y = (run.operand(v, node, index, dtype, precise=True) for v in (a, b))
         alpha = _arg(node, 2, "alpha", 1) if op in ("add", "sub") else 1
         if alpha != 1:
-            other = run.literal(alpha, dtype)
-            if "aten.rsub" in name:
-                x = _binary(run, "mul", x, other, dtype)
-            else:
-                y = _binary(run, "mul", y, other, dtype)
+            y = _binary(run, "mul", y, run.literal(alpha, dtype), dtype)
         return _binary(run, mode, x, y, dtype)
 
     return handler
@@ -1556,6 +1557,10 @@ class MaskProver:
         except _Unknown as error:
             return Unproved(error.reason, node)
         key = (node, shape)
+        if self._stale():
+            self._proofs.clear()
+            self._runs.clear()
+            self._leaves.clear()
         if key not in self._proofs:
             run = self._runs.get(shape)
             if run is None:
@@ -1567,6 +1572,14 @@ class MaskProver:
             except RecursionError:
                 self._proofs[key] = Unproved("the mask's subgraph is too deep", node)
         return self._proofs[key]
+
+    def _stale(self) -> bool:
+        """Whether a rewrite has erased a node that a proof names or may name."""
+        named: list[Any] = list(self._leaves)
+        for proof in self._proofs.values():
+            if isinstance(proof, MaskProof):
+                named += [*proof.ints, proof.bias]
+        return any(isinstance(n, fx.Node) and n._erased for n in named)
 
     def _prove(self, node: fx.Node, run: _Interpreter) -> MaskProof:
         tensor = _val(node)

@@ -626,6 +626,7 @@ def test_equal_masks_print_alike():
         lambda x: ~(torch.arange(6)[None, :] > torch.arange(6)[:, None]),
         lambda x: torch.arange(6)[:, None] + 1 > torch.arange(6)[None, :],
         lambda x: torch.full((6, 6), 1.0).triu(1) == 0,
+        lambda x: torch.rsub(torch.arange(6)[None, :], 2 * torch.arange(6)[:, None], alpha=2) >= 0,
         lambda x: (torch.arange(6)[:, None] - torch.arange(6)[None, :]).clamp(min=-1) >= 0,
     ]
     assert {check(f, torch.zeros(1)).predicate for f in spellings} == {"k <= q"}
@@ -645,6 +646,21 @@ def test_proofs_are_shared_and_fast():
     # Broadcast over heads: another score shape, the same text.
     wide = prover.prove(node, (2, 4, 9, 9))
     assert isinstance(wide, MaskProof) and wide.predicate == proof.predicate
+
+
+def test_a_proof_is_made_again_when_its_nodes_are_gone():
+    module, node = trace(lambda am: sdpa(hf.causal_mask_function, 6, 6, 0, am), (padding(2, 6),))
+    prover = MaskProver(module)
+    proof = prover.prove(node, (2, 1, 6, 6))
+    assert isinstance(proof, MaskProof)
+    (old,) = proof.tensors
+    with module.graph.inserting_after(old):
+        new = module.graph.placeholder("renamed")
+    new.meta["val"] = old.meta["val"]
+    old.replace_all_uses_with(new)
+    module.graph.erase_node(old)
+    again = prover.prove(node, (2, 1, 6, 6))
+    assert isinstance(again, MaskProof) and again.tensors == (new,)
 
 
 # --- random programs --------------------------------------------------------------------------
