@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         reset_cache,
         restore,
         twin,
+        unavailable,
         why_not,
     )
 
@@ -43,6 +44,7 @@ _HOMES = {
     "reset_cache": "kv_storage",
     "restore": "kv_storage",
     "twin": "kv_storage",
+    "unavailable": "kv_storage",
     "why_not": "kv_storage",
 }
 
@@ -59,6 +61,7 @@ __all__ = [
     "reset_cache",
     "restore",
     "twin",
+    "unavailable",
     "why_not",
 ]
 

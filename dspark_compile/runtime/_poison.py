@@ -108,8 +108,7 @@ def _build() -> ctypes.CDLL:
                 done = subprocess.run(
                     [*command, "-O1", "-shared", "-fPIC", f"-std={standard}",
                      f"-D_GLIBCXX_USE_CXX11_ABI={abi}", f"-I{root / 'include'}",
-                     *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []),
-                     str(source), "-o", str(built)],
+                     str(source), "-o", str(built), f"-L{root / 'lib'}", "-lc10"],
                     capture_output=True, text=True,
                 )  # fmt: skip
                 if done.returncode == 0:
@@ -178,13 +177,11 @@ def release_and_poison(tensor: Tensor, message: str) -> None:
         raise KVCacheError(problem or "unavailable")
     old = tensor.untyped_storage()
     null = torch._C._construct_storage_from_data_pointer(0, tensor.device, old.nbytes())
-    replace_storage(tensor, null)  # reads the new data pointer: before it is made to throw
-    _setter(null._cdata, message)
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        poisoned = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        poisoned.set_(null, tensor.storage_offset(), tensor.shape, tensor.stride())
+        _setter(null._cdata, message)
+        # One step, from readable to unreadable: another thread never sees the null pointer.
+        tensor.data = poisoned
     old.resize_(0)
     _setter(old._cdata, message)
-
-
-def replace_storage(tensor: Tensor, storage: torch.UntypedStorage) -> None:
-    """Point ``tensor`` at ``storage``, with its metadata kept."""
-    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-        tensor.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -92,6 +92,12 @@ _entries: dict[int, _Entry] = {}
 _lock = threading.RLock()
 
 
+def unavailable() -> str | None:
+    """Why no cache can be compressed in this process (CPU builds of torch need a C++ compiler to
+    make memory unreadable), or None. The first call may build a small helper."""
+    return _poison.unavailable()
+
+
 def _find(tensor: Tensor) -> _Entry | None:
     entry = _entries.get(id(tensor))
     if (
@@ -123,10 +129,8 @@ def why_not(tensor: Tensor, scheme: str = "int8") -> str | None:
     _check_scheme(scheme)
     if not isinstance(tensor, Tensor):
         return f"it is a {type(tensor).__name__}, not a tensor"
-    if type(tensor) not in (
-        Tensor,
-        torch.nn.Parameter,
-    ) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    functorch = torch._C._functorch.is_functorch_wrapped_tensor
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or functorch(tensor):
         return f"it is a {type(tensor).__name__}, not a plain tensor"
     entry = _find(tensor)
     if entry is not None:
@@ -247,14 +251,12 @@ def restore(tensor: Tensor) -> Tensor:
         entry = _find(tensor)
         if entry is None:
             return tensor
-        with torch.inference_mode(False), torch.no_grad():
-            if entry.twin is None:
-                content = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-            else:
-                content = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+            content = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            if entry.twin is not None:
                 for row, data, scale in zip(content, entry.twin.data, entry.twin.scale):
                     row.copy_(torch.ops.dspark.dequantize_kv(data, scale, tensor.dtype))
-        _poison.replace_storage(tensor, content.untyped_storage())
+            tensor.data = content
         del _entries[id(tensor)]
         return tensor
 
@@ -297,6 +299,19 @@ def _tensors(cache: Any, depth: int = 4) -> Iterator[Tensor]:
             yield from _tensors(item, depth - 1)
 
 
+def _attributes(cache: Any, depth: int = 4) -> Iterator[tuple[Any, str, Tensor]]:
+    """(owner, attribute, tensor) of the tensors that objects in ``cache`` hold as attributes."""
+    if depth and isinstance(cache, (list, tuple)):
+        for item in cache:
+            yield from _attributes(item, depth - 1)
+    elif depth and not isinstance(cache, (Tensor, torch.nn.Module)):
+        for name, value in list(getattr(cache, "__dict__", {}).items()):
+            if isinstance(value, Tensor):
+                yield cache, name, value
+            else:
+                yield from _attributes(value, depth - 1)
+
+
 def decompress_cache(cache: Any) -> Any:
     """`restore` every compressed tensor of ``cache``: a Hugging Face cache, a module with cache
     buffers, a tensor, or containers of them. Returns ``cache``. Tensors that are not compressed
@@ -310,26 +325,22 @@ def reset_cache(cache: Any) -> Any:
     """Empty ``cache`` for another sequence, as ``cache.reset()`` does for an exact one: twins are
     zeroed in place, everything else is left to the cache's own ``reset``, if it has one.
     Returns ``cache``."""
-    layers = getattr(cache, "layers", None)
-    if layers is None:
-        for tensor in _tensors(cache):
-            if is_compressed(tensor):
-                reset(tensor)
-        return cache
-    for layer in layers:
-        held = {
-            name: value
-            for name, value in vars(layer).items()
-            if isinstance(value, Tensor) and _find(value) is not None
-        }
-        for tensor in held.values():
+    held = [
+        (owner, name, tensor)
+        for owner, name, tensor in _attributes(cache)
+        if _find(tensor) is not None
+    ]
+    for tensor in _tensors(cache):
+        if _find(tensor) is not None:
             reset(tensor)
-        stand_ins = {name: torch.empty(0) for name in held}
-        vars(layer).update(stand_ins)
+    if callable(getattr(cache, "reset", None)):
         try:
-            layer.reset()
+            for owner, name, _ in held:
+                vars(owner)[name] = torch.empty(0)
+            cache.reset()
         finally:
-            vars(layer).update(held)
+            for owner, name, tensor in held:
+                vars(owner)[name] = tensor
     return cache
 
 
