@@ -233,3 +233,25 @@ def is_fake(value: object) -> bool:
 def order(graph: fx.Graph) -> dict[fx.Node, int]:
     """The position of every node."""
     return {node: i for i, node in enumerate(graph.nodes)}
+
+
+def readers(node: fx.Node) -> set[fx.Node]:
+    """Every node that reads the storage of ``node``: its users, and those of its views."""
+    found: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        for user in todo.pop().users:
+            if user not in found:
+                found.add(user)
+                if _is_view(user):
+                    todo.append(user)
+    return found
+
+
+def _is_view(node: fx.Node) -> bool:
+    target = node.target
+    if target is operator.getitem or is_op(node, aten.reshape.default):
+        return True
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    return any(r.alias_info is not None for r in target._schema.returns)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from dspark_compile.passes.base import Match, Pass, PassContext, Problem, dialect
-from dspark_compile.passes.graph import aten, emit, is_dialect_op, is_op, order
+from dspark_compile.passes.graph import aten, emit, is_dialect_op, is_op, order, readers
 
 
 class WriteInPlace(Pass):
@@ -38,7 +38,7 @@ class WriteInPlace(Pass):
         if copy.users:
             return Problem("the written cache is used again")
         position = order(new.graph)
-        late = [u for u in cache.users if u not in (copy, new) and position[u] > position[new]]
+        late = [u for u in readers(cache) if u not in (copy, new) and position[u] > position[new]]
         if late:
             return Problem(f"the old cache is still read by {late[0]}", node=late[0])
         return None
