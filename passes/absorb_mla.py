@@ -253,7 +253,7 @@ def columns(node: Any) -> Columns | None:
         return None
     lead = shape(node)[:-1]
     if len(lead) == 3 and known_equal(lead[1], 1):
-        dims = (Dim(0), Dim(-1), Dim(1))
+        dims: tuple[Dim, ...] = (Dim(0), Dim(-1), Dim(1))
     elif len(lead) == 2:
         dims = (Dim(0), Dim(1))
     else:
