@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from dspark_compile.diagnostics.report import GraphReport
+from dspark_compile.passes import einsum, raise_flex
+
 _ops = torch.ops.dspark
 _SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -148,12 +151,16 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.rms_norm: rms_norm,
     torch.rms_norm: rms_norm,
     _aten.rms_norm.default: rms_norm,
+    **einsum.FUNCTIONS,
 }
 METHODS: dict[str, Callable[..., Any]] = {"matmul": matmul, "bmm": matmul, "__matmul__": matmul}
 
 
-def capture(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of ``module``'s graph with composite calls retargeted; weights are shared."""
+def capture(module: fx.GraphModule, report: GraphReport | None = None) -> fx.GraphModule:
+    """A copy of ``module``'s graph with composite calls retargeted; weights are shared.
+
+    Calls that stay as they are although they look like attention go to ``report``.
+    """
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(module.graph, values)
@@ -171,6 +178,7 @@ def capture(module: fx.GraphModule) -> fx.GraphModule:
         if node.op == "call_function" and node.target is matmul:
             rename = {"mat2": "other"}
             node.kwargs = {rename.get(k, k): v for k, v in node.kwargs.items()}
+    raise_flex.run(graph, module, report)
     captured = fx.GraphModule(module, graph)
     captured.meta.update(module.meta)
     if hasattr(module, "_param_name_to_source"):

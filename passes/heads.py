@@ -112,8 +112,16 @@ def _folded(query: fx.Node, product: fx.Node) -> tuple[Any, Any] | None:
 class Heads:
     """Emits nodes for one attention, before the node ``like``."""
 
-    def __init__(self, graph: fx.Graph, like: fx.Node, fake_mode: Any, layout: Layout) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        like: fx.Node,
+        fake_mode: Any,
+        layout: Layout,
+        near: Sequence[fx.Node],
+    ) -> None:
         self.graph, self.like, self.fake_mode, self.layout = graph, like, fake_mode, layout
+        self._near = [*near, *(n for node in near for n in node.all_input_nodes if is_tensor(n))]
 
     # --- single operations -------------------------------------------------------------------
 
@@ -151,7 +159,7 @@ class Heads:
         return [d if isinstance(d, int) else self._size(d, node) for d in dims]
 
     def _size(self, size: Any, near: fx.Node) -> fx.Node:
-        for node in (near, self.like, *self.like.all_input_nodes):
+        for node in (near, *self._near):
             for i, d in enumerate(shape(node)):
                 if not isinstance(d, int) and known_equal(d, size):
                     return self.call(aten.sym_size.int, node, i)
@@ -285,13 +293,13 @@ class Heads:
         return self.view(self.expand(lifted, (batch, have, group, *tail)), (batch, heads, *tail))
 
     def one_dtype(
-        self, query: fx.Node, key: fx.Node, value: fx.Node, result: torch.dtype
+        self, query: fx.Node, key: fx.Node, value: fx.Node
     ) -> tuple[fx.Node, fx.Node, fx.Node]:
         """The operands in one dtype: the narrow one that the model has if they were only
         widened for the product, else the widest."""
         narrow = [_unwidened(n) for n in (query, key, value)]
         kinds = {dtype(n) for n in narrow}
-        if len(kinds) == 1 and kinds == {result}:
+        if len(kinds) == 1 and kinds == {dtype(self.like)}:
             return narrow[0], narrow[1], narrow[2]
         kind = dtype(query)
         for node in (key, value):

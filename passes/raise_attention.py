@@ -57,6 +57,7 @@ from dspark_compile.passes.scores import (
     is_row_max,
     lead_of,
     read,
+    sink_gate,
 )
 
 _SOFTMAX = (aten._softmax.default, aten._safe_softmax.default, aten.softmax.int)
@@ -165,7 +166,7 @@ def _uses(node: fx.Node, scores: Scores, lead: tuple[Any, ...], keys: Any) -> li
     return found
 
 
-def _private(path: list[fx.Node], softmax: _Softmax) -> None:
+def _private(path: list[fx.Node], softmax: _Softmax, gated: bool) -> None:
     """Raise `Miss` if code outside of the attention reads the scores."""
     following: dict[fx.Node, set[fx.Node]] = {}
     chain = [*path, *softmax.inside[:1], softmax.node]
@@ -174,6 +175,8 @@ def _private(path: list[fx.Node], softmax: _Softmax) -> None:
     for node in path:
         for user in node.users:
             if user in following[node] or _feeds_max(user, node) or user in softmax.inside:
+                continue
+            if gated and is_op(user, aten.logsumexp.default):
                 continue
             what = "returned" if user.op == "output" else f"used by {op_name(user)} as well"
             raise Miss(f"the scores are {what}", "the weights must have no other use", node)
@@ -217,23 +220,31 @@ class RaiseAttention(Pass):
                 softmax.node,
             )
         scores = read(path)
-        _private(path, softmax)
         keys = shape(scores.product)[-1]
         lead = shape(softmax.node)[:-2]
-        matches = []
-        for use in _uses(softmax.node, scores, lead, keys):
+        matches: list[Match] = []
+        uses = _uses(softmax.node, scores, lead, keys)
+        gate = sink_gate(path, uses[0].product) if len(uses) == 1 else None
+        _private(path, softmax, gated=gate is not None)
+        if gate is not None:
+            if scores.sinks is not None:
+                raise Miss("there are a sink and a gate that is a sink", node=gate[0])
+            scores.sinks = gate[1]
+        for use in uses:
             layout = Layout.choose(
                 scores.query, scores.key_t, use.product, [*scores.leads, *use.leads]
             )
-            captures = {"scores": scores, "layout": layout}
-            matches.append(Match(use.product, [*path, softmax.node, use.product], captures))
+            captures = {"scores": scores, "layout": layout, "product": use.product}
+            anchor = use.product if gate is None else gate[0]
+            nodes = [*path, softmax.node, use.product, anchor]
+            matches.append(Match(anchor, list(dict.fromkeys(nodes)), captures))
         return matches
 
     def check(self, match: Match, ctx: PassContext) -> Problem | None:
         if "problem" in match.captures:
             return match["problem"]
         scores: Scores = match["scores"]
-        value = factors(match.anchor)[1]
+        value = factors(match["product"])[1]
         for node in (scores.query, scores.key_t, value):
             if dtype(node) not in _FLOATS:
                 return Problem(f"an operand is {dtype(node)}", node=node)
@@ -246,7 +257,8 @@ class RaiseAttention(Pass):
         # Emitting is what shows whether every view can be written; nothing is replaced yet,
         # and what is not used is dead code.
         anchor = match.anchor
-        heads = Heads(anchor.graph, anchor, ctx.fake_mode, layout)
+        near = (match["product"], scores.query, scores.key_t, value)
+        heads = Heads(anchor.graph, anchor, ctx.fake_mode, layout, near)
         try:
             with anchor.graph.inserting_before(anchor):
                 out = _emit(scores, value, heads)
@@ -336,7 +348,7 @@ def _emit(scores: Scores, value: fx.Node, heads: Heads) -> fx.Node:
     for term in scores.row_scales:
         factor = heads.cast(heads.spread(term.node, term.lead), dtype(query))
         query = heads.call(aten.mul.Tensor, query, factor)
-    query, key, value = heads.one_dtype(query, key, value, dtype(heads.like))
+    query, key, value = heads.one_dtype(query, key, value)
     bias = _bias(scores, heads, dtype(query))
     sinks = _sinks(scores, heads)
     return heads.call(

@@ -25,6 +25,7 @@ from dspark_compile.passes.graph import (
     aten,
     dtype,
     is_dialect_op,
+    is_fake,
     is_op,
     is_tensor,
     known_equal,
@@ -146,9 +147,11 @@ def constant(value: Any) -> float | None:
         if inner is None or inner <= 0:
             return None
         return math.sqrt(inner) if is_op(value, aten.sqrt.default) else 1 / math.sqrt(inner)
-    known = getattr(val(value), "constant", None)
-    if isinstance(known, torch.Tensor) and known.numel() == 1:
-        return float(known)
+    if value.op == "get_attr" and str(value.target).startswith("_tensor_constant"):
+        # A number that the traced code made a tensor of; weights are inputs, not attributes.
+        held = getattr(value.graph.owning_module, str(value.target), None)
+        if isinstance(held, torch.Tensor) and not is_fake(held) and held.numel() == 1:
+            return float(held)
     return None
 
 
@@ -236,6 +239,57 @@ def find(start: fx.Node, memo: dict[fx.Node, _Path | None] | None = None) -> lis
 
     found = search(start, 0)
     return list(found[1]) if found is not None else None
+
+
+def sink_gate(path: list[fx.Node], product: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """``(result, sink)`` if the attention's result is multiplied with a gate that is a sink.
+
+    ``out * sigmoid(logsumexp(scores) - sink)`` is attention whose softmax has the sink as one
+    more score: both divide by ``sum(exp(scores)) + exp(sink)``.
+    """
+    total = None
+    for node in reversed(path):
+        total = next((u for u in node.users if is_op(u, aten.logsumexp.default)), None)
+        if total is not None or not is_op(node, aten._to_copy.default):
+            break
+    if total is None or len(product.users) != 1:
+        return None
+    if [int(d) % val(total.args[0]).dim() for d in total.args[1]] != [  # type: ignore[union-attr,arg-type]
+        val(total.args[0]).dim() - 1  # type: ignore[arg-type]
+    ]:
+        return None
+    gate, sink = total, None
+    result = next(iter(product.users))
+    for _ in range(_MAX_LENGTH):
+        if len(gate.users) != 1:
+            return None
+        user = next(iter(gate.users))
+        if user is result:
+            break
+        if is_op(user, aten.sub.Tensor) and user.args[0] is gate and sink is None:
+            sink = user.args[1]
+        elif is_op(user, aten.sigmoid.default):
+            if sink is None:
+                return None
+        elif not is_op(user, aten._to_copy.default, *VIEWS, aten.unsqueeze.default):
+            return None
+        gate = user
+    gated = is_op(result, aten.mul.Tensor) and peels_to(gate, aten.sigmoid.default)
+    if not (gated and isinstance(sink, fx.Node) and same_shape(shape(result), shape(product))):
+        return None
+    if not (val(product).dim() == 4 and same_shape(shape(gate)[:3], shape(product)[:3])):
+        return None
+    # One number for each head: [.., H, 1] beside [B, H, M], or [.., H, 1, 1] if kept.
+    kept = bool(argument(total, 2, "keepdim", False))
+    dims = [d for i, d in enumerate(reversed(shape(sink))) if i != (2 if kept else 1)]
+    return (result, sink) if all(known_equal(d, 1) for d in dims) else None
+
+
+def peels_to(node: fx.Node, target: Any) -> bool:
+    """Whether ``node`` is a call of ``target``, through casts and views."""
+    while is_op(node, aten._to_copy.default, *VIEWS, aten.unsqueeze.default, *TRANSPARENT):
+        node = node.args[0]  # type: ignore[assignment]
+    return is_op(node, target)
 
 
 # --- the exact reading -----------------------------------------------------------------------
