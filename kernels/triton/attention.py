@@ -61,17 +61,17 @@ def choose_tiles(
             keys = 16
         return Tiles(height, keys, 4, 2 if wide <= 128 and compute_bytes == 2 else 1)
     if compute_bytes == 4:
-        height = min(height, 64 if wide <= 128 else 32)
-        keys = 32 if wide <= 128 else 16
-        return Tiles(height, keys, 4 if height <= 32 else 8, 2)
+        # Each float32 product is three tf32 ones and holds both halves of its operands.
+        return Tiles(min(height, 32), 32, 8, 2) if wide <= 128 else Tiles(16, 16, 4, 2)
     if wide > 128:
-        height = min(height, 64)
+        height = min(height, 32 if int8 else 64)
     keys = 64 if wide <= 128 else 32
     if height <= 32 and wide <= 64:
         keys = 128
+    warps = 8 if height * wide >= 128 * 64 else 4
     stage = keys * (block_d + block_dv) * (1 if int8 else compute_bytes)
     stages = 3 if 3 * stage + height * block_d * compute_bytes <= target.shared // 2 else 2
-    return Tiles(height, keys, 8 if height == 128 else 4, stages)
+    return Tiles(height, keys, warps, stages)
 
 
 def choose_splits(target: Target, tiles: int, blocks: int) -> int:
@@ -79,6 +79,14 @@ def choose_splits(target: Target, tiles: int, blocks: int) -> int:
     if tiles >= target.units or blocks <= 1:
         return 1
     return max(1, min(blocks, cdiv(2 * target.units, tiles), MAX_SPLITS))
+
+
+def _precision(target: Target, compute_bytes: int, wide: int) -> str:
+    """Float32 stays float32: three tf32 products on tensor cores, fused multiply-adds
+    elsewhere, and for heads so wide that both halves of a query tile fill the registers."""
+    if compute_bytes < 4:
+        return "tf32"
+    return "tf32x3" if target.backend == "cuda" and wide <= 128 else "ieee"
 
 
 @dataclass(frozen=True)
@@ -198,7 +206,7 @@ def plan(
             "SOFTCAP": softcap > 0,
             "ADD_MASK": mask_value is not None,
             "SPLIT": splits > 1,
-            "PRECISION": "ieee" if width == 4 else "tf32",
+            "PRECISION": _precision(target, width, max(block_d, block_dv)),
             "COMPUTE": TL_DTYPE[compute],
             "VALUE": TL_DTYPE[value_compute],
         },

@@ -272,11 +272,11 @@ def qk_norm_rope_append_kernel(
             D, ROTARY, BLOCK_PAIRS, BLOCK_REST, NORM, INTERLEAVED, FULL_COS,
             NORMED, Q_WEIGHT, Q_SCALED, X_DTYPE, PRODUCT,
         )  # fmt: skip
-        Out_ptr += ((b * Q_HEADS + head) * M + rows) * D
-        tl.store(Out_ptr + first, y1.to(X_DTYPE), mask=in_new & in_pairs)
-        tl.store(Out_ptr + second, y2.to(X_DTYPE), mask=in_new & in_pairs)
+        out_rows = Out_ptr + ((b * Q_HEADS + head) * M + rows) * D
+        tl.store(out_rows + first, y1.to(X_DTYPE), mask=in_new & in_pairs)
+        tl.store(out_rows + second, y2.to(X_DTYPE), mask=in_new & in_pairs)
         if ROTARY < D:
-            tl.store(Out_ptr + rest, y3.to(X_DTYPE), mask=in_new & in_rest)
+            tl.store(out_rows + rest, y3.to(X_DTYPE), mask=in_new & in_rest)
     else:
         n = tl.load(Positions_ptr + m * Positions_stride, mask=in_new, other=-1).to(tl.int64)
         in_cache = (n >= 0) & (n < N)
@@ -288,7 +288,8 @@ def qk_norm_rope_append_kernel(
                 D, ROTARY, BLOCK_PAIRS, BLOCK_REST, NORM, INTERLEAVED, FULL_COS,
                 NORMED, K_WEIGHT, K_SCALED, X_DTYPE, PRODUCT,
             )  # fmt: skip
-            K_cache_ptr += b * K_cache_stride_b + h * K_cache_stride_h + n * K_cache_stride_n
+            k_cell = b * K_cache_stride_b + h * K_cache_stride_h + n * K_cache_stride_n
+            k_rows = K_cache_ptr + k_cell
             if K_scale_ptr is None:
                 z1 = y1.to(K_cache_ptr.dtype.element_ty)
                 z2 = y2.to(K_cache_ptr.dtype.element_ty)
@@ -297,24 +298,26 @@ def qk_norm_rope_append_kernel(
                 top = tl.maximum(tl.max(tl.abs(y1), axis=1), tl.max(tl.abs(y2), axis=1))
                 top = tl.maximum(top, tl.max(tl.abs(y3), axis=1))
                 scale, inverse = scale_of(top[:, None], K_scale_ptr)
-                K_scale_ptr += b * K_scale_stride_b + h * K_scale_stride_h + n * K_scale_stride_n
-                tl.store(K_scale_ptr, scale, mask=in_cache)
+                k_scale = b * K_scale_stride_b + h * K_scale_stride_h + n * K_scale_stride_n
+                tl.store(K_scale_ptr + k_scale, scale, mask=in_cache)
                 z1 = to_int8(y1, inverse)
                 z2 = to_int8(y2, inverse)
                 z3 = to_int8(y3, inverse)
-            tl.store(K_cache_ptr + first, z1, mask=in_cache & in_pairs)
-            tl.store(K_cache_ptr + second, z2, mask=in_cache & in_pairs)
+            tl.store(k_rows + first, z1, mask=in_cache & in_pairs)
+            tl.store(k_rows + second, z2, mask=in_cache & in_pairs)
             if ROTARY < D:
-                tl.store(K_cache_ptr + rest, z3, mask=in_cache & in_rest)
+                tl.store(k_rows + rest, z3, mask=in_cache & in_rest)
         else:
             h = (head - Q_HEADS - KV_HEADS).to(tl.int64)
-            V_ptr += b * V_stride_b + h * V_stride_h + rows * V_stride_m
-            V_cache_ptr += b * V_cache_stride_b + h * V_cache_stride_h + n * V_cache_stride_n
+            new_rows = V_ptr + b * V_stride_b + h * V_stride_h + rows * V_stride_m
+            v_cell = b * V_cache_stride_b + h * V_cache_stride_h + n * V_cache_stride_n
+            v_rows = V_cache_ptr + v_cell
             if V_scale_ptr is None:
-                append_rows(V_ptr, V_cache_ptr, None, in_new, in_cache, DV, BLOCK_DV)
+                append_rows(new_rows, v_rows, None, in_new, in_cache, DV, BLOCK_DV)
             else:
-                V_scale_ptr += b * V_scale_stride_b + h * V_scale_stride_h + n * V_scale_stride_n
-                append_rows(V_ptr, V_cache_ptr, V_scale_ptr, in_new, in_cache, DV, BLOCK_DV)
+                v_scale = b * V_scale_stride_b + h * V_scale_stride_h + n * V_scale_stride_n
+                v_scale = V_scale_ptr + v_scale
+                append_rows(new_rows, v_rows, v_scale, in_new, in_cache, DV, BLOCK_DV)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from dspark_compile.kernels.triton._launch import (
     rows_of,
 )
 
-MAX_FEATURES = 32768
+MAX_FEATURES = 16384
 
 
 @triton.jit(do_not_specialize=["n_rows"])
