@@ -300,10 +300,10 @@ def _picks(user: fx.Node, rank: int) -> bool:
         return all(_picks(u, rank) for u in user.users)
     if is_op(user, aten.view_as_complex.default, aten.flip.default):
         return True
-    if is_op(user, aten.select.int):
-        return int(user.args[1]) % rank >= rank - 2  # type: ignore[arg-type]
-    if is_op(user, aten.slice.Tensor):
-        return int(argument(user, 1, "dim", 0)) % rank >= rank - 2 and shape(user)[-1] != 0
+    if is_op(user, aten.select.int, aten.slice.Tensor):
+        dim = int(argument(user, 1, "dim", 0)) % rank
+        sizes = val(user.args[0]).shape  # type: ignore[arg-type]
+        return dim >= rank - 2 and sizes[dim] == 2
     if is_op(user, aten.permute.default):
         dims = [int(d) % rank for d in user.args[1]]  # type: ignore[union-attr,arg-type]
         return dims == [*range(rank - 2), rank - 1, rank - 2]

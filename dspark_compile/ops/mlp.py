@@ -59,7 +59,7 @@ def gated_mlp(
     activation: str,
     compute_fp32: bool = False,
 ) -> Tensor:
-    """``down(act(gate(x)) * up(x))`` for ``x [..., K]``, gate and up ``[I, K]``, down ``[N, I]``."""
+    """``down(act(gate(x)) * up(x))``: ``x [..., K]``, gate and up ``[I, K]``, down ``[N, I]``."""
     gated, other = F.linear(x, gate, gate_bias), F.linear(x, up, up_bias)
     if compute_fp32:
         gated, other = gated.float(), other.float()
@@ -71,8 +71,8 @@ def gated_mlp(
     "gated_mlp_merged(Tensor x, Tensor gate_up, Tensor down, Tensor? gate_up_bias, "
     "Tensor? down_bias, str activation, bool compute_fp32=False) -> Tensor",
     family="mlp",
-    fake=lambda x, gate_up, down, gate_up_bias, down_bias, activation, compute_fp32=False: (
-        _out(x, down)
+    fake=lambda x, gate_up, down, gate_up_bias, down_bias, activation, compute_fp32=False: _out(
+        x, down
     ),
 )
 def gated_mlp_merged(
@@ -95,9 +95,7 @@ def gated_mlp_merged(
     "mlp(Tensor x, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, "
     "str activation, bool compute_fp32=False) -> Tensor",
     family="mlp",
-    fake=lambda x, up, down, up_bias, down_bias, activation, compute_fp32=False: (
-        _out(x, down)
-    ),
+    fake=lambda x, up, down, up_bias, down_bias, activation, compute_fp32=False: _out(x, down),
 )
 def mlp(
     x: Tensor,
