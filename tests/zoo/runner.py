@@ -1,14 +1,20 @@
 """One family through one back end: numerics against eager, graphs and recompiles, sites raised.
 
-Three modes: ``prefill`` without a cache, ``static`` (a prefill and three decode steps over a
-``StaticCache``) and ``dynamic`` (the same over a ``DynamicCache``). What eager mode itself cannot
-do, such as a ``StaticCache`` in a family that has its own cache, is recorded as unsupported with
+Modes: ``prefill`` without a cache; ``static`` and ``dynamic``, three compiled decode steps over a
+``StaticCache`` or ``DynamicCache`` that eager mode has filled, as ``generate`` does it; and, not by
+default, ``static_prefill``, the prefill into a ``StaticCache``. What eager mode itself cannot do,
+such as a ``StaticCache`` in a family that has its own cache, is recorded as unsupported with
 eager's message, and is not a failure.
+
+``run_guarded`` runs a family in a forked child. `warm` imports and compiles once in the parent, so
+that a child spends its seconds on its own model.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import json
 import logging
 import os
@@ -18,15 +24,20 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import DynamicCache, StaticCache
 
 from . import families
 from .sites import KINDS, counting
 
 MODES = ("prefill", "static", "dynamic")
+ALL_MODES = (*MODES, "static_prefill")
+COUNTS = ("graphs", "recompiles", "graph_breaks")
+REFERENCE = Path(__file__).parent / "reference.json"
 PREFILL = 9
 PROMPT = 7
 STEPS = 3
@@ -52,8 +63,9 @@ def run_family(
     modes: tuple[str, ...] = MODES,
 ) -> Result:
     """The results of one family, by mode; the exceptions of a mode are part of its result."""
-    start = time.perf_counter()
+    start = time.process_time()
     model = families.build(family, dtype)
+    exact = families.build(family, dtype).float() if dtype != torch.float32 else None
     result: Result = {
         "family": family,
         "attention": model.config._attn_implementation,
@@ -63,11 +75,16 @@ def run_family(
     prefill = None
     for mode in modes:
         entry = run_mode(model, family, mode, backend, options, prefill)
+        got, reference = entry.pop("_got", None), entry.pop("_reference", None)
         if mode == "prefill":
-            prefill = entry.pop("_reference", None)
-        entry.pop("_reference", None)
+            prefill = reference
+        if exact is not None and got is not None:
+            with torch.no_grad():
+                want = drive(exact, exact, family, mode)
+            entry["error"] = relative_error(got, want)
+            entry["eager_error"] = relative_error(reference, want)
         result["modes"][mode] = entry
-    result["seconds"] = round(time.perf_counter() - start, 1)
+    result["seconds"] = round(time.process_time() - start, 1)
     return result
 
 
@@ -131,6 +148,7 @@ def run_mode(
             entry.update(status="error", reason=describe(error))
         else:
             entry["status"] = "ran"
+            entry["_got"] = got
             entry["error"] = relative_error(got, reference)
     stats = torch._dynamo.utils.counters["stats"]
     metrics = torch._dynamo.utils.get_compilation_metrics()
@@ -152,16 +170,17 @@ def drive(model: torch.nn.Module, call: Call, family: str, mode: str) -> torch.T
     if mode == "prefill":
         return call(input_ids=ids, use_cache=False).logits
     argument = families.CACHE_ARGUMENT.get(family, "past_key_values")
-    if mode == "static":
+    if mode == "dynamic":
+        cache = DynamicCache(config=model.config)
+    else:
         cache = StaticCache(config=model.config, max_cache_len=CACHE_LENGTH)
         # A static cache allocates at its first use; keep that out of what is compiled.
         with torch.no_grad():
             model(input_ids=ids[:, :2], use_cache=True, **{argument: cache})
         cache.reset()
-    else:
-        cache = DynamicCache(config=model.config)
-    logits = [call(input_ids=ids[:, :PROMPT], use_cache=True, **{argument: cache}).logits]
-    for position in range(PROMPT, PROMPT + STEPS):
+    fill = call if mode == "static_prefill" else model
+    logits = [fill(input_ids=ids[:, :PROMPT], use_cache=True, **{argument: cache}).logits]
+    for position in range(PROMPT, PROMPT + (0 if mode == "static_prefill" else STEPS)):
         token = ids[:, position : position + 1]
         logits.append(call(input_ids=token, use_cache=True, **{argument: cache}).logits)
     if not any(touched(layer) for layer in cache.layers):
@@ -221,6 +240,28 @@ def site_summary(report: Any) -> Result:
     }
 
 
+def versions() -> str:
+    return f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
+
+
+@functools.cache
+def reference_counts() -> dict[str, Any]:
+    """Graphs, recompiles and breaks of Dynamo alone, by family and mode, for these versions of
+    torch and transformers; empty for others. Written by ``benchmarks/zoo.py --backend eager``."""
+    return json.loads(REFERENCE.read_text()).get(versions(), {}) if REFERENCE.exists() else {}
+
+
+def warm(backend: str = "dspark", options: dict[str, Any] | None = None) -> None:
+    """Do once what every child would do again: imports, first-use tables. Few objects are left
+    for a child's garbage collector to look at (and to copy)."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    run_family("llama", backend, options, modes=("prefill",))
+    torch._dynamo.reset()
+    gc.collect()
+    gc.freeze()
+
+
 def run_guarded(
     family: str, timeout: float, function: Callable[..., Result] | None = None, **kwargs: Any
 ) -> Result:
@@ -233,6 +274,7 @@ def run_guarded(
         try:
             os.setsid()
             signal.alarm(int(timeout) + 1)
+            gc.disable()
             warnings.filterwarnings("ignore")
             logging.disable(logging.ERROR)
             try:
