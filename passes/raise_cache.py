@@ -24,6 +24,7 @@ from torch import fx
 
 from dspark_compile.passes.base import Match, Pass, PassContext, Problem, dialect
 from dspark_compile.passes.graph import (
+    VIEWS,
     argument,
     aten,
     dtype,
@@ -32,6 +33,7 @@ from dspark_compile.passes.graph import (
     is_op,
     is_tensor,
     known_equal,
+    same_shape,
     shape,
     val,
 )
@@ -215,6 +217,9 @@ def _append(node: fx.Node) -> Problem | tuple[fx.Node, Any]:
         rows = positions[1] - positions[0]
     want = [*shape(cache)[:2], rows, shape(cache)[3]]
     # Indexed assignment drops leading dimensions of 1: ``cache[:, :, p] = new`` at batch 1.
+    if val(new).dim() < 4 and is_op(new, *VIEWS) and same_shape(shape(new.args[0]), want):
+        new = new.args[0]
+        assert isinstance(new, fx.Node)
     have = [*[1] * (4 - val(new).dim()), *shape(new)]
     if len(have) != 4 or not all(known_equal(a, b) for a, b in zip(want, have, strict=True)):
         return Problem(f"new entries are {tuple(shape(new))}, not {tuple(want)}")
