@@ -6,6 +6,7 @@ Everything here was checked on torch 2.11 to 2.13; a moved API is mended here.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,6 +79,31 @@ def mode_config(mode: str | None) -> dict[str, Any]:
     return dict(list_mode_options(mode))
 
 
+@functools.cache
+def _salt_pass() -> type:
+    """A custom pass that changes nothing but Inductor's cache keys."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Salt(CustomGraphPass):  # type: ignore[misc]
+        def __init__(self, salt: str) -> None:
+            self.salt = salt
+
+        def __call__(self, graph: fx.Graph) -> None:
+            return None
+
+        def uuid(self) -> Any:
+            return f"dspark:{self.salt}"
+
+        def __reduce__(self) -> Any:
+            return _make_salt, (self.salt,)
+
+    return Salt
+
+
+def _make_salt(salt: str) -> Any:
+    return _salt_pass()(salt)
+
+
 def inductor(
     module: fx.GraphModule,
     inputs: Sequence[Any],
@@ -91,20 +117,12 @@ def inductor(
     goes into ``salt``.
     """
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.custom_graph_pass import CustomGraphPass
-
-    class _Salt(CustomGraphPass):  # type: ignore[misc]
-        def __call__(self, graph: fx.Graph) -> None:
-            return None
-
-        def uuid(self) -> Any:
-            return f"dspark:{salt}"
 
     patches = dict(config or {})
     table = None
     if decompositions is not None:
         table = {**inductor_decompositions(), **decompositions}
-        patches["post_grad_custom_pre_pass"] = _Salt()
+        patches["post_grad_custom_pre_pass"] = _salt_pass()(salt)
     return compile_fx(module, list(inputs), config_patches=patches or None, decompositions=table)
 
 
@@ -155,3 +173,62 @@ def compile_call() -> object | None:
             return owner
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def cxx_compiler() -> str | None:
+    """The C++ compiler that Inductor would take: ``$CXX``, else g++ (clang++ on macOS).
+
+    `torch._inductor.cpp_builder` decides alike, but takes seconds to import.
+    """
+    import os
+    import shutil
+    import sys
+
+    named = os.environ.get("CXX")
+    if named:
+        return shutil.which(named)
+    names = ("clang++", "g++") if sys.platform == "darwin" else ("g++", "clang++", "c++")
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def openmp_library() -> str | None:
+    """The OpenMP runtime that torch brings along: what links to it shares torch's threads."""
+    from pathlib import Path
+
+    folder = Path(torch.__file__).parent / "lib"
+    patterns = ("libgomp*.so*", "libgomp-*.so*", "libomp.dylib", "libiomp5.*")
+    found = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    return str(found[0]) if found else None
+
+
+def functionalize_by_mode(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` without mutation, as AOTAutograd makes it: under a dispatch mode.
+
+    Unlike ``torch.func.functionalize`` it takes ``vmap`` and higher-order calls inside of
+    ``function``. What is written to an argument is copied back at the end.
+    """
+    from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+    from torch.utils._pytree import tree_map
+
+    def unwrap(x: Any) -> Any:
+        if not isinstance(x, FunctionalTensor):
+            return x
+        torch._sync(x)
+        return torch._from_functional_tensor(x.elem)
+
+    def run(*args: Any) -> Any:
+        with FunctionalTensorMode():
+            wrapped = [
+                FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a
+                for a in args
+            ]
+            result = function(*wrapped)
+        result = tree_map(unwrap, result)
+        for argument, state in zip(args, wrapped, strict=True):
+            if isinstance(state, FunctionalTensor):
+                final = unwrap(state)
+                if torch._functionalize_has_data_mutation(state.elem):
+                    argument.copy_(final)
+        return result
+
+    return run

@@ -116,7 +116,7 @@ def _compile(
     report: GraphReport,
 ) -> Callable[..., Any]:
     with report.timed("trace"):
-        traced, mode = trace(capture(gm), inputs)
+        traced, mode = trace(capture(gm, report), inputs)
     if options.keep_programs:
         report.programs["dynamo"] = str(gm.graph)
         report.programs["traced"] = str(traced.graph)

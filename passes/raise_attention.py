@@ -35,6 +35,7 @@ from dspark_compile.passes.graph import (
     argument,
     aten,
     dtype,
+    emit,
     is_dialect_op,
     is_op,
     is_tensor,
@@ -174,7 +175,9 @@ def _private(path: list[fx.Node], softmax: _Softmax, gated: bool) -> None:
         following.setdefault(before, set()).add(node)
     for node in path:
         for user in node.users:
-            if user in following[node] or _feeds_max(user, node) or user in softmax.inside:
+            if user in following[node] or _feeds_max(user, node) or _factory(user):
+                continue
+            if user in softmax.inside:
                 continue
             if gated and is_op(user, aten.logsumexp.default):
                 continue
@@ -186,6 +189,42 @@ def _feeds_max(user: fx.Node, node: fx.Node) -> bool:
     return is_op(user, aten.max.dim, aten.amax.default) and (
         is_row_max(user, node) or any(is_row_max(u, node) for u in user.users)
     )
+
+
+_FACTORIES = {
+    aten.zeros_like.default: 0,
+    aten.ones_like.default: 1,
+    aten.full_like.default: None,
+    aten.new_zeros.default: 0,
+    aten.new_ones.default: 1,
+    aten.new_full.default: None,
+}
+
+
+def _factory(user: fx.Node) -> bool:
+    """Whether ``user`` reads only the shape, dtype and device of its first argument."""
+    return user.target in _FACTORIES
+
+
+def _release(path: list[fx.Node], ctx: PassContext) -> None:
+    """Let no factory such as ``full_like(scores, -inf)`` keep the scores alive."""
+    for node in path:
+        for user in [u for u in node.users if _factory(u)]:
+            sizes = shape(user)
+            value = _FACTORIES[user.target]
+            if value is None:
+                value = user.args[1 if is_op(user, aten.full_like.default) else 2]
+            if not all(isinstance(d, int) for d in sizes) or not isinstance(value, (int, float)):
+                continue
+            kwargs = {"dtype": dtype(user), "device": val(user).device}
+            graph = user.graph
+            with graph.inserting_before(user):
+                args = (list(sizes), value)
+                made = emit(
+                    graph, aten.full.default, args, kwargs, like=user, fake_mode=ctx.fake_mode
+                )
+            user.replace_all_uses_with(made)
+            graph.erase_node(user)
 
 
 class RaiseAttention(Pass):
@@ -205,6 +244,7 @@ class RaiseAttention(Pass):
             path = find(softmax.input)
             if path is None:
                 continue
+            _release(path, ctx)
             try:
                 yield from self._read(softmax, path)
             except Miss as miss:

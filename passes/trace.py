@@ -15,7 +15,11 @@ import torch.fx.traceback as fx_traceback
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dspark_compile._torch_compat import fake_inputs, ignore_fresh_symbols
+from dspark_compile._torch_compat import (
+    fake_inputs,
+    functionalize_by_mode,
+    ignore_fresh_symbols,
+)
 
 
 def trace(module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, Any]:
@@ -28,13 +32,16 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule
     def run(*args: Any) -> Any:
         return fx.Interpreter(module).run(*args)
 
+    functional = torch.func.functionalize(run, remove="mutations")
+    if _has_inner_transforms(module):
+        functional = functionalize_by_mode(run)
     with (
         torch.no_grad(),
         mode,
         ignore_fresh_symbols(mode),
         fx_traceback.preserve_node_meta(),
     ):
-        traced = make_fx(torch.func.functionalize(run, remove="mutations"))(*fakes)
+        traced = make_fx(functional)(*fakes)
 
     old = [n for n in module.graph.nodes if n.op == "placeholder"]
     new = [n for n in traced.graph.nodes if n.op == "placeholder"]
@@ -52,3 +59,13 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule
     if hasattr(module, "_param_name_to_source") and not tensors:
         traced._param_name_to_source = module._param_name_to_source
     return traced, mode
+
+
+def _has_inner_transforms(module: fx.GraphModule) -> bool:
+    """Whether the graph holds ``vmap`` or higher-order calls, which ``torch.func`` cannot
+    functionalise from outside."""
+    return any(
+        isinstance(node.target, torch._ops.HigherOrderOperator)
+        or "vmap_increment" in getattr(node.target, "__name__", "")
+        for node in module.graph.nodes
+    )

@@ -185,7 +185,8 @@ def test_grouped_five_dimensions(mask):
         return (s.softmax(-1) @ v.unsqueeze(2)).reshape(b, h, m, d)
 
     graph = raised(f, *qkv(h=6, kv=2), torch.randn(mask))
-    assert "expand" not in graph.programs["after raise_attention"] or mask[1] == 2
+    repeated = "expand" in graph.programs["after raise_attention"]
+    assert repeated == (1 < mask[1] * mask[2] < 6)  # only a mask for some heads is
 
 
 def test_multi_query():
