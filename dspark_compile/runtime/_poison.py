@@ -33,6 +33,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -93,10 +94,12 @@ def _build() -> ctypes.CDLL:
         )
     root = Path(torch.__file__).parent
     abi = int(getattr(torch._C, "_GLIBCXX_USE_CXX11_ABI", True))
-    key = hashlib.sha256(
-        repr((_SOURCE, torch.__version__, torch.version.git_version, str(root), command, abi,
-              sys.platform)).encode()
-    ).hexdigest()[:24]  # fmt: skip
+    flags = [
+        *("-O1", "-shared", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"),
+        *(f"-I{root / 'include'}", f"-L{root / 'lib'}"),
+    ]
+    identity = (_SOURCE, torch.__version__, torch.version.git_version, command, flags, sys.platform)
+    key = hashlib.sha256(repr(identity).encode()).hexdigest()[:24]
     folder = _cache_dir()
     library = folder / f"poison-{key}.so"
     if not library.exists():
@@ -105,12 +108,16 @@ def _build() -> ctypes.CDLL:
             source.write_text(_SOURCE)
             errors = []
             for standard in ("c++20", "c++17"):
-                done = subprocess.run(
-                    [*command, "-O1", "-shared", "-fPIC", f"-std={standard}",
-                     f"-D_GLIBCXX_USE_CXX11_ABI={abi}", f"-I{root / 'include'}",
-                     str(source), "-o", str(built), f"-L{root / 'lib'}", "-lc10"],
-                    capture_output=True, text=True,
-                )  # fmt: skip
+                line = [
+                    *command,
+                    *flags,
+                    f"-std={standard}",
+                    str(source),
+                    "-o",
+                    str(built),
+                    "-lc10",
+                ]
+                done = subprocess.run(line, capture_output=True, text=True)
                 if done.returncode == 0:
                     os.replace(built, library)
                     break
@@ -162,6 +169,10 @@ def unavailable() -> str | None:
         return _problem
 
 
+def _not_shared() -> bool:
+    return False
+
+
 def release_and_poison(tensor: Tensor, message: str) -> None:
     """Free the memory of ``tensor`` and make any later access to it raise ``message``.
 
@@ -181,6 +192,10 @@ def release_and_poison(tensor: Tensor, message: str) -> None:
         poisoned = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         poisoned.set_(null, tensor.storage_offset(), tensor.shape, tensor.stride())
         _setter(null._cdata, message)
+        # torch's own die here: one asks for the pointer outside its exception handlers, one for
+        # an allocator. Every other method was tried. (Views share this storage object.)
+        null.is_shared = _not_shared  # type: ignore[method-assign]
+        null.new = partial(torch.UntypedStorage, 0, device=tensor.device)  # type: ignore[method-assign]
         # One step, from readable to unreadable: another thread never sees the null pointer.
         tensor.data = poisoned
     old.resize_(0)

@@ -150,6 +150,10 @@ def why_not(tensor: Tensor, scheme: str = "int8") -> str | None:
     if not tensor.is_contiguous():
         return f"it is not contiguous: strides {tuple(tensor.stride())}"
     storage = tensor.untyped_storage()
+    try:
+        storage.data_ptr()
+    except RuntimeError as error:
+        return f"its memory cannot be read: {error}"
     if tensor._is_view() or tensor.storage_offset() != 0 or storage.nbytes() != tensor.nbytes:
         return "it is a view of a larger or another tensor"
     if tensor.is_shared() and tensor.device.type == "cpu":
