@@ -32,7 +32,8 @@ _EXPERT_PATH = re.compile(r"(^|\.)experts(\.|$)")
 
 @contextmanager
 def counting(model: nn.Module) -> Iterator[Counter[str]]:
-    """Within the block, calls of ``model`` in eager mode add to the counter, by kind."""
+    """Within the block, calls of ``model`` in eager mode add to the counter, by kind. In compiled
+    code, what runs between the graphs is counted."""
     counts: Counter[str] = Counter()
     hooks = []
     for path, module in model.named_modules():
@@ -54,7 +55,8 @@ def counting(model: nn.Module) -> Iterator[Counter[str]]:
 
 def _counter_hook(counts: Counter[str], kind: str) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        counts[kind] += 1
+        if not torch.compiler.is_compiling():
+            counts[kind] += 1
 
     return hook
 
@@ -87,6 +89,8 @@ def _patches(model: nn.Module, counts: Counter[str]) -> Iterator[Any]:
 
     def outermost(kind: str, function: Any, amount: Any) -> Any:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return function(*args, **kwargs)
             depth[kind] += 1
             try:
                 result = function(*args, **kwargs)
@@ -114,7 +118,8 @@ def _patches(model: nn.Module, counts: Counter[str]) -> Iterator[Any]:
     softmax = torch.softmax
 
     def counted_softmax(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if depth["attention"] == 0 and x.ndim >= 3:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and depth["attention"] == 0 and x.ndim >= 3:
             counts["softmax"] += 1
         dim = kwargs.pop("dim", args[0] if args else -1)
         dtype = kwargs.get("dtype")

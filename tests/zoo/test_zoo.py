@@ -56,19 +56,6 @@ def results(family: str) -> dict[str, Any]:
     return runner.run_guarded(family, TIMEOUT, options=OPTIONS)
 
 
-def counts_of_reference(family: str) -> dict[str, list[int]]:
-    """Graphs, recompiles and breaks of Dynamo alone, by mode."""
-    kept = runner.reference_counts()
-    if kept:
-        return kept.get(family, {})
-    modes = runner.run_guarded(family, TIMEOUT, backend="eager").get("modes", {})
-    return {
-        mode: [entry[name] for name in runner.COUNTS]
-        for mode, entry in modes.items()
-        if entry["status"] == "ran"
-    }
-
-
 @pytest.mark.parametrize("family", parameters())
 def test_family(family: str) -> None:
     result = results(family)
@@ -84,10 +71,10 @@ def test_family(family: str) -> None:
     assert not problems, "\n".join(problems)
     assert result["modes"]["prefill"]["status"] == "ran", result["modes"]["prefill"]["reason"]
 
-    base = counts_of_reference(family)
     for mode, entry in result["modes"].items():
         if entry["status"] == "ran":
-            for name, most in zip(runner.COUNTS, base.get(mode, ()), strict=False):
+            base = runner.reference_counts(family, mode, entry, torch.float32)
+            for name, most in zip(runner.COUNTS, base, strict=True):
                 if entry[name] > most:
                     problems.append(f"{mode}: {entry[name]} {name}, Dynamo alone {most}")
     assert not problems, "\n".join(problems)
