@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +20,9 @@ from torch import fx
 from dspark_compile.diagnostics.report import GraphReport, PassRecord
 from dspark_compile.options import Options
 from dspark_compile.passes.graph import module_path, op_counts, source
+
+# What the report counts as raised or not; other kinds only have passes and rejections.
+SITE_KINDS = ("attention", "norm", "rope", "mlp", "experts")
 
 
 class UserError(Exception):
@@ -76,18 +79,35 @@ class PassContext:
     shared: dict[str, Any] = field(default_factory=dict)
 
     def reject(
-        self, pass_name: str, kind: str, node: fx.Node, condition: str, hint: str = ""
+        self,
+        pass_name: str,
+        kind: str,
+        node: fx.Node,
+        condition: str,
+        hint: str = "",
+        site: bool = False,
     ) -> None:
-        """Record that a site of ``kind`` was not rewritten, and why."""
-        self.report.reject(
-            pass_name, kind, node.name, module_path(node), source(node), condition, hint
-        )
+        """Record that something of ``kind`` was not rewritten, and why; with ``site``, that
+        it is a site that stays unraised."""
+        known = len(self.report.rejections)
+        path = module_path(node)
+        self.report.reject(pass_name, kind, node.name, path, source(node), condition, hint)
+        if site and len(self.report.rejections) > known:
+            self.report.add_site(kind, node.name, path, status="rejected", reason=condition)
 
     def raised(self, kind: str, node: fx.Node) -> None:
         """Record a site that became a dialect op (``node`` is that op)."""
         name = getattr(node.target, "_schema", None)
         op = name.name.split("::")[-1] if name is not None else str(node.target)
         self.report.add_site(kind, node.name, module_path(node), op)
+
+    def moved(self, old: fx.Node, new: fx.Node) -> None:
+        """Record that the site of the dialect op ``old`` is now part of ``new``."""
+        op = new.target._schema.name.split("::")[-1]  # type: ignore[union-attr]
+        self.report.sites[:] = [
+            replace(s, node=new.name, op=op) if s.node == old.name and s.status == "raised" else s
+            for s in self.report.sites
+        ]
 
 
 class Pass(ABC):
@@ -97,6 +117,11 @@ class Pass(ABC):
     kind: ClassVar[str] = "other"
     stage: ClassVar[str] = "raise"
     changes_numerics: ClassVar[bool] = False
+
+    @property
+    def finds_sites(self) -> bool:
+        """Whether what this pass rejects is a site that stays unraised."""
+        return self.name.startswith("raise_") and self.kind in SITE_KINDS
 
     def enabled(self, ctx: PassContext) -> bool:
         """Whether the options ask for this pass."""
@@ -132,6 +157,7 @@ class Pass(ABC):
                     problem.node or match.anchor,
                     problem.condition,
                     problem.hint,
+                    site=self.finds_sites,
                 )
         if rewritten:
             graph.eliminate_dead_code()

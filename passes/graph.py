@@ -128,7 +128,11 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = list(stack.values())[-1][0]
+    return clean_path(list(stack.values())[-1][0])
+
+
+def clean_path(path: str) -> str:
+    """``L['self'].model.layers['0']`` as ``model.layers.0``."""
     for noise in ("L['self'].", "L['self']", "L['model'].", "_modules"):
         path = path.replace(noise, "")
     return path.replace("['", ".").replace("']", "").replace("..", ".").strip(".")

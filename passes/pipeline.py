@@ -7,12 +7,15 @@ import functools
 from torch import fx
 
 from dspark_compile.passes.absorb_mla import AbsorbMLA
+from dspark_compile.passes.add_norm import AddNorm
+from dspark_compile.passes.audit import Audit
 from dspark_compile.passes.base import Pass, PassContext
 from dspark_compile.passes.join_writes import JoinWrites
 from dspark_compile.passes.kv_int8 import FuseDequantize, KVInt8
 from dspark_compile.passes.merge_linears import MergeLinears
 from dspark_compile.passes.normalize import Normalize
 from dspark_compile.passes.prove_masks import ProveMasks
+from dspark_compile.passes.qk_rope_append import QKRopeAppend
 from dspark_compile.passes.raise_attention import RaiseAttention
 from dspark_compile.passes.raise_cache import RaiseCache
 from dspark_compile.passes.raise_linear import RaiseLinear
@@ -38,6 +41,7 @@ RAISE: list[type[Pass]] = [
 ]
 # Optimise: dialect to dialect.
 OPTIMISE: list[type[Pass]] = [
+    AddNorm,
     AbsorbMLA,
     FuseDequantize,
     MergeLinears,
@@ -46,6 +50,8 @@ OPTIMISE: list[type[Pass]] = [
 FINISH: list[type[Pass]] = [
     WriteInPlace,
     KVInt8,
+    QKRopeAppend,
+    Audit,
 ]
 
 
