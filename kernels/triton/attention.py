@@ -49,7 +49,14 @@ class Tiles:
 
 
 def choose_tiles(
-    target: Target, rows: int, block_d: int, block_dv: int, compute_bytes: int, int8: bool
+    target: Target,
+    rows: int,
+    block_d: int,
+    block_dv: int,
+    compute_bytes: int,
+    *,
+    int8: bool = False,
+    biased: bool = False,
 ) -> Tiles:
     """Tiles for ``rows`` query rows of one key head; chosen so that no target spills."""
     wide = max(block_d, block_dv)
@@ -62,13 +69,17 @@ def choose_tiles(
         return Tiles(height, keys, 4, 2 if wide <= 128 and compute_bytes == 2 else 1)
     if compute_bytes == 4:
         # Each float32 product is three tf32 ones and holds both halves of its operands.
-        return Tiles(min(height, 32), 32, 8, 2) if wide <= 128 else Tiles(16, 16, 4, 2)
+        return (
+            Tiles(min(height, 16 if int8 else 32), 32, 8, 2) if wide <= 128 else Tiles(16, 16, 4, 2)
+        )
     if wide > 128:
         height = min(height, 32 if int8 else 64)
+    elif biased and wide > 64:
+        height = min(height, 64)
     keys = 64 if wide <= 128 else 32
     if height <= 32 and wide <= 64:
         keys = 128
-    warps = 8 if height * wide >= 128 * 64 else 4
+    warps = 8 if height * wide >= 128 * 64 and height > 32 else 4
     stage = keys * (block_d + block_dv) * (1 if int8 else compute_bytes)
     stages = 3 if 3 * stage + height * block_d * compute_bytes <= target.shared // 2 else 2
     return Tiles(height, keys, warps, stages)
@@ -84,9 +95,8 @@ def choose_splits(target: Target, tiles: int, blocks: int) -> int:
 def _precision(target: Target, compute_bytes: int, wide: int) -> str:
     """Float32 stays float32: three tf32 products on tensor cores, fused multiply-adds
     elsewhere, and for heads so wide that both halves of a query tile fill the registers."""
-    if compute_bytes < 4:
-        return "tf32"
-    return "tf32x3" if target.backend == "cuda" and wide <= 128 else "ieee"
+    split = target.backend == "cuda" and compute_bytes == 4 and wide <= 128
+    return "tf32x3" if split else "ieee"
 
 
 @dataclass(frozen=True)
@@ -134,7 +144,9 @@ def plan(
     block_dv = max(16, next_power_of_2(value_features))
     target = target or target_of(query)
     width = max(compute.itemsize, value_compute.itemsize)
-    tiles = choose_tiles(target, count * group, block_d, block_dv, width, int8)
+    tiles = choose_tiles(
+        target, count * group, block_d, block_dv, width, int8=int8, biased=bias is not None
+    )
     programs = batch * kv_heads * cdiv(count * group, tiles.rows)
     if splits is None:
         splits = choose_splits(target, programs, cdiv(keys, tiles.keys))
