@@ -247,7 +247,7 @@ class CompressedLayer(_StaticLayer):  # type: ignore[misc, valid-type]
     @property
     def nbytes_exact(self) -> int:
         """Bytes of the same rows in ``dtype``."""
-        if not self.is_initialized:
+        if self.key_data is None or self.value_data is None or self.dtype is None:
             return 0
         return (self.key_data.numel() + self.value_data.numel()) * self.dtype.itemsize
 

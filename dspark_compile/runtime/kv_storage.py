@@ -98,7 +98,7 @@ def unavailable() -> str | None:
     return _poison.unavailable()
 
 
-def _find(tensor: Tensor) -> _Entry | None:
+def _find(tensor: Any) -> _Entry | None:
     entry = _entries.get(id(tensor))
     if (
         entry is None
