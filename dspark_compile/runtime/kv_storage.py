@@ -98,15 +98,12 @@ def unavailable() -> str | None:
     return _poison.unavailable()
 
 
-def _find(tensor: Any) -> _Entry | None:
+def _find(tensor: Tensor) -> _Entry | None:
     entry = _entries.get(id(tensor))
-    if (
-        entry is None
-        or entry.tensor() is not tensor
-        or entry.storage != tensor.untyped_storage()._cdata
-    ):
+    if entry is None or entry.tensor() is not tensor:
         return None
-    return entry
+    storage: Any = tensor.untyped_storage()
+    return entry if entry.storage == storage._cdata else None
 
 
 def _check_scheme(scheme: str) -> None:
