@@ -100,10 +100,9 @@ def unavailable() -> str | None:
 
 def _find(tensor: Tensor) -> _Entry | None:
     entry = _entries.get(id(tensor))
-    if entry is None or entry.tensor() is not tensor:
+    if entry is None or entry.storage != tensor.untyped_storage()._cdata:
         return None
-    storage: Any = tensor.untyped_storage()
-    return entry if entry.storage == storage._cdata else None
+    return entry if entry.tensor() is tensor else None
 
 
 def _check_scheme(scheme: str) -> None:
