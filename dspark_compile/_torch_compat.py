@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -59,11 +60,38 @@ def ignore_fresh_symbols(mode: Any) -> contextlib.AbstractContextManager[Any]:
     return mode.shape_env.ignore_fresh_unbacked_symbols()
 
 
-def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's decomposition table (a copy)."""
-    from torch._inductor.decomposition import select_decomp_table
+_active: ContextVar[frozenset[Any]] = ContextVar("dspark_active_decompositions")
 
-    return dict(select_decomp_table())
+
+@functools.cache
+def _register_decompositions() -> None:
+    """Put the dialect's ATen forms into Inductor's own table.
+
+    A table of our own, passed to ``compile_fx``, would become part of Inductor's cache key
+    and cannot be pickled, so nothing would ever be cached. Each entry asks whether the
+    compilation under way wants it and otherwise leaves the op whole.
+    """
+    from torch._inductor import decomposition
+
+    from .codegen.aten import FORMS
+    from .ops import OPS
+
+    def entry(overload: Any, form: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(form)
+        def decompose(*args: Any, **kwargs: Any) -> Any:
+            if overload not in _active.get(frozenset()):
+                return NotImplemented
+            return form(*args, **kwargs)
+
+        return decompose
+
+    table = {
+        OPS[name].overload: entry(OPS[name].overload, form)
+        for name, form in FORMS.items()
+        if not OPS[name].mutates
+    }
+    decomposition.decompositions.update(table)
+    decomposition.fast_random_decomps().update(table)
 
 
 def mode_config(mode: str | None) -> dict[str, Any]:
@@ -108,10 +136,10 @@ def inductor(
     module: fx.GraphModule,
     inputs: Sequence[Any],
     config: dict[str, Any] | None = None,
-    decompositions: dict[Any, Callable[..., Any]] | None = None,
+    decompositions: Collection[Any] | None = None,
     salt: str = "",
 ) -> Callable[..., Any]:
-    """``compile_fx``, with extra decompositions and a salt in its cache keys.
+    """``compile_fx``, decomposing the dialect ops named in ``decompositions``.
 
     The decompositions are not part of Inductor's cache keys, so whatever decides them
     goes into ``salt``.
@@ -119,30 +147,31 @@ def inductor(
     from torch._inductor.compile_fx import compile_fx
 
     patches = dict(config or {})
-    table = None
-    if decompositions is not None:
-        table = {**inductor_decompositions(), **decompositions}
+    if decompositions:
+        _register_decompositions()
         patches["post_grad_custom_pre_pass"] = _salt_pass()(salt)
-    return compile_fx(module, list(inputs), config_patches=patches or None, decompositions=table)
+    token = _active.set(frozenset(decompositions or ()))
+    try:
+        return compile_fx(module, list(inputs), config_patches=patches or None)
+    finally:
+        _active.reset(token)
 
 
+@functools.cache
 def source_hash() -> str:
-    """A hash of this package's sources: part of every cache key."""
-    import functools
+    """A hash of the sources that decompositions come from: part of Inductor's cache keys.
+
+    Everything else that this package does to a graph shows in the graph itself.
+    """
     import hashlib
     from pathlib import Path
 
-    @functools.cache
-    def compute() -> str:
-        digest = hashlib.sha256()
-        root = Path(__file__).parent
-        for folder in (root, root / "passes", root / "codegen", root / "kernels"):
-            for path in sorted(folder.resolve().rglob("*.py")):
-                digest.update(path.name.encode())
-                digest.update(path.read_bytes())
-        return digest.hexdigest()[:16]
-
-    return compute()
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in (*sorted((root / "ops").glob("*.py")), root / "codegen" / "aten.py"):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def grad_needed(inputs: Sequence[Any]) -> bool:
@@ -207,6 +236,7 @@ def functionalize_by_mode(function: Callable[..., Any]) -> Callable[..., Any]:
     Unlike ``torch.func.functionalize`` it takes ``vmap`` and higher-order calls inside of
     ``function``. What is written to an argument is copied back at the end.
     """
+    from torch._dispatch.python import enable_python_dispatcher
     from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
     from torch.utils._pytree import tree_map
 
@@ -217,7 +247,7 @@ def functionalize_by_mode(function: Callable[..., Any]) -> Callable[..., Any]:
         return torch._from_functional_tensor(x.elem)
 
     def run(*args: Any) -> Any:
-        with FunctionalTensorMode():
+        with enable_python_dispatcher(), FunctionalTensorMode():
             wrapped = [
                 FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a
                 for a in args

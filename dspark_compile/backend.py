@@ -135,7 +135,7 @@ def _inner(
     inputs: Sequence[Any],
     options: Options,
     config: dict[str, Any],
-    decompositions: dict[Any, Callable[..., Any]] | None,
+    decompositions: set[Any] | None,
     report: GraphReport,
     ctx: PassContext | None = None,
 ) -> Callable[..., Any]:

@@ -2,20 +2,18 @@
 
 An ``aten`` site stays a dialect call in the graph and is decomposed by the inner compiler
 (so that its cache keys see one stable op), or, for ``inner="eager"``, calls the ATen form
-directly. A ``triton`` site calls the kernel's own op. ``aten.view`` becomes
+directly. A ``triton`` or ``cpp`` site calls the kernel's own op. ``aten.view`` becomes
 ``aten.reshape``: a dialect op may lay out its result otherwise than the code it replaced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from dspark_compile.codegen.aten import FORMS
 from dspark_compile.codegen.registry import implementations
 from dspark_compile.ops import OPS
 from dspark_compile.passes.base import PassContext
@@ -50,12 +48,10 @@ def _inline(node: fx.Node, name: str, ctx: PassContext) -> None:
     graph.erase_node(node)
 
 
-def lower(module: fx.GraphModule, ctx: PassContext) -> dict[Any, Callable[..., Any]]:
-    """Lower ``module`` in place; returns the decompositions its inner compiler needs."""
+def lower(module: fx.GraphModule, ctx: PassContext) -> set[Any]:
+    """Lower ``module`` in place; returns the ops that its inner compiler decomposes."""
     options, report = ctx.options, ctx.report
-    decompositions: dict[Any, Callable[..., Any]] = {
-        OPS["quantize_kv"].overload: FORMS["quantize_kv"]
-    }
+    decompositions: set[Any] = {OPS["quantize_kv"].overload}
     chosen: dict[str, tuple[str, str]] = {}
     for node in list(module.graph.nodes):
         if is_op(node, aten.view.default):
@@ -72,12 +68,12 @@ def lower(module: fx.GraphModule, ctx: PassContext) -> dict[Any, Callable[..., A
                 report.add_fallback(f"{name} at {node.name}", refused)
                 continue
             chosen[node.name] = (candidate.name, refused)
-            if candidate.name == "triton" or options.inner == "eager":
+            if candidate.name in ("triton", "cpp") or options.inner == "eager":
                 node.target = candidate.target or node.target
             elif candidate.name == "aten" and OPS[name].mutates:
                 _inline(node, name, ctx)
             elif candidate.name == "aten":
-                decompositions[OPS[name].overload] = FORMS[name]
+                decompositions.add(OPS[name].overload)
             break
     report.sites[:] = [
         replace(site, impl=chosen[site.node][0], reason=chosen[site.node][1])

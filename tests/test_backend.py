@@ -359,3 +359,33 @@ class TestOptions:
         ids = torch.randint(0, 128, (1, 5))
         compiled(model, disable=["repeat_kv"])(ids, use_cache=False)
         assert "repeat_kv" not in {p.name for p in last_report().graphs[-1].passes}
+
+
+@pytest.mark.slow
+def test_inductor_caches_work_across_processes(tmp_path):
+    """A second process finds the rewritten graph in Inductor's caches, report included."""
+    import os
+    import subprocess
+    import sys
+
+    program = """
+import torch
+from torch._dynamo.utils import counters
+import dspark_compile
+torch.manual_seed(0)
+m = torch.nn.Sequential(torch.nn.RMSNorm(16), torch.nn.Linear(16, 16))
+with torch.no_grad():
+    torch.compile(m, backend="dspark", options={"fallback": "error"})(torch.randn(4, 16))
+dspark_compile.last_report().assert_fused("norm", n=1)
+c = counters["aot_autograd"]
+print("hits", c["autograd_cache_hit"], "misses", c["autograd_cache_miss"],
+      "bypass", c["autograd_cache_bypass"] + counters["inductor"]["fxgraph_cache_bypass"])
+"""
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    lines = [
+        subprocess.run(
+            [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for _ in range(2)
+    ]
+    assert lines == ["hits 0 misses 1 bypass 0", "hits 1 misses 0 bypass 0"]
