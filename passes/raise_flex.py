@@ -401,13 +401,15 @@ def replace(node: fx.Node, module: fx.GraphModule) -> Miss | None:
 def _replace(node: fx.Node, module: fx.GraphModule) -> None:
     query, key, value, score_mod, block_mask, scale = node.args[:6]
     score_captures, mask_captures = node.args[7:9]
+    unused: list[fx.Node] = []
     for user in node.users:
-        if user.target is not operator.getitem or (user.args[1] != 0 and user.users):
+        if user.target is not operator.getitem or (user.args[1] != 0 and not _dead(user, unused)):
             raise Miss(
                 "the log-sum-exp of flex_attention is used",
                 "call it without return_lse or return_aux",
             )
-    if not isinstance(scale, (int, float)):
+    symbolic = isinstance(_example(scale), (torch.SymFloat, torch.SymInt))
+    if not isinstance(scale, (int, float)) and not symbolic:
         raise Miss("flex_attention's scale is not a number")
     values = [_example(n) for n in (query, key, value)]
     if any(v is None for v in values):
@@ -441,6 +443,19 @@ def _replace(node: fx.Node, module: fx.GraphModule) -> None:
     node.target = flex
     node.args = (query, key, value, score_mod, mask, scale, score_captures, mask_captures)
     node.kwargs = {}
+    for item in sorted(set(unused), reverse=True):
+        item.graph.erase_node(item)
+
+
+def _dead(node: fx.Node, found: list[fx.Node]) -> bool:
+    """Whether nothing outside of ``node`` and what is computed from it reads it; these go to
+    ``found``."""
+    if node.op not in ("call_function", "call_method") or node.target is operator.setitem:
+        return False
+    if str(getattr(node.target, "__name__", node.target)).rstrip("0123456789").endswith("_"):
+        return False  # in place
+    found.append(node)
+    return all(_dead(user, found) for user in node.users)
 
 
 def _dry_run(score: fx.GraphModule, mask: fx.GraphModule | None, node: fx.Node) -> None:

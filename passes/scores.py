@@ -420,6 +420,8 @@ def _scaled(scores: Scores, before: fx.Node, node: fx.Node) -> None:
     _keeps_shape(before, node)
     number = constant(other)
     if number is None:
+        number = _of_head_size(other, scores.query)
+    if number is None:
         _row_scaled(scores, other, divides, node)
         return
     if not math.isfinite(number) or number == 0:
@@ -434,6 +436,16 @@ def _scaled(scores: Scores, before: fx.Node, node: fx.Node) -> None:
             extra.factor *= number
         else:
             extra.value *= number
+
+
+def _of_head_size(value: Any, query: fx.Node) -> float | None:
+    """A symbolic number that depends on the head size alone, which is thereby made static."""
+    symbolic = value.meta.get("val") if isinstance(value, fx.Node) else value
+    if not isinstance(symbolic, (torch.SymFloat, torch.SymInt)):
+        return None
+    size = shape(query)[-1]
+    free = size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set()
+    return float(symbolic) if symbolic.node.expr.free_symbols <= free else None
 
 
 def _row_scaled(scores: Scores, other: Any, divides: bool, node: fx.Node) -> None:

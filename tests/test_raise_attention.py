@@ -256,6 +256,12 @@ def test_dynamic_shapes():
     torch._dynamo.reset()
     raised(folded, q, k, v, torch.randn(2, 1, 5, 7), dynamic=True)
 
+    def scaled_by_size(q, k, v):
+        return (q @ k.mT / math.sqrt(q.size(-1))).softmax(-1) @ v
+
+    torch._dynamo.reset()
+    raised(scaled_by_size, q, k, v, dynamic=True)
+
 
 # --- masks and biases ------------------------------------------------------------------------
 
@@ -578,3 +584,38 @@ def test_through_inductor():
     got, graph = compiled(f, *args, options={"fallback": "error", "verify": True})
     assert graph.ops["attention"] == 1
     torch.testing.assert_close(got, f(*args), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spelling", ["fill", "where", "where not"])
+def test_weights_set_to_zero_where_the_mask_forbids(spelling):
+    """It changes only rows without an allowed key: they are zero, here and in the op."""
+    mask = causal(5, 7)
+    mask[2] = False
+
+    def f(q, k, v, mask):
+        forbidden = ~mask if spelling != "where" else mask
+        scores = q @ k.mT * 0.3
+        if spelling == "where":
+            weights = torch.where(mask, scores, -math.inf).softmax(-1)
+            weights = torch.where(mask, weights, 0.0)
+        else:
+            weights = scores.masked_fill(forbidden, -math.inf).softmax(-1)
+            if spelling == "fill":
+                weights = weights.masked_fill(forbidden, 0)
+            else:
+                weights = torch.where(forbidden, 0.0, weights)
+        return weights @ v
+
+    raised(f, *qkv(), mask)
+
+
+@pytest.mark.parametrize("fill, zero, same", [(-1e9, 0, True), (-math.inf, 0.5, True),
+                                              (-math.inf, 0, False)])  # fmt: skip
+def test_weights_changed_otherwise_stay(fill, zero, same):
+    mask = causal(5, 7)
+
+    def f(q, k, v, mask):
+        scores = (q @ k.mT * 0.3).masked_fill(~mask, fill)
+        return scores.softmax(-1).masked_fill(~mask if same else mask, zero) @ v
+
+    rejected(f, *qkv(), mask, reason="go through aten.masked_fill")
