@@ -52,6 +52,7 @@ from dspark_compile.passes.scores import (
     Miss,
     Scores,
     Term,
+    constant,
     factors,
     find,
     is_product,
@@ -155,6 +156,8 @@ def _uses(node: fx.Node, scores: Scores, lead: tuple[Any, ...], keys: Any) -> li
                 ):
                     raise Miss("the weights are sliced otherwise than by dropping the sink")
                 walk(user, leads, True)
+            elif _zeroes_forbidden(user, node, scores):
+                walk(user, leads, dropped)
             else:
                 what = "dropout" if "dropout" in op_name(user) else op_name(user)
                 raise Miss(
@@ -165,6 +168,30 @@ def _uses(node: fx.Node, scores: Scores, lead: tuple[Any, ...], keys: Any) -> li
 
     walk(node, [lead], False)
     return found
+
+
+def _zeroes_forbidden(user: fx.Node, weights: fx.Node, scores: Scores) -> bool:
+    """Whether ``user`` sets weights to zero exactly where a -inf made them so: that changes only
+    rows without any allowed key, which are zero in the op anyway."""
+    if is_op(user, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        source, mask, value, allowed = user.args[0], user.args[1], user.args[2], False
+    elif is_op(user, aten.where.self):
+        allowed = user.args[1] is weights
+        mask, source, value = user.args[0], *(user.args[1:] if allowed else user.args[:0:-1])
+    else:
+        return False
+    return (
+        source is weights
+        and constant(value) == 0
+        and same_shape(shape(user), shape(weights))
+        and any(
+            isinstance(extra, Fill)
+            and extra.node is mask
+            and extra.allowed == allowed
+            and extra.value == -math.inf
+            for extra in scores.extras
+        )
+    )
 
 
 def _private(path: list[fx.Node], softmax: _Softmax, gated: bool) -> None:
