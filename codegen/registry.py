@@ -23,7 +23,7 @@ class Implementation:
     """One way to run one dialect op.
 
     Attributes:
-        name: ``aten``, ``triton``, ``reference`` …
+        name: ``aten``, ``triton``, ``cpp``, ``reference`` …
         op: the dialect op's name.
         supports: None if the site fits, else the reason why not; gets the node.
         target: what the node calls under this implementation; None leaves the op in the
@@ -51,6 +51,13 @@ def _triton(op: str) -> Implementation | None:
     return Implementation("triton", op, entry.supports, entry.target)
 
 
+def _cpp(op: str) -> Implementation | None:
+    from dspark_compile.kernels.cpp import registry as cpp_registry
+
+    entry = cpp_registry.find(op)
+    return None if entry is None else Implementation("cpp", op, entry.supports, entry.target)
+
+
 def implementations(op: str, kernels: str, device: torch.device) -> list[Implementation]:
     """Candidates for ``op`` in order of preference under ``Options(kernels=...)``."""
     aten = Implementation("aten", op, _always, FORMS[op]) if op in FORMS else None
@@ -58,6 +65,7 @@ def implementations(op: str, kernels: str, device: torch.device) -> list[Impleme
     triton = None
     if kernels == "triton" or (kernels == "auto" and device.type == "cuda"):
         triton = _triton(op)
+    cpp = _cpp(op) if kernels == "cpp" and device.type == "cpu" else None
     if kernels == "reference":
         return [reference]
-    return [item for item in (triton, aten, reference) if item is not None]
+    return [item for item in (triton, cpp, aten, reference) if item is not None]

@@ -34,8 +34,8 @@ class Options:
     kernels: str = _option(
         "auto",
         "Which kernels dialect ops become: the best for the device, ATen forms that the "
-        "inner compiler fuses, Triton, or the plain-torch reference.",
-        ("auto", "aten", "triton", "reference"),
+        "inner compiler fuses, Triton, emitted C++ (CPU only), or the plain-torch reference.",
+        ("auto", "aten", "triton", "cpp", "reference"),
     )
     kv_cache: str = _option(
         "model",

@@ -1,0 +1,261 @@
+"""Launchers of decode attention over exact and int8 caches, up to 16 query rows (``attention.h``).
+
+The mask predicate is printed into the kernel. Keys that its bounds forbid are not read: a static
+cache of 8192 rows with 512 filled costs what 512 rows cost.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspark_compile.codegen.cpp import emit
+from dspark_compile.codegen.cpp.predicate import Printed, print_predicate
+from dspark_compile.kernels.cpp._launch import (
+    MAX_ROWS,
+    device_reason,
+    dtype_reason,
+    name_of,
+    pointer,
+    run,
+    threads_for,
+)
+from dspark_compile.ops import OPS
+
+MAX_FEATURES = 1024
+MAX_GROUP = 64
+
+
+def _spec(
+    query: Tensor,
+    key: Tensor,
+    key_scale: Tensor | None,
+    value: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    softcap: float,
+    mask_value: float | None,
+) -> emit.Attention:
+    return emit.Attention(
+        query=query.dtype,
+        cache=key.dtype,
+        scales=None if key_scale is None else key_scale.dtype,
+        bias=None if bias is None else bias.dtype,
+        sinks=None if sinks is None else sinks.dtype,
+        group=query.shape[1] // key.shape[1],
+        rows=query.shape[2],
+        features=query.shape[3],
+        value_features=value.shape[3],
+        softcap=softcap > 0,
+        adds=mask_value is not None,
+    )
+
+
+def _printed(mask: str, mask_tensors: Sequence[Tensor]) -> Printed:
+    return print_predicate(mask, tuple(t.dtype for t in mask_tensors))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x`` with its last dimension contiguous."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    key_scale: Tensor | None,
+    value: Tensor,
+    value_scale: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    mask_tensors: Sequence[Tensor],
+    mask_ints: Sequence[int],
+    scale: float,
+    mask: str,
+    softcap: float,
+    mask_value: float | None,
+    threads: int | None = None,
+) -> Tensor:
+    batch, heads, count, _ = query.shape
+    kv_heads, keys, features = key.shape[1], key.shape[2], value.shape[3]
+    out = query.new_empty((batch, count, heads, features))
+    if out.numel() == 0:
+        return out.transpose(1, 2)
+    query, key, value = _rows(query), _rows(key), _rows(value)
+    strides: list[int] = [*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]]
+    for tensor in (key_scale, value_scale):
+        strides += (0, 0, 0) if tensor is None else tensor.stride()
+    if bias is None:
+        strides += (0, 0, 0, 0)
+    else:
+        bias = bias.expand(batch, heads, count, keys)
+        strides += bias.stride()
+    if sinks is not None:
+        sinks = sinks.contiguous()
+    printed = _printed(mask, mask_tensors)
+    shape = [batch, kv_heads, keys, *strides]
+    pointers = printed.pointers(mask_tensors)
+    values = printed.values(mask_tensors, mask_ints)
+    run(
+        emit.attention(
+            _spec(query, key, key_scale, value, bias, sinks, softcap, mask_value), printed
+        ),
+        *(pointer(x) for x in (query, key, value, key_scale, value_scale, bias, sinks, out)),
+        (ctypes.c_int64 * len(shape))(*shape),
+        (ctypes.c_void_p * len(pointers))(*pointers),
+        (ctypes.c_int64 * len(values))(*values),
+        *(scale, softcap, 0.0 if mask_value is None else mask_value),
+        threads or threads_for(2 * key.numel() * key.element_size()),
+    )
+    return out.transpose(1, 2)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    mask_tensors: Sequence[Tensor] = (),
+    mask_ints: Sequence[int] = (),
+    *,
+    scale: float,
+    mask: str = "",
+    softcap: float = 0.0,
+    mask_value: float | None = None,
+) -> Tensor:
+    """``softmax(mask(scale * q @ k^T)) @ v``; query ``[B, Hq, M, D]``, key ``[B, Hkv, N, D]``."""
+    if query.shape[2] > MAX_ROWS:
+        return OPS["attention"].reference(
+            query, key, value, bias, sinks, mask_tensors, mask_ints,
+            scale=scale, mask=mask, softcap=softcap, mask_value=mask_value,
+        )  # fmt: skip
+    return _attention(
+        query, key, None, value, None, bias, sinks, mask_tensors, mask_ints,
+        scale, mask, softcap, mask_value,
+    )  # fmt: skip
+
+
+def attention_int8(
+    query: Tensor,
+    key: Tensor,
+    key_scale: Tensor,
+    value: Tensor,
+    value_scale: Tensor,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    mask_tensors: Sequence[Tensor] = (),
+    mask_ints: Sequence[int] = (),
+    *,
+    scale: float,
+    mask: str = "",
+    softcap: float = 0.0,
+    mask_value: float | None = None,
+) -> Tensor:
+    """`attention` over int8 keys and values with one scale per token and head."""
+    if query.shape[2] > MAX_ROWS:
+        return OPS["attention_int8"].reference(
+            query, key, key_scale, value, value_scale, bias, sinks, mask_tensors, mask_ints,
+            scale=scale, mask=mask, softcap=softcap, mask_value=mask_value,
+        )  # fmt: skip
+    return _attention(
+        query, key, key_scale, value, value_scale, bias, sinks, mask_tensors, mask_ints,
+        scale, mask, softcap, mask_value,
+    )  # fmt: skip
+
+
+def _reason(
+    query: Tensor,
+    key: Tensor,
+    key_scale: Tensor | None,
+    value: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    mask_tensors: Sequence[Tensor],
+    mask_ints: Sequence[int],
+    attributes: dict[str, Any],
+) -> str | None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != 4:
+            return f"{name} has {x.dim()} dimensions, not 4"
+        if not isinstance(x.shape[3], int) or x.shape[3] > MAX_FEATURES or x.shape[3] == 0:
+            return f"{name} has {x.shape[3]} features, not 1 to {MAX_FEATURES}"
+    heads, kv_heads, count = query.shape[1], key.shape[1], query.shape[2]
+    if not isinstance(count, int) or count > MAX_ROWS or count == 0:
+        return f"{count} query rows, not 1 to {MAX_ROWS}"
+    if not isinstance(heads, int) or not isinstance(kv_heads, int) or heads % kv_heads:
+        return f"{heads} query heads over {kv_heads} key heads"
+    if value.shape[1] != kv_heads:
+        return f"{kv_heads} key heads, {value.shape[1]} value heads"
+    if heads // kv_heads > MAX_GROUP:
+        return f"{heads // kv_heads} query heads for a key head, more than {MAX_GROUP}"
+    reason = dtype_reason(query=query, sinks=sinks) or device_reason(
+        query=query, key=key, key_scale=key_scale, value=value, bias=bias, sinks=sinks
+    )
+    if reason:
+        return reason
+    if value.dtype != key.dtype:
+        return f"key is {name_of(key.dtype)}, value {name_of(value.dtype)}"
+    if bias is not None and bias.dtype != torch.bool and dtype_reason(bias=bias):
+        return dtype_reason(bias=bias)
+    if sinks is not None and sinks.dim() != 1:
+        return f"sinks are {list(sinks.shape)}"
+    for tensor in mask_tensors:
+        if tensor.device.type != "cpu":
+            return f"a mask tensor is on {tensor.device.type}"
+    try:
+        printed = _printed(attributes.get("mask", ""), mask_tensors)
+    except ValueError as error:
+        return str(error)
+    reason = printed.code.reason(mask_tensors, mask_ints)
+    if reason:
+        return reason
+    spec = _spec(
+        query, key, key_scale, value, bias, sinks,
+        attributes.get("softcap", 0.0), attributes.get("mask_value"),
+    )  # fmt: skip
+    return emit.why_not_built(emit.attention(spec, printed))
+
+
+def supports_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    mask_tensors: Sequence[Tensor] = (),
+    mask_ints: Sequence[int] = (),
+    **attributes: Any,
+) -> str | None:
+    return dtype_reason(key=key, value=value) or _reason(
+        query, key, None, value, bias, sinks, mask_tensors, mask_ints, attributes
+    )
+
+
+def supports_attention_int8(
+    query: Tensor,
+    key: Tensor,
+    key_scale: Tensor,
+    value: Tensor,
+    value_scale: Tensor,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    mask_tensors: Sequence[Tensor] = (),
+    mask_ints: Sequence[int] = (),
+    **attributes: Any,
+) -> str | None:
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != torch.int8:
+            return f"{name} is {name_of(x.dtype)}, not int8"
+    reason = dtype_reason(key_scale=key_scale, value_scale=value_scale) or device_reason(
+        value_scale=value_scale
+    )
+    if reason:
+        return reason
+    if key_scale.dtype != value_scale.dtype:
+        return f"key_scale is {name_of(key_scale.dtype)}, value_scale {name_of(value_scale.dtype)}"
+    return _reason(query, key, key_scale, value, bias, sinks, mask_tensors, mask_ints, attributes)

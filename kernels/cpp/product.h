@@ -1,0 +1,271 @@
+// Skinny matrix products: y[M, N] = x[M, K] W[N, K]^T for M = 1 ... 16, W row-major as it lies.
+//
+// The weights are read once, from memory, and everything else follows from that. A thread takes a
+// contiguous share of W's rows in blocks of 32. In a block each tile of a few rows runs over K in
+// registers; x stays in cache as a packed copy. Three forms of the inner loop:
+//
+//   Fused    float lanes: W and x widened to float                    any type, any CPU
+//   Dot      dpbf16ps: 32 products an instruction                     bf16, AVX-512-BF16, M < 5
+//   Tiles    tdpbf16ps: W's rows as the left tile, x as the right     bf16, AMX, M >= 5
+//
+// A software prefetch runs 2 KiB ahead in each row and, at a row's end, on into the next tile:
+// the hardware's own stops at every page, and with K = 1024 a row is over in 2 KiB.
+#pragma once
+#include <type_traits>
+
+#include "parallel.h"
+#include "vec.h"
+
+namespace dspark {
+
+constexpr int BLOCK = 32;  // rows of W whose results are finished together
+constexpr int AHEAD = 2048;  // bytes
+
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#define DSPARK_TILES 1
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#define DSPARK_DOT 1
+#endif
+
+enum class Form { Fused, Dot, Tiles };
+
+template <class T, int M>
+constexpr Form form() {
+  if (!std::is_same<T, bf16>::value) return Form::Fused;
+#if defined(DSPARK_TILES)
+  if (M >= 5) return Form::Tiles;
+#endif
+#if defined(DSPARK_DOT)
+  return Form::Dot;
+#endif
+  return Form::Fused;
+}
+
+// How many elements of K one step takes, and what x is packed as.
+template <class T, int M>
+struct Packed {
+  static constexpr Form FORM = form<T, M>();
+  static constexpr int STEP = FORM == Form::Fused ? Vec::W : 32;
+  using Element = typename std::conditional<FORM == Form::Fused, float, bf16>::type;
+
+  static int64_t padded(int64_t K) { return (K + STEP - 1) / STEP * STEP; }
+  static size_t bytes(int64_t K) { return aligned(sizeof(Element) * M * padded(K)); }
+};
+
+// Packs columns [first, last) of x, in whole steps: [M][K] with zeros behind K, or for tiles
+// [K / 32][16][M][2].
+template <class T, int M>
+void pack(const T* x, int64_t ldx, int64_t K, int64_t first, int64_t last,
+          typename Packed<T, M>::Element* to) {
+  using P = Packed<T, M>;
+  const int64_t Kp = P::padded(K);
+  if constexpr (P::FORM == Form::Tiles) {
+    for (int64_t k = first; k < last; k += 2) {
+      bf16* row = to + k / 2 * (2 * M);
+      for (int m = 0; m < M; ++m) {
+        row[2 * m] = k < K ? x[m * ldx + k] : bf16{0};
+        row[2 * m + 1] = k + 1 < K ? x[m * ldx + k + 1] : bf16{0};
+      }
+    }
+  } else {
+    for (int m = 0; m < M; ++m)
+      for (int64_t k = first; k < last; ++k) {
+        const bool inside = k < K;
+        if constexpr (P::FORM == Form::Fused) {
+          to[m * Kp + k] = inside ? to_float(x[m * ldx + k]) : 0.0f;
+        } else {
+          to[m * Kp + k] = inside ? x[m * ldx + k] : bf16{0};
+        }
+      }
+  }
+}
+
+// The products of R rows of W with MT rows of x; result r, m goes to out[m * BLOCK + r].
+// `next` is where the tile read after this one starts, in elements from this one.
+template <class T, int R, int MT, Form FORM>
+inline void tile(const T* w, int64_t ldw, int64_t next, const void* packed, int64_t ldx, int64_t K,
+                 float* out) {
+  constexpr int W = Vec::W;
+  constexpr int COUNT = (R * MT + W - 1) / W * W;
+  constexpr int STEP = FORM == Form::Fused ? W : 32;
+  constexpr int LINE = 64 / int(sizeof(T)) / STEP > 1 ? 64 / int(sizeof(T)) : STEP;
+  Vec a[COUNT];
+  for (int i = 0; i < COUNT; ++i) a[i] = zero();
+  auto steps = [&](int64_t from, int64_t to, int64_t ahead) __attribute__((always_inline)) {
+    for (int64_t k = from; k < to; k += STEP) {
+      const bool whole = k + STEP <= K;
+      if (LINE == STEP || k % LINE == 0)
+        for (int r = 0; r < R; ++r) __builtin_prefetch(w + r * ldw + k + ahead, 0, 3);
+      if constexpr (FORM == Form::Fused) {
+        const float* x = static_cast<const float*>(packed) + k;
+        Vec b[MT];
+        for (int m = 0; m < MT; ++m) b[m] = load(x + m * ldx);
+        for (int r = 0; r < R; ++r) {
+          const Vec c = whole ? load(w + r * ldw + k) : load(w + r * ldw + k, int(K - k));
+          for (int m = 0; m < MT; ++m) a[r * MT + m] = fma(c, b[m], a[r * MT + m]);
+        }
+      } else {
+#if defined(DSPARK_DOT)
+        const bf16* x = static_cast<const bf16*>(packed) + k;
+        __m512bh b[MT];
+        for (int m = 0; m < MT; ++m) b[m] = (__m512bh)_mm512_loadu_si512(x + m * ldx);
+        const __mmask32 lanes = whole ? 0xffffffffu : (1u << (K - k)) - 1;
+        for (int r = 0; r < R; ++r) {
+          const __m512bh c = (__m512bh)(whole ? _mm512_loadu_si512(w + r * ldw + k)
+                                              : _mm512_maskz_loadu_epi16(lanes, w + r * ldw + k));
+          for (int m = 0; m < MT; ++m)
+            a[r * MT + m].v = _mm512_dpbf16_ps(a[r * MT + m].v, c, b[m]);
+        }
+#endif
+      }
+    }
+  };
+  const int64_t whole = K / STEP * STEP;
+  const int64_t ahead = std::min<int64_t>(AHEAD / int64_t(sizeof(T)), whole);
+  steps(0, whole - ahead, ahead);
+  steps(whole - ahead, whole, ahead - whole + next);
+  if (whole < K) steps(whole, K, 0);
+  float flat[COUNT];
+  for (int i = 0; i < COUNT; i += W) store(flat + i, sums(a + i));
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < MT; ++m) out[m * BLOCK + r] = flat[r * MT + m];
+}
+
+// All M for R rows, a few at a time; W comes from memory the first time, from cache after.
+template <class T, int R, int M, int MT, Form FORM>
+inline void tiles_of(const T* w, int64_t ldw, int64_t next, const void* packed, int64_t ldx,
+                     int64_t K, float* out) {
+  constexpr int NOW = M < MT ? M : MT;
+  tile<T, R, NOW, FORM>(w, ldw, next, packed, ldx, K, out);
+  if constexpr (M > MT) {
+    const size_t element = FORM == Form::Fused ? sizeof(float) : sizeof(bf16);
+    tiles_of<T, R, M - MT, MT, FORM>(w, ldw, next,
+                                     static_cast<const char*>(packed) + element * MT * ldx, ldx, K,
+                                     out + MT * BLOCK);
+  }
+}
+
+#if defined(DSPARK_TILES)
+
+// Tiles 0, 1: results; 2, 3: rows of W; 4: x.
+template <int M>
+inline void configure_tiles() {
+  struct alignas(64) {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  } c;
+  for (int i : {0, 1}) c.bytes[i] = 4 * M, c.rows[i] = 16;
+  for (int i : {2, 3}) c.bytes[i] = 64, c.rows[i] = 16;
+  c.bytes[4] = 4 * M, c.rows[4] = 16;
+  // GCC 12 may drop the stores above without it.
+  __asm__ volatile("" : : "r"(&c) : "memory");
+  _tile_loadconfig(&c);
+}
+
+// Up to 16 rows by 32 columns, with zeros around them.
+inline void copy_tile(const bf16* w, int64_t ldw, int rows, int columns, bf16 (*to)[32]) {
+  std::memset(to, 0, 16 * 64);
+  for (int r = 0; r < rows; ++r) std::memcpy(to[r], w + r * ldw, 2 * columns);
+}
+
+// Two groups of up to 16 rows of W, at wa and wb, with M rows of x.
+template <int M>
+inline void tile_pair(const bf16* wa, int rows_a, const bf16* wb, int rows_b, int64_t ldw,
+                      int64_t next, const bf16* packed, int64_t K, float* out_a, float* out_b) {
+  alignas(64) float c[2][16][16];
+  alignas(64) bf16 edge[2][16][32];
+  _tile_zero(0);
+  _tile_zero(1);
+  const int64_t whole = rows_a == 16 && rows_b == 16 ? K / 32 * 32 : 0;
+  const int64_t ahead = std::min<int64_t>(AHEAD / 4, whole);
+  int64_t to = ahead;
+  int64_t k = 0;
+  for (; k < whole; k += 32) {
+    if (k == whole - ahead) to += next - whole;
+    for (int r = 0; r < 16; ++r) {
+      __builtin_prefetch(wa + r * ldw + k + to, 0, 3);
+      __builtin_prefetch(wb + r * ldw + k + to, 0, 3);
+    }
+    _tile_loadd(4, packed + k * M, 4 * M);
+    _tile_loadd(2, wa + k, 2 * ldw);
+    _tile_dpbf16ps(0, 2, 4);
+    _tile_loadd(3, wb + k, 2 * ldw);
+    _tile_dpbf16ps(1, 3, 4);
+  }
+  for (; k < K; k += 32) {
+    const int columns = int(K - k < 32 ? K - k : 32);
+    copy_tile(wa + k, ldw, rows_a, columns, edge[0]);
+    copy_tile(wb + k, ldw, rows_b, columns, edge[1]);
+    __asm__ volatile("" : : "r"(edge) : "memory");
+    _tile_loadd(4, packed + k * M, 4 * M);
+    _tile_loadd(2, edge[0], 64);
+    _tile_dpbf16ps(0, 2, 4);
+    _tile_loadd(3, edge[1], 64);
+    _tile_dpbf16ps(1, 3, 4);
+  }
+  _tile_stored(0, c[0], 64);
+  _tile_stored(1, c[1], 64);
+  __asm__ volatile("" : : "r"(c) : "memory");
+  for (int m = 0; m < M; ++m)
+    for (int r = 0; r < 16; ++r) {
+      out_a[m * BLOCK + r] = c[0][r][m];
+      out_b[m * BLOCK + r] = c[1][r][m];
+    }
+}
+
+#endif
+
+// The product of MATS weights of one shape with x, this thread's share of their N rows. After each
+// block of rows calls done(n, count, results), results[i][m][r] for weight i, row n + r.
+// x is packed; where that is x itself, `ldx` is its row stride (tiles do not look at it).
+template <class T, int M, int MATS, class Done>
+void product(Team team, const T* const (&w)[MATS], int64_t ldw, int64_t N, int64_t K,
+             const typename Packed<T, M>::Element* packed, [[maybe_unused]] int64_t ldx,
+             Done&& done) {
+  using P = Packed<T, M>;
+  const auto [first, last] = team.share(N, BLOCK);
+  if (first == last) return;
+  alignas(64) float results[MATS][M][BLOCK];
+#if defined(DSPARK_TILES)
+  if constexpr (P::FORM == Form::Tiles) configure_tiles<M>();
+#endif
+  for (int64_t n = first; n < last; n += BLOCK) {
+    const int count = int(std::min<int64_t>(BLOCK, last - n));
+    if constexpr (P::FORM == Form::Tiles) {
+#if defined(DSPARK_TILES)
+      if constexpr (MATS == 1) {
+        const bf16* wa = w[0] + n * ldw;
+        tile_pair<M>(wa, std::min(count, 16), wa + 16 * ldw, std::max(count - 16, 0), ldw,
+                     BLOCK * ldw, packed, K, &results[0][0][0], &results[0][0][16]);
+      } else {
+        static_assert(MATS == 2, "a product takes one or two weights");
+        for (int r = 0; r < count; r += 16)
+          tile_pair<M>(w[0] + (n + r) * ldw, std::min(count - r, 16), w[1] + (n + r) * ldw,
+                       std::min(count - r, 16), ldw, 16 * ldw, packed, K, &results[0][0][r],
+                       &results[1][0][r]);
+      }
+#endif
+    } else {
+      // Accumulators: 16 of AVX-512's 32 registers, 8 of the 16 elsewhere.
+      constexpr int MT = Vec::W == 16 ? (M < 4 ? M : 4) : (M < 2 ? M : 2);
+      constexpr int R = 4;
+      int r = 0;
+      for (; r + R <= count; r += R)
+        for (int i = 0; i < MATS; ++i)
+          tiles_of<T, R, M, MT, P::FORM>(w[i] + (n + r) * ldw, ldw, R * ldw, packed, ldx, K,
+                                         &results[i][0][r]);
+      for (; r < count; ++r)
+        for (int i = 0; i < MATS; ++i)
+          tiles_of<T, 1, M, MT, P::FORM>(w[i] + (n + r) * ldw, ldw, ldw, packed, ldx, K,
+                                         &results[i][0][r]);
+    }
+    done(n, count, results);
+  }
+#if defined(DSPARK_TILES)
+  if constexpr (P::FORM == Form::Tiles) _tile_release();
+#endif
+}
+
+}  // namespace dspark
