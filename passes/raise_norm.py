@@ -94,7 +94,7 @@ class RaiseNorm(Pass):
         statistic = statistic_of(root)
         if statistic is None:
             return
-        ends = list(_ends(_Chain(root, statistic)))
+        ends = list(_ends(_Chain(root, statistic, root)))
         if not ends:
             problem = statistic.problem or Problem(
                 f"the factor does not scale {_expected(statistic)}, which it was computed of",
@@ -104,15 +104,15 @@ class RaiseNorm(Pass):
             if _norm_like(root, statistic):
                 yield Match(root, captures={"problem": problem})
         for end in ends:
-            yield Match(end.node, captures={"chain": end, "problem": statistic.problem})
+            yield Match(end.node, captures={"chain": end, "problem": end.statistic.problem})
 
     def check(self, match: Match, ctx: PassContext) -> Problem | None:
         problem = match.captures.get("problem")
         if problem is not None:
             return problem
         chain: _Chain | None = match.captures.get("chain")
-        if chain is not None and dtype(chain.node) == torch.float64 != dtype(chain.source):
-            return Problem("it is computed in float64", "compute in float32 at most", chain.node)
+        if chain is not None and dtype(chain.root) == torch.float64 != dtype(chain.source):
+            return Problem("it is computed in float64", "compute in float32 at most", chain.root)
         return None
 
     def rewrite(self, match: Match, graph: fx.Graph, ctx: PassContext) -> None:
@@ -189,10 +189,7 @@ def _mean_square(node: Any) -> Statistic | None:
     if not is_tensor(z):
         return None
     problem = _last_dim(reduced, z)
-    size = shape(z)[-1] if shape(z) else 1
-    if problem is None and not (
-        isinstance(scale, float) and isinstance(size, int) and abs(scale * size - 1) < 1e-9
-    ):
+    if problem is None and abs(scale - 1) > 1e-9:
         problem = Problem(
             "the squares are summed, not averaged (an L2 normalisation)",
             "use rms_norm with eps and weight scaled by the size",
@@ -202,23 +199,22 @@ def _mean_square(node: Any) -> Statistic | None:
     return Statistic(z if source is None else source, source is not None, 0.0, problem)
 
 
-def _reduction(node: Any) -> tuple[fx.Node | None, Any]:
-    """``(reduction, what it is multiplied by in total)`` of ``mean``, ``sum / n``, ``sum * c``."""
+def _reduction(node: Any) -> tuple[fx.Node | None, float]:
+    """``(reduction, c)`` where ``node`` is c times the mean: ``mean``, ``sum / n``, ``sum * c``."""
     scale = 1.0
     node = _unbroadcast(node)
-    while True:
-        if is_op(node, aten.div.Tensor) and isinstance(node.args[1], (int, float)):
-            scale /= node.args[1]
-        elif is_op(node, aten.mul.Tensor) and isinstance(node.args[1], (int, float)):
-            scale *= node.args[1]
-        else:
+    while is_op(node, aten.div.Tensor, aten.mul.Tensor):
+        by = node.args[1]
+        if not isinstance(by, (int, float)) or by == 0:
             break
+        scale = scale / by if is_op(node, aten.div.Tensor) else scale * by
         node = _unbroadcast(node.args[0])
     if not is_op(node, *_SUMS):
-        return None, None
-    if is_op(node, aten.mean.dim):
-        size = shape(node.args[0])[-1] if shape(node.args[0]) else 1
-        scale = scale / size if isinstance(size, int) else None  # type: ignore[assignment]
+        return None, 0.0
+    if is_op(node, aten.sum.dim_IntList):
+        sizes = shape(node.args[0])
+        known = bool(sizes) and isinstance(sizes[-1], int)
+        scale = scale * sizes[-1] if known else 0.0
     return node, scale
 
 
@@ -279,12 +275,10 @@ def _mean_of(node: Any) -> fx.Node | None:
             return source if _last_dim(reduced, source) is None else None
         return None
     reduced, scale = _reduction(node)
-    if reduced is None or scale is None:
+    if reduced is None or abs(scale - 1) > 1e-9:
         return None
     source = peel_upcasts(reduced.args[0])
-    size = shape(source)[-1] if shape(source) else 1
-    exact = isinstance(size, int) and abs(scale * size - 1) < 1e-9
-    return source if exact and _last_dim(reduced, source) is None else None
+    return source if _last_dim(reduced, source) is None else None
 
 
 def _centred_source(node: Any) -> fx.Node | None:
@@ -329,6 +323,7 @@ class _Chain:
 
     Attributes:
         node: the product so far.
+        root: where the walk began.
         scaled: whether ``x`` is among its factors.
         weight, bias: the learned parts met on the way.
         in_compute: the weight (or, without one, the bias) came before the down-cast.
@@ -337,6 +332,7 @@ class _Chain:
 
     node: fx.Node
     statistic: Statistic
+    root: fx.Node
     scaled: bool = False
     weight: fx.Node | None = None
     bias: fx.Node | None = None
@@ -386,6 +382,10 @@ def _step(chain: _Chain, user: fx.Node) -> _Chain | None:
             return None
         if not chain.scaled and _is_factor(node) and _scales(chain.statistic, other, user):
             return replace(chain, node=user, scaled=True)
+        if not chain.scaled and chain.weight is None and _is_factor(node):
+            weight = _weighted(chain.statistic, other, user)
+            if weight is not None:
+                return replace(chain, node=user, scaled=True, weight=weight, in_compute=True)
         if chain.weight is None and chain.bias is None and is_weight(other, chain.source):
             if chain.scaled and not same_shape(shape(user), shape(chain.source)):
                 return None
@@ -489,6 +489,17 @@ def _scales(statistic: Statistic, other: Any, product: fx.Node) -> bool:
     if statistic.centred:
         return _centred_source(z) is statistic.source
     return z is statistic.source
+
+
+def _weighted(statistic: Statistic, other: Any, product: fx.Node) -> fx.Node | None:
+    """``w`` if ``other`` is ``w`` times what the statistic normalises."""
+    other = peel_upcasts(other)
+    if not is_op(other, aten.mul.Tensor):
+        return None
+    for weight, scaled in (other.args, tuple(reversed(other.args))):
+        if is_weight(weight, statistic.source) and _scales(statistic, scaled, product):
+            return weight
+    return None
 
 
 def is_weight(node: Any, x: fx.Node) -> bool:
