@@ -2,3 +2,7 @@
 
 Import as ``dspark_compile.models``.
 """
+
+import pathlib
+
+DEMO_PATH = pathlib.Path(__file__).parent / "demo"
