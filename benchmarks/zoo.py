@@ -23,6 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+from zoo.runner import site_counts  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
 DOCUMENT = ROOT / "docs" / "zoo.md"
 KINDS = ("attention", "norm", "rope", "mlp")
@@ -120,20 +122,6 @@ def brief(result: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def site_counts(result: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """By kind: sites raised and expected, over the modes that ran."""
-    counts = {}
-    for kind in KINDS:
-        have = want = 0
-        for entry in result.get("modes", {}).values():
-            if entry["status"] == "ran":
-                expected = entry["expected"].get(kind, 0)
-                have += min(entry.get("raised", {}).get(kind, 0), expected)
-                want += expected
-        counts[kind] = (have, want)
-    return counts
-
-
 def reasons(result: dict[str, Any]) -> dict[tuple[str, str, str], int]:
     """(kind, condition, source line) of what was not raised, for kinds with sites missing."""
     missing = {kind for kind, (have, want) in site_counts(result).items() if have < want}
@@ -141,8 +129,8 @@ def reasons(result: dict[str, Any]) -> dict[tuple[str, str, str], int]:
     for entry in result.get("modes", {}).values():
         for r in entry.get("rejections", []):
             if r["kind"] in missing and r["pass"].startswith(("raise_", "audit")):
-                key = (r["kind"], r["condition"], r["source"].split(":")[0])
-                key = (*key[:2], ":".join(r["source"].split(" in ")[0].split(":")[:2]))
+                line = r["source"].split(" in ")[0]
+                key = (r["kind"], r["condition"], line)
                 found[key] = found.get(key, 0) + 1
     return found
 

@@ -264,6 +264,32 @@ def site_summary(report: Any) -> Result:
     }
 
 
+def site_counts(result: Result) -> dict[str, tuple[int, int]]:
+    """By kind: sites raised and sites expected, over the modes that ran.
+
+    More may be raised than were expected: an MLP or a norm that is no module of its own. Then
+    only rejections tell of a miss.
+    """
+    counts = {}
+    for kind in KINDS:
+        have = want = 0
+        for entry in result.get("modes", {}).values():
+            if entry["status"] != "ran":
+                continue
+            expected, raised = entry["expected"].get(kind, 0), entry["raised"].get(kind, 0)
+            if raised > expected:
+                rejected = [
+                    r
+                    for r in entry["rejections"]
+                    if r["kind"] == kind and r["pass"].startswith("raise_")
+                ]
+                raised = max(0, expected - len(rejected))
+            have += raised
+            want += expected
+        counts[kind] = (have, want)
+    return counts
+
+
 def versions() -> str:
     return f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
 

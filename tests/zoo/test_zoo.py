@@ -17,7 +17,6 @@ pytest.importorskip("transformers")
 
 from . import families, runner
 from .gaps import KNOWN_GAPS
-from .sites import KINDS
 
 QUICK = (
     "llama",
@@ -79,7 +78,7 @@ def test_family(family: str) -> None:
                     problems.append(f"{mode}: {entry[name]} {name}, Dynamo alone {most}")
     assert not problems, "\n".join(problems)
 
-    for kind, (have, want) in raised_of_expected(result).items():
+    for kind, (have, want) in runner.site_counts(result).items():
         enough = have >= RAISED * want
         known = KNOWN_GAPS.get((family, kind))
         if known is None and not enough:
@@ -88,17 +87,6 @@ def test_family(family: str) -> None:
         elif known is not None and enough:
             problems.append(f"{kind}: all raised, yet listed in KNOWN_GAPS: {known}")
     assert not problems, "\n".join(problems)
-
-
-def raised_of_expected(result: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    ran = [entry for entry in result["modes"].values() if entry["status"] == "ran"]
-    return {
-        kind: (
-            sum(entry.get("raised", {}).get(kind, 0) for entry in ran),
-            sum(entry["expected"].get(kind, 0) for entry in ran),
-        )
-        for kind in KINDS
-    }
 
 
 def rejection_lines(result: dict[str, Any], kind: str) -> list[str]:
