@@ -26,6 +26,7 @@ from dspark_compile.passes.graph import (
     clean_path,
     is_dialect_op,
     is_op,
+    is_tensor,
     module_classes,
     module_path,
     op_name,
@@ -259,7 +260,7 @@ def _region(
         if not isinstance(node, fx.Node) or node in inside or node in linears:
             continue
         if node.op != "call_function":
-            if node.op == "placeholder" and node.meta["val"].dim() > 2:
+            if node.op == "placeholder" and is_tensor(node) and node.meta["val"].dim() > 2:
                 return None
             continue
         if is_dialect_op(node, "linear"):
