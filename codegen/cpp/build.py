@@ -1,7 +1,7 @@
 """Emitted C++ as a loaded library: compile once, keep, share between processes.
 
 A library is named after its kernel and a hash of all that decides its bytes: the source, the
-headers of ``kernels/cpp``, compiler and version, flags, torch and dspark. Source and binary lie
+headers it includes, compiler and version, flags, torch and dspark. Source and binary lie
 side by side in ``$DSPARK_CACHE_DIR/cpp`` (``~/.cache/dspark/cpp``), so that a user can read what
 runs. Both are written under a temporary name and renamed, behind a lock: no process sees half a
 file, and of several that want one kernel one compiles. Loading a library runs its code, so a
@@ -17,6 +17,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import stat
 import subprocess
 import tempfile
@@ -104,12 +105,26 @@ def headers() -> Path:
     return Path(cpp.__file__).parent.resolve()
 
 
-@functools.lru_cache(maxsize=1)
-def _headers_hash() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(headers().glob("*.h")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+def _headers_hash(source: str) -> str:
+    """A hash of the headers that ``source`` includes, and of those that they include."""
+    digest, seen, queue = hashlib.sha256(), set(), _included(source)
+    while queue:
+        name = queue.pop()
+        if name not in seen:
+            seen.add(name)
+            text = _header(name)
+            digest.update(f"{name}\0{text}\0".encode())
+            queue = sorted({*queue, *_included(text)})
     return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=64)
+def _header(name: str) -> str:
+    return (headers() / name).read_text(encoding="utf-8")
+
+
+def _included(text: str) -> list[str]:
+    return sorted(set(re.findall(r'^#include "([^"]+)"', text, re.MULTILINE)))
 
 
 def cache_directory() -> Path:
@@ -122,7 +137,7 @@ def library_path(name: str, source: str, level: str) -> Path:
     """The file that ``source`` compiles to."""
     tools = toolchain()
     parts = (
-        *(source, _headers_hash(), tools.compiler, tools.version, str(tools.openmp)),
+        *(source, _headers_hash(source), tools.compiler, tools.version, str(tools.openmp)),
         *(*_BASE_FLAGS, *isa_levels.flags(level), torch.__version__, __version__),
     )
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]

@@ -308,3 +308,15 @@ parallel(int(threads), [&](Team team) {{
         f" features, query {SHORT[spec.query]}, cache {SHORT[spec.cache]}"
     )
     return source(name, about, "attention.h", parameters, body, mask.text + "\n")
+
+
+@functools.lru_cache(maxsize=2)
+def probe(what: str) -> Source:
+    """``read`` (x, out, n, threads) or ``copy`` (x, y, n, threads); see ``kernels/cpp/probe.h``."""
+    body = f"""
+parallel(int(threads), [&](Team team) {{
+  probe_{what}(team, (const float*)x, (float*)y, n);
+}});
+"""
+    parameters = ["p x", "p y", "i n", "i threads"]
+    return source(f"probe_{what}", f"Measures: {what}.", "probe.h", parameters, body)

@@ -1,0 +1,170 @@
+"""Decode attention in C++: against the dialect's reference in float64, over masks and layouts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dspark_compile.codegen.cpp import isa
+from dspark_compile.codegen.cpp.predicate import print_predicate
+from dspark_compile.kernels import cpp
+from dspark_compile.kernels.cpp.attention import _attention
+from dspark_compile.ops import OPS
+from dspark_compile.ops.cache import quantize_kv
+
+
+def make(dtype, b=1, h=4, hk=2, m=2, n=70, d=24, dv=None):
+    shapes = ((b, h, m, d), (b, hk, n, d), (b, hk, n, dv or d))
+    return tuple(torch.randn(s).to(dtype) for s in shapes)
+
+
+def wide(x):
+    floating = isinstance(x, torch.Tensor) and x.is_floating_point()
+    return x.double() if floating else x
+
+
+def error(got, want):
+    if want.numel() == 0:
+        return 0.0
+    return ((got.double() - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()
+
+
+def check(name, *args, **attributes):
+    """The op agrees with the float64 meaning, and is no further off than the reference."""
+    attributes.setdefault("scale", 0.2)
+    assert cpp.supports(name, *args, **attributes) is None
+    got = getattr(torch.ops.dspark_cpu, name)(*args, **attributes)
+    want = OPS[name].reference(*(wide(a) for a in args), **attributes)
+    reference = OPS[name].reference(*args, **attributes)
+    assert got.shape == want.shape and got.dtype == args[0].dtype
+    assert got.transpose(1, 2).is_contiguous()
+    assert error(got, want) <= max(1e-5, 1.05 * error(reference, want))
+    return got
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_sizes(dtype, rows):
+    for b, n in ((1, 1), (2, 63), (1, 64), (1, 200)):
+        q, k, v = make(dtype, b=b, m=rows, n=n)
+        check("attention", q, k, v, None, None, [], [])
+
+
+def test_features():
+    check("attention", *make(torch.float32, d=5, dv=37), None, None, [], [])
+    check("attention", *make(torch.bfloat16, h=6, hk=1, d=100, dv=128), None, None, [], [])
+    check("attention", *make(torch.bfloat16, h=2, hk=2, m=1, d=64, dv=16), None, None, [], [])
+
+
+@pytest.mark.parametrize("level", [x for x in isa.LEVELS if x in isa.available()])
+def test_every_instruction_set(level, monkeypatch):
+    monkeypatch.setenv("DSPARK_CPU_ISA", level)
+    check("attention", *make(torch.bfloat16, h=6), None, None, [], [])
+    q, k, v = make(torch.float32)
+    (k8, ks), (v8, vs) = quantize_kv(k, torch.float32), quantize_kv(v, torch.float32)
+    check("attention_int8", q, k8, ks, v8, vs, None, None, [], [], mask="k <= q + 60", softcap=4.0)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "k <= q + n0",
+        "(k <= q + n0) & (k > q + n0 - 20)",
+        "(k <= t0) & t1[b, k]",
+        "((k // 16) == ((q + n0) // 16)) | (k < 3)",
+        "~((k % 3 == h) & (min(k, q) > 0))",
+        "False",
+    ],
+)
+def test_masks(mask):
+    q, k, v = make(torch.float32, b=2)
+    tensors = [torch.tensor(40), torch.rand(2, 70) > 0.3]
+    for value in (None, -3.0e38, -2.0):
+        check("attention", q, k, v, None, None, tensors, [45], mask=mask, mask_value=value)
+
+
+def test_forbidden_keys_are_not_read():
+    # A weight of 0 times NaN is NaN: it would come through.
+    q, k, v = make(torch.bfloat16, n=256)
+    for x in (k, v):
+        x[:, :, 50:], x[:, :, :20] = float("nan"), float("nan")
+    attributes = {"mask": "(k <= q + n0) & (k >= 20)", "scale": 0.2}
+    got = torch.ops.dspark_cpu.attention(q, k, v, None, None, [], [48], **attributes)
+    clean = [x.nan_to_num(0.0) for x in (k, v)]
+    want = OPS["attention"].reference(q, *clean, None, None, [], [48], **attributes)
+    assert error(got, want.double()) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bias(dtype):
+    q, k, v = make(dtype, b=2)
+    for shape in ((2, 4, 2, 70), (1, 1, 2, 70), (2, 1, 1, 70)):
+        check("attention", q, k, v, torch.randn(shape).to(dtype), None, [], [])
+        check("attention", q, k, v, torch.rand(shape) > 0.5, None, [], [45], mask="k <= q + n0")
+    nothing = torch.zeros(2, 1, 2, 70, dtype=torch.bool)
+    assert (check("attention", q, k, v, nothing, None, [], []) == 0).all()
+
+
+def test_sinks_and_softcap():
+    q, k, v = make(torch.float32)
+    sinks = torch.randn(4)
+    check("attention", q, k, v, None, sinks, [], [], softcap=2.0)
+    check("attention", q, k, v, None, sinks, [], [], mask="False")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scales", [torch.float32, torch.bfloat16])
+def test_int8(dtype, scales):
+    q, k, v = make(dtype, m=1, n=150, d=64)
+    (k8, ks), (v8, vs) = quantize_kv(k, scales), quantize_kv(v, scales)
+    check("attention_int8", q, k8, ks, v8, vs, None, None, [], [100], mask="k <= q + n0")
+
+
+def test_strided_cache_and_query():
+    q, k, v = (torch.randn(2, n, h, 24).transpose(1, 2) for n, h in ((2, 4), (70, 2), (70, 2)))
+    check("attention", q, k, v, None, None, [], [])
+    q, k, v = make(torch.float32, n=140)
+    check("attention", q, k[:, :, ::2], v[:, :, 70:], None, None, [], [])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_work_is_cut_anywhere(threads):
+    q, k, v = make(torch.float32, b=1, h=6, hk=3, n=500)
+    args = (None, None, [], [480], 0.2, "k <= q + n0", 0.0, None)
+    got = _attention(q, k, None, v, None, *args, threads=threads)
+    want = OPS["attention"].reference(
+        *(x.double() for x in (q, k, v)), None, None, [], [480], scale=0.2, mask="k <= q + n0"
+    )
+    assert error(got, want) < 1e-5
+
+
+def test_nan_and_empty():
+    q, k, v = make(torch.float32, m=1)
+    q[0, 0] = float("nan")
+    got = torch.ops.dspark_cpu.attention(q, k, v, None, None, [], [], scale=0.2)
+    assert got[0, 0].isnan().all() and got[0, 1:].isfinite().all()
+    q, k, v = make(torch.float32, n=0)
+    check("attention", q, k, v, None, None, [], [])
+    q, k, v = make(torch.float32, b=0)
+    check("attention", q, k, v, None, None, [], [])
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"m": 17}, "17 query rows"),
+        ({"h": 5}, "5 query heads"),
+        ({"d": 2000}, "2000 features"),
+    ],
+)
+def test_refusals(change, reason):
+    q, k, v = make(torch.float32, **change)
+    assert reason in cpp.supports("attention", q, k, v, None, None, [], [], scale=1.0)
+
+
+def test_predicates_print_with_bounds():
+    printed = print_predicate("(k <= q + n0) & (k > q - 4) & t0[b, k]", (torch.bool,))
+    assert "EXACT = false" in printed.text and "const bool* t0_ptr" in printed.text
+    assert print_predicate("k <= q + n0").code.exact
+    with pytest.raises(ValueError, match="float32"):
+        print_predicate("t0[k] > 0", (torch.float32,))

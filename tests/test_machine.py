@@ -1,0 +1,91 @@
+"""The machine's description: measured in seconds, kept, overridden."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+
+from dspark_compile.codegen import machine
+from dspark_compile.codegen.machine import Machine
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    machine._known.cache_clear()
+    yield tmp_path
+    machine._known.cache_clear()
+
+
+def small():
+    return Machine("test", 2, {1: 1e9, 2: 2e9}, {1: 1e9}, 3e9, 1 << 20, {"float32": 1e9})
+
+
+def test_measurement_is_quick_and_plausible():
+    start = time.perf_counter()
+    m = machine.measure(seconds=0.5)
+    assert time.perf_counter() - start < 60  # the machine may be busy; alone it is below 2
+    assert set(m.read) >= {1, torch.get_num_threads()}
+    assert all(1e8 < x < 1e13 for x in (*m.read.values(), *m.copy.values(), m.cached))
+    assert m.region > 0 and 0 < m.launch < 1e-2
+    assert m.rate(torch.bfloat16) > 0
+    assert m.rate(torch.float16) == m.rate(torch.float32)
+
+
+def test_without_a_compiler_torch_measures(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert machine.measure(seconds=0.1).bandwidth > 1e8
+
+
+def test_round_trip():
+    m = small()
+    assert Machine.from_dict(json.loads(json.dumps(m.to_dict()))) == m
+
+
+def test_it_is_measured_once_and_kept(own_cache, monkeypatch):
+    monkeypatch.setenv("DSPARK_CACHE_DIR", str(own_cache))
+    calls = []
+    monkeypatch.setattr(machine, "measure", lambda: calls.append(1) or small())
+    assert machine.describe() == small() == machine.describe()
+    machine._known.cache_clear()
+    assert machine.describe() == small()
+    assert len(calls) == 1
+    (kept,) = (own_cache / "machine").iterdir()
+    kept.write_text("{broken")
+    machine._known.cache_clear()
+    assert machine.describe() == small() and len(calls) == 2
+    machine.describe(fresh=True)
+    assert len(calls) == 3
+
+
+def test_overrides(own_cache, monkeypatch):
+    monkeypatch.setenv("DSPARK_CACHE_DIR", str(own_cache))
+    monkeypatch.setattr(machine, "measure", small)
+    monkeypatch.setenv("DSPARK_MACHINE", '{"cached": 7e9, "rates": {"float32": 5.0}}')
+    m = machine.describe()
+    assert (m.cached, m.rate("float32"), m.bandwidth) == (7e9, 5.0, 2e9)
+    path = own_cache / "machine.json"
+    path.write_text(json.dumps({**small().to_dict(), "name": "mine"}))
+    monkeypatch.setattr(machine, "measure", lambda: pytest.fail("measured"))
+    monkeypatch.setenv("DSPARK_MACHINE", str(path))
+    assert machine.describe().name == "mine"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("no-such-file", "neither a JSON file nor JSON"),
+        ("{broken", "neither a JSON file nor JSON"),
+        ('{"speed": 1}', "unknown fields"),
+        ('{"cached": 0}', "must be positive"),
+        ('{"rates": {}}', "must have float32"),
+    ],
+)
+def test_bad_overrides(monkeypatch, own_cache, text, message):
+    monkeypatch.setenv("DSPARK_CACHE_DIR", str(own_cache))
+    monkeypatch.setattr(machine, "measure", small)
+    monkeypatch.setenv("DSPARK_MACHINE", text)
+    with pytest.raises(ValueError, match=message):
+        machine.describe()
