@@ -52,7 +52,6 @@ from dspark_compile.passes.scores import (
     Miss,
     Scores,
     Term,
-    constant,
     factors,
     find,
     is_product,
@@ -60,6 +59,7 @@ from dspark_compile.passes.scores import (
     lead_of,
     read,
     sink_gate,
+    zeroed,
 )
 
 _SOFTMAX = (aten._softmax.default, aten._safe_softmax.default, aten.softmax.int)
@@ -120,7 +120,8 @@ def _uses(node: fx.Node, scores: Scores, lead: tuple[Any, ...], keys: Any) -> li
     found: list[_Use] = []
     with_sink = scores.sinks is not None
 
-    def walk(node: fx.Node, leads: list[tuple[Any, ...]], dropped: bool) -> None:
+    def walk(node: fx.Node, leads: list[tuple[Any, ...]], dropped: bool, alone: bool) -> None:
+        alone = alone and len(node.users) == 1
         for user in node.users:
             if user.op == "output":
                 raise Miss(
@@ -131,7 +132,7 @@ def _uses(node: fx.Node, scores: Scores, lead: tuple[Any, ...], keys: Any) -> li
             if is_op(user, *TRANSPARENT) or (
                 is_op(user, aten._to_copy.default) and dtype(user).is_floating_point
             ):
-                walk(user, leads, dropped)
+                walk(user, leads, dropped, alone)
             elif is_product(user) and not is_op(user, aten.baddbmm.default):
                 left, right = factors(user)
                 if left is not node or right is node:
@@ -145,7 +146,7 @@ def _uses(node: fx.Node, scores: Scores, lead: tuple[Any, ...], keys: Any) -> li
                     raise Miss("the attention weights are reshaped", node=user)
                 if is_op(user, aten.expand.default) and len(a) == len(b):
                     raise Miss("the attention weights are expanded", node=user)
-                walk(user, [*leads, b[:-2]], dropped)
+                walk(user, [*leads, b[:-2]], dropped, alone)
             elif is_op(user, aten.slice.Tensor) and with_sink and not dropped:
                 rank = val(user).dim()
                 start = argument(user, 2, "start", 0) or 0
@@ -155,9 +156,9 @@ def _uses(node: fx.Node, scores: Scores, lead: tuple[Any, ...], keys: Any) -> li
                     or not known_equal(shape(user)[-1], keys)
                 ):
                     raise Miss("the weights are sliced otherwise than by dropping the sink")
-                walk(user, leads, True)
-            elif _zeroes_forbidden(user, node, scores):
-                walk(user, leads, dropped)
+                walk(user, leads, True, alone)
+            elif zeroed(user, node, scores, alone):
+                walk(user, leads, dropped, alone)
             else:
                 what = "dropout" if "dropout" in op_name(user) else op_name(user)
                 raise Miss(
@@ -166,32 +167,8 @@ def _uses(node: fx.Node, scores: Scores, lead: tuple[Any, ...], keys: Any) -> li
                     user,
                 )
 
-    walk(node, [lead], False)
+    walk(node, [lead], False, True)
     return found
-
-
-def _zeroes_forbidden(user: fx.Node, weights: fx.Node, scores: Scores) -> bool:
-    """Whether ``user`` sets weights to zero exactly where a -inf made them so: that changes only
-    rows without any allowed key, which are zero in the op anyway."""
-    if is_op(user, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        source, mask, value, allowed = user.args[0], user.args[1], user.args[2], False
-    elif is_op(user, aten.where.self):
-        allowed = user.args[1] is weights
-        mask, source, value = user.args[0], *(user.args[1:] if allowed else user.args[:0:-1])
-    else:
-        return False
-    return (
-        source is weights
-        and constant(value) == 0
-        and same_shape(shape(user), shape(weights))
-        and any(
-            isinstance(extra, Fill)
-            and extra.node is mask
-            and extra.allowed == allowed
-            and extra.value == -math.inf
-            for extra in scores.extras
-        )
-    )
 
 
 def _private(path: list[fx.Node], softmax: _Softmax, gated: bool) -> None:

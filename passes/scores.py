@@ -155,6 +155,48 @@ def constant(value: Any) -> float | None:
     return None
 
 
+def alike(a: Any, b: Any, depth: int = 4) -> bool:
+    """Whether two arguments are the same value, by the same computation."""
+    if a is b:
+        return True
+    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
+        return type(a) is type(b) and a == b and not isinstance(a, float)
+    number = constant(a)
+    if number is not None and number == constant(b) and val(a).dim() == val(b).dim() == 0:
+        return dtype(a) == dtype(b)
+    if not (depth and isinstance(a.target, torch._ops.OpOverload) and a.target is b.target):
+        return False
+    if torch.Tag.nondeterministic_seeded in a.target.tags or a.kwargs != b.kwargs:
+        return False
+    return len(a.args) == len(b.args) and all(
+        alike(x, y, depth - 1) for x, y in zip(a.args, b.args, strict=True)
+    )
+
+
+def zeroed(node: fx.Node, weights: fx.Node, scores: Scores, alone: bool) -> bool:
+    """Whether ``node`` sets the weights of keys to 0 that the scores forbid already.
+
+    It then only decides that a row without any allowed key is 0, as it is with -inf; scores
+    filled with a finite number are taken so, if ``alone`` (no other use of the weights).
+    """
+    if is_op(node, aten.where.self):
+        mask, allowed = node.args[0], node.args[1] is weights
+        fill = node.args[2] if allowed else node.args[1]
+    elif is_op(node, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        _, mask, fill = node.args
+        allowed = False
+    else:
+        return False
+    if constant(fill) != 0 or not same_shape(shape(node), shape(weights)):
+        return False
+    for extra in scores.extras:
+        if isinstance(extra, Fill) and extra.allowed == allowed and alike(extra.node, mask):
+            if extra.value == -math.inf or alone:
+                extra.value = -math.inf
+                return True
+    return False
+
+
 # --- the loose search ------------------------------------------------------------------------
 
 

@@ -342,6 +342,23 @@ def test_fully_masked_rows():
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+def test_weights_set_to_zero_by_the_same_mask():
+    mask = causal(5, 7)
+    mask[2] = False
+
+    def f(q, k, v, m):
+        s = torch.masked_fill(q @ k.mT * 0.3, m == False, torch.scalar_tensor(float("-inf")))  # noqa: E712
+        p = torch.masked_fill(s.softmax(-1), m == False, torch.scalar_tensor(0.0))  # noqa: E712
+        return p @ v
+
+    raised(f, *qkv(), mask)  # the row without keys is zero in both
+
+    def other(q, k, v, m):
+        return (q @ k.mT).masked_fill(~m, -1e9).softmax(-1).masked_fill(~m.mT.tril(), 0) @ v
+
+    rejected(other, *qkv(m=7), causal(7, 7), reason="masked_fill")
+
+
 def test_alibi_and_mask():
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625]).view(4, 1, 1)
 
