@@ -31,8 +31,8 @@ from dspark_compile.passes.graph import (
     module_path,
     op_name,
 )
+from dspark_compile.passes.norm_statistic import statistic_of
 from dspark_compile.passes.raise_mlp import MLP_CLASS
-from dspark_compile.passes.raise_norm import statistic_of
 from dspark_compile.passes.raise_rope import is_seed
 
 _NORM_CLASS = re.compile(r"Norm(?!alizer)")
@@ -119,7 +119,8 @@ class Known:
     def __init__(self, graph: fx.Graph, ctx: PassContext) -> None:
         self.paths: dict[str, set[str]] = {}
         self.nodes: dict[str, set[str]] = {}
-        for item in (*ctx.report.sites, *ctx.report.rejections):
+        reported: list[Any] = [*ctx.report.sites, *ctx.report.rejections]
+        for item in reported:
             self.paths.setdefault(item.kind, set()).add(item.module)
             self.nodes.setdefault(item.kind, set()).add(item.node)
 

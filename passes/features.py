@@ -275,7 +275,7 @@ def _turn(node: fx.Node, rank: int, lead: int) -> Callable[[Array], Array] | Non
     if not dims or min(dims) < 0:
         return None
     if flip:
-        return lambda a: np.flip(a, dims)
+        return lambda a: np.flip(a, tuple(dims))
     shifts: Sequence[int] = list(node.args[1])  # type: ignore[arg-type]
     return lambda a: np.roll(a, shifts, dims)
 

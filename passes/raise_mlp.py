@@ -363,8 +363,21 @@ def _leads_to(node: fx.Node, leaves: list[fx.Node], depth: int = 4) -> bool:
     return all(_leads_to(user, leaves, depth - 1) for user in node.users)
 
 
+def is_of_inputs(node: fx.Node, depth: int = 6) -> bool:
+    """Whether a few operations on inputs of the graph alone compute ``node``."""
+    if node.op != "call_function":
+        return node.op in ("placeholder", "get_attr")
+    return depth > 0 and all(is_of_inputs(n, depth - 1) for n in node.all_input_nodes)
+
+
 def _foreign_leaf(program: Program, branches: list[Branch | None]) -> Problem:
     for leaf, branch in zip(program.leaves, branches, strict=True):
+        if branch is None and shape(leaf) != shape(program.root) and is_of_inputs(leaf):
+            return Problem(
+                "the activation has parameters of its own",
+                "only fixed activations are in the dialect",
+                leaf,
+            )
         if branch is None:
             what = str(leaf.target) if leaf.op == "call_function" else f"the input {leaf.name}"
             return Problem(

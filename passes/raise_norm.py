@@ -8,6 +8,9 @@ Gemma after), division by ``sqrt``, ``sum / size`` for ``mean``, ``var``, ``var_
 vector norm over ``sqrt(size)``, a kept or restored last dimension, the weight on either side,
 joined to the factor first, per head (``[H, D]``), or offset (``1 + weight``).
 
+A sum in place of the mean, or a vector norm, is a norm times a constant: the constant follows
+the op as a multiplication.
+
 Conditions: the statistic is over the last dimension of the very tensor that is scaled, eps is
 a number inside the root, the variance divides by the size, and nothing is computed in a wider
 type than the op computes in. The walk starts at the statistic and follows the products: where
@@ -21,7 +24,7 @@ as the code it replaces.
 
 from __future__ import annotations
 
-import operator
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,9 +49,16 @@ from dspark_compile.passes.graph import (
     shape,
     val,
 )
+from dspark_compile.passes.norm_statistic import (
+    USE_LAST,
+    Statistic,
+    centred_source,
+    is_factor,
+    is_root,
+    statistic_of,
+    unbroadcast,
+)
 
-_ROOTS = (aten.rsqrt.default, aten.sqrt.default)
-_SUMS = (aten.mean.dim, aten.sum.dim_IntList)
 _FOREIGN = {
     aten.native_layer_norm.default: "layer_norm is over more than the last dimension",
     aten.native_group_norm.default: "group_norm is not in the dialect",
@@ -56,19 +66,6 @@ _FOREIGN = {
     aten._native_batch_norm_legit_no_training.default: "batch_norm is not in the dialect",
     aten._fused_rms_norm.default: "rms_norm is over more than the last dimension",
 }
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """What a root was taken of: ``mean(source^2)``, or the variance of ``source``.
-
-    ``problem`` names the first thing that keeps it from being the dialect's.
-    """
-
-    source: fx.Node
-    centred: bool
-    eps: float
-    problem: Problem | None = None
 
 
 class RaiseNorm(Pass):
@@ -86,7 +83,7 @@ class RaiseNorm(Pass):
                 yield Match(node, captures={"captured": True})
             elif is_op(node, *_FOREIGN):
                 reason = _FOREIGN[node.target]
-                yield Match(node, captures={"problem": Problem(reason, _USE_LAST, node)})
+                yield Match(node, captures={"problem": Problem(reason, USE_LAST, node)})
             else:
                 yield from self._factor(node)
 
@@ -97,9 +94,10 @@ class RaiseNorm(Pass):
         ends = list(_ends(_Chain(root, statistic, root)))
         if not ends:
             problem = statistic.problem or Problem(
-                f"the factor does not scale {_expected(statistic)}, which it was computed of",
+                f"the factor does not scale {_expected(statistic)}, which it was computed of, "
+                f"but goes to {next(iter(root.users)).name}",
                 "scale the tensor whose statistic is taken",
-                next(iter(root.users), root),
+                root,
             )
             if _norm_like(root, statistic):
                 yield Match(root, captures={"problem": problem})
@@ -122,196 +120,33 @@ class RaiseNorm(Pass):
             ctx.raised("norm", node)
             return
         chain: _Chain = match["chain"]
-        x = chain.source
-        weight, offset = chain.weight, 0.0
+        x, by = chain.source, chain.multiplier
+        statistic, wide = chain.statistic, dtype(node)
         graph.inserting_before(node)
+        weight, offset = chain.weight, 0.0
         if weight is not None:
-            weight, offset = split_offset(weight)
+            weight, offset = split_offset(weight, chain.in_compute)
             weight = _as_weight(weight, x, graph, ctx)
-        bias = None if chain.bias is None else _as_weight(chain.bias, x, graph, ctx)
-        out_dtype = None if dtype(node) == dtype(x) else dtype(node)
-        tail = (chain.statistic.eps, offset, chain.in_compute, True, out_dtype)
-        args = (x, weight, bias, *tail) if chain.statistic.centred else (x, weight, *tail)
-        op = dialect("layer_norm" if chain.statistic.centred else "rms_norm")
+        bias = chain.bias
+        if bias is not None:
+            bias = peel_upcasts(bias) if chain.in_compute else bias
+            bias = _as_weight(bias, x, graph, ctx)
+        if by != 1 and wide.itemsize < 4:
+            wide = torch.float32
+        out_dtype = None if wide == dtype(x) else wide
+        tail = (statistic.eps / statistic.scale, offset, chain.in_compute, True, out_dtype)
+        args = (x, weight, bias, *tail) if statistic.centred else (x, weight, *tail)
+        op = dialect("layer_norm" if statistic.centred else "rms_norm")
         new = emit(graph, op, args, like=node, fake_mode=ctx.fake_mode)
-        node.replace_all_uses_with(new)
+        out = new
+        if by != 1:
+            out = emit(graph, aten.mul.Tensor, (new, by), like=node, fake_mode=ctx.fake_mode)
+        if dtype(out) != dtype(node):
+            kind = {"dtype": dtype(node)}
+            cast = aten._to_copy.default
+            out = emit(graph, cast, (out,), kind, like=node, fake_mode=ctx.fake_mode)
+        node.replace_all_uses_with(out)
         ctx.raised("norm", new)
-
-
-_USE_LAST = "normalise over the last dimension only"
-
-
-# -- the statistic ----------------------------------------------------------------------------
-
-
-def statistic_of(root: fx.Node) -> Statistic | None:
-    """The statistic under ``root`` (``rsqrt``, ``sqrt``, a norm, a deviation), if it is one."""
-    if is_op(root, aten.linalg_vector_norm.default):
-        return _vector_norm(root)
-    if is_op(root, aten.std.correction):
-        return _variance(root, 0.0)
-    if not is_op(root, *_ROOTS):
-        return None
-    node, eps, problem = root.args[0], 0.0, None
-    node = _unbroadcast(node)
-    if is_op(node, aten.add.Tensor):
-        terms = [a for a in node.args if not isinstance(a, fx.Node)]
-        inner = [a for a in node.args if isinstance(a, fx.Node)]
-        if len(terms) == 1 and len(inner) == 1 and not node.kwargs:
-            node, eps = _unbroadcast(inner[0]), float(terms[0])  # type: ignore[arg-type]
-        elif len(inner) == 2:
-            found = [s for s in map(_mean_square, map(_unbroadcast, inner)) if s]
-            if not found:
-                return None
-            reason = Problem("eps is a tensor", "make eps a Python float", node)
-            return replace(found[0], problem=reason)
-    elif is_op(node, aten.clamp_min.default, aten.clamp.default, aten.maximum.default):
-        problem = Problem("the mean is clamped, not offset by eps", "add eps to the mean", node)
-        node = _unbroadcast(node.args[0])
-    found_one = _mean_square(node) or _variance(node, 0.0)
-    if found_one is None:
-        return None
-    return replace(found_one, eps=eps, problem=found_one.problem or problem)
-
-
-def _mean_square(node: Any) -> Statistic | None:
-    """``mean(z^2)`` in its spellings; with ``z = x - mean(x)`` it is the variance of x."""
-    reduced, scale = _reduction(node)
-    if reduced is None:
-        return _expanded_variance(node)
-    squared = peel_upcasts(reduced.args[0])
-    z = None
-    if is_op(squared, aten.pow.Tensor_Scalar) and squared.args[1] == 2:
-        z = peel_upcasts(squared.args[0])
-    elif is_op(squared, aten.mul.Tensor):
-        a, b = (peel_upcasts(v) for v in squared.args)
-        z = a if a is b else None
-    if not is_tensor(z):
-        return None
-    problem = _last_dim(reduced, z)
-    if problem is None and abs(scale - 1) > 1e-9:
-        problem = Problem(
-            "the squares are summed, not averaged (an L2 normalisation)",
-            "use rms_norm with eps and weight scaled by the size",
-            reduced,
-        )
-    source = _centred_source(z)
-    return Statistic(z if source is None else source, source is not None, 0.0, problem)
-
-
-def _reduction(node: Any) -> tuple[fx.Node | None, float]:
-    """``(reduction, c)`` where ``node`` is c times the mean: ``mean``, ``sum / n``, ``sum * c``."""
-    scale = 1.0
-    node = _unbroadcast(node)
-    while is_op(node, aten.div.Tensor, aten.mul.Tensor):
-        by = node.args[1]
-        if not isinstance(by, (int, float)) or by == 0:
-            break
-        scale = scale / by if is_op(node, aten.div.Tensor) else scale * by
-        node = _unbroadcast(node.args[0])
-    if not is_op(node, *_SUMS):
-        return None, 0.0
-    if is_op(node, aten.sum.dim_IntList):
-        sizes = shape(node.args[0])
-        known = bool(sizes) and isinstance(sizes[-1], int)
-        scale = scale * sizes[-1] if known else 0.0
-    return node, scale
-
-
-def _expanded_variance(node: Any) -> Statistic | None:
-    """``mean(x^2) - mean(x)^2``."""
-    if not is_op(node, aten.sub.Tensor) or not all(isinstance(a, fx.Node) for a in node.args):
-        return None
-    left, right = _mean_square(node.args[0]), _unbroadcast(node.args[1])
-    if left is None or left.centred or not is_op(right, aten.pow.Tensor_Scalar):
-        return None
-    if right.args[1] != 2 or _mean_of(right.args[0]) is not left.source:
-        return None
-    return replace(left, centred=True)
-
-
-def _variance(node: Any, eps: float) -> Statistic | None:
-    """``var(x)``, ``var_mean(x)[0]``, and ``std(x)`` as a root of its own."""
-    reduced = _unbroadcast(node)
-    if is_op(reduced, operator.getitem) and reduced.args[1] == 0:
-        reduced = reduced.args[0]
-    if not is_op(reduced, aten.var.correction, aten.var_mean.correction, aten.std.correction):
-        return None
-    source = peel_upcasts(reduced.args[0])
-    problem = _last_dim(reduced, source)
-    if problem is None and argument(reduced, 2, "correction", 1) != 0:
-        problem = Problem(
-            "the variance is unbiased (it divides by the size less one)",
-            "pass unbiased=False or correction=0",
-            reduced,
-        )
-    return Statistic(source, True, eps, problem)
-
-
-def _vector_norm(root: fx.Node) -> Statistic | None:
-    """``norm(x)`` as the root: an L2 normalisation, unless divided by ``sqrt(size)``."""
-    order = argument(root, 1, "ord", 2)
-    source = peel_upcasts(root.args[0])
-    if order != 2 or not is_tensor(source) or argument(root, 2, "dim") is None:
-        return None
-    return Statistic(source, False, 0.0, _last_dim(root, source))
-
-
-def _last_dim(reduced: fx.Node, source: fx.Node) -> Problem | None:
-    index = 2 if is_op(reduced, aten.linalg_vector_norm.default) else 1
-    dims, rank = argument(reduced, index, "dim"), val(source).dim()
-    if dims is None or [int(d) % max(rank, 1) for d in dims] != [rank - 1]:
-        return Problem(f"the mean is over dimensions {dims}, not the last", _USE_LAST, reduced)
-    return None
-
-
-def _mean_of(node: Any) -> fx.Node | None:
-    """``x`` if ``node`` is ``mean(x)`` over the last dimension."""
-    node = _unbroadcast(node)
-    if is_op(node, operator.getitem) and node.args[1] == 1:
-        if is_op(node.args[0], aten.var_mean.correction):
-            reduced = node.args[0]
-            source = peel_upcasts(reduced.args[0])
-            return source if _last_dim(reduced, source) is None else None
-        return None
-    reduced, scale = _reduction(node)
-    if reduced is None or abs(scale - 1) > 1e-9:
-        return None
-    source = peel_upcasts(reduced.args[0])
-    return source if _last_dim(reduced, source) is None else None
-
-
-def _centred_source(node: Any) -> fx.Node | None:
-    """``x`` if ``node`` is ``x - mean(x)``."""
-    if not is_op(node, aten.sub.Tensor) or not all(isinstance(a, fx.Node) for a in node.args):
-        return None
-    source = peel_upcasts(node.args[0])
-    return source if _mean_of(node.args[1]) is source else None
-
-
-def _unbroadcast(node: Any) -> Any:
-    """Below casts and whatever only restores or spreads a reduced last dimension."""
-    while isinstance(node, fx.Node):
-        below = node.args[0] if node.args else None
-        if not is_tensor(node) or not is_tensor(below):
-            return node
-        sizes, inner = shape(node), shape(below)  # type: ignore[arg-type]
-        restored = (
-            is_op(node, aten._to_copy.default, aten.clone.default)
-            or (
-                is_op(node, aten.unsqueeze.default) and int(node.args[1]) % len(sizes) == len(inner)
-            )  # type: ignore[arg-type]
-            or (is_op(node, aten.expand.default) and same_shape(sizes[:-1], inner[:-1]))
-            or (
-                is_op(node, *VIEWS)
-                and known_equal(sizes[-1], 1)
-                and (same_shape(inner, sizes[:-1]) or same_shape(inner, sizes))
-            )
-        )
-        if not restored:
-            return node
-        node = below
-    return node
 
 
 # -- the products -----------------------------------------------------------------------------
@@ -327,7 +162,7 @@ class _Chain:
         scaled: whether ``x`` is among its factors.
         weight, bias: the learned parts met on the way.
         in_compute: the weight (or, without one, the bias) came before the down-cast.
-        root_scale: what a vector norm or deviation was multiplied by, still to be settled.
+        root_scale: what the root was multiplied by before it divides.
     """
 
     node: fx.Node
@@ -342,6 +177,13 @@ class _Chain:
     @property
     def source(self) -> fx.Node:
         return self.statistic.source
+
+    @property
+    def multiplier(self) -> float:
+        """What a norm by the root mean square is still to be multiplied by."""
+        scale = self.statistic.scale
+        by = 1.0 / (self.root_scale * math.sqrt(scale)) if scale > 0 else 1.0
+        return 1.0 if abs(by - 1) < 1e-9 else by
 
 
 def _ends(chain: _Chain) -> Iterator[_Chain]:
@@ -380,9 +222,9 @@ def _step(chain: _Chain, user: fx.Node) -> _Chain | None:
         other = user.args[1] if user.args[0] is node else user.args[0]
         if not isinstance(other, fx.Node):
             return None
-        if not chain.scaled and _is_factor(node) and _scales(chain.statistic, other, user):
+        if not chain.scaled and is_factor(node) and _scales(chain.statistic, other, user):
             return replace(chain, node=user, scaled=True)
-        if not chain.scaled and chain.weight is None and _is_factor(node):
+        if not chain.scaled and chain.weight is None and is_factor(node):
             weight = _weighted(chain.statistic, other, user)
             if weight is not None:
                 return replace(chain, node=user, scaled=True, weight=weight, in_compute=True)
@@ -396,6 +238,7 @@ def _step(chain: _Chain, user: fx.Node) -> _Chain | None:
         and chain.statistic.centred
         and chain.scaled
         and chain.bias is None
+        and chain.multiplier == 1
         and not user.kwargs
     ):
         other = user.args[1] if user.args[0] is node else user.args[0]
@@ -409,21 +252,21 @@ def _step(chain: _Chain, user: fx.Node) -> _Chain | None:
 def _before_scaling(chain: _Chain, user: fx.Node) -> _Chain | None:
     """Steps over the bare factor: its restored dimension, its root, ``x / root``."""
     node, statistic = chain.node, chain.statistic
-    if _unbroadcast(user) is _unbroadcast(node) and _unbroadcast(user) is not user:
+    if unbroadcast(user) is unbroadcast(node) and unbroadcast(user) is not user:
         return replace(chain, node=user)
-    if is_op(user, aten.reciprocal.default) and _is_root(node):
+    if is_op(user, aten.reciprocal.default) and is_root(node):
         return replace(chain, node=user)
-    if is_op(user, aten.div.Tensor) and user.args[1] is node and _is_root(node):
+    if is_op(user, aten.div.Tensor) and user.args[1] is node and is_root(node):
         if _scales(statistic, user.args[0], user):
-            settled = _settle(chain, user)
-            return replace(settled, node=user, scaled=True)
+            return replace(chain, node=user, scaled=True)
         return None
     scaled_root = is_op(user, aten.mul.Tensor, aten.div.Tensor) and user.args[0] is node
-    if scaled_root and isinstance(user.args[1], (int, float)) and _is_norm(chain):
+    number = isinstance(user.args[1], (int, float)) if len(user.args) > 1 else False
+    if scaled_root and number and user.args[1] > 0 and is_root(node):  # type: ignore[operator]
         by = float(user.args[1])
         by = 1.0 / by if is_op(user, aten.div.Tensor) else by
         return replace(chain, node=user, root_scale=chain.root_scale * by)
-    if is_op(user, aten.add.Tensor, aten.clamp_min.default, aten.clamp.default) and _is_root(node):
+    if is_op(user, aten.add.Tensor, aten.clamp_min.default, aten.clamp.default) and is_root(node):
         if not isinstance(user.args[1], (int, float)):
             return None
         problem = Problem("eps is applied outside the root", "use sqrt(mean(x^2) + eps)", user)
@@ -432,62 +275,13 @@ def _before_scaling(chain: _Chain, user: fx.Node) -> _Chain | None:
     return None
 
 
-def _settle(chain: _Chain, user: fx.Node) -> _Chain:
-    """A norm is the root of the mean only if it was divided by ``sqrt(size)``."""
-    if not _is_norm(chain) or chain.statistic.problem is not None:
-        return chain
-    size = shape(chain.source)[-1]
-    if isinstance(size, int) and abs(chain.root_scale**2 * size - 1) < 1e-9:
-        return chain
-    problem = Problem(
-        "the vector is divided by its norm, not by its root mean square (an L2 normalisation)",
-        "use rms_norm and fold sqrt(size) into the weight",
-        user,
-    )
-    return replace(chain, statistic=replace(chain.statistic, problem=problem))
-
-
-def _is_norm(chain: _Chain) -> bool:
-    base = _unroot(chain.node)
-    return is_op(base, aten.linalg_vector_norm.default)
-
-
-def _unroot(node: Any) -> Any:
-    """Below the scalings and offsets of a root."""
-    while isinstance(node, fx.Node):
-        below = _unbroadcast(node)
-        scaled = is_op(
-            below, aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.clamp_min, aten.clamp
-        )
-        if scaled and isinstance(below.args[1], (int, float)):
-            node = below.args[0]
-        else:
-            return below
-    return node
-
-
-def _is_root(node: fx.Node) -> bool:
-    """Whether ``x / node`` normalises (and ``x * node`` does not)."""
-    return is_op(
-        _unroot(node), aten.sqrt.default, aten.linalg_vector_norm.default, aten.std.correction
-    )
-
-
-def _is_factor(node: fx.Node) -> bool:
-    """Whether ``x * node`` normalises: the root is inverted, times at most a weight."""
-    node = _unbroadcast(node)
-    if is_op(node, aten.mul.Tensor):
-        return any(isinstance(a, fx.Node) and _is_factor(a) for a in node.args)
-    return is_op(node, aten.rsqrt.default, aten.reciprocal.default)
-
-
 def _scales(statistic: Statistic, other: Any, product: fx.Node) -> bool:
     """Whether ``other`` is what the statistic normalises."""
     if not is_tensor(other) or not same_shape(shape(product), shape(statistic.source)):
         return False
     z = peel_upcasts(other)
     if statistic.centred:
-        return _centred_source(z) is statistic.source
+        return centred_source(z) is statistic.source
     return z is statistic.source
 
 
@@ -527,20 +321,22 @@ def _is_parameter(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr")
 
 
-def split_offset(weight: fx.Node) -> tuple[fx.Node, float]:
-    """``(w, c)`` of a weight written ``w + c``, casts to a wider type removed."""
-    node = peel_upcasts(weight)
+def split_offset(weight: fx.Node, in_compute: bool) -> tuple[fx.Node, float]:
+    """``(w, c)`` of a weight written ``w + c``; casts to a wider type are removed only where
+    the op makes them itself (``in_compute``)."""
+    node = peel_upcasts(weight) if in_compute else weight
     if is_op(node, aten.add.Tensor) and not node.kwargs and len(node.args) == 2:
         numbers = [a for a in node.args if isinstance(a, (int, float))]
         tensors = [a for a in node.args if isinstance(a, fx.Node)]
         if len(numbers) == 1 and len(tensors) == 1:
-            return peel_upcasts(tensors[0]), float(numbers[0])
+            inner = peel_upcasts(tensors[0]) if in_compute else tensors[0]
+            if in_compute or dtype(inner) == dtype(node):
+                return inner, float(numbers[0])
     return node, 0.0
 
 
 def _as_weight(node: fx.Node, x: fx.Node, graph: fx.Graph, ctx: PassContext) -> fx.Node:
     """``node`` without leading ones."""
-    node = peel_upcasts(node)
     dims = list(shape(node))
     while len(dims) > 1 and known_equal(dims[0], 1):
         dims = dims[1:]
@@ -583,7 +379,7 @@ def _fold_casts(node: fx.Node, graph: fx.Graph, ctx: PassContext) -> fx.Node:
             out, wide = cast, dtype(cast)
     if values["weight"] is not None and values["weight_offset"] == 0.0:
         if values["weight_in_compute"]:
-            values["weight"], values["weight_offset"] = split_offset(values["weight"])
+            values["weight"], values["weight_offset"] = split_offset(values["weight"], True)
     values["out_dtype"] = None if wide == dtype(values["x"]) else wide
     args = tuple(values.values())
     if out is node and args == tuple(node.args):

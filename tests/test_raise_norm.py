@@ -259,11 +259,35 @@ def test_clamped_mean():
     rejected("norm", "clamped", f, torch.randn(4, 8))
 
 
-def test_l2_norm():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_l2_norm_is_a_norm_times_a_constant(dtype):
     def f(x):
         return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + EPS)
 
-    rejected("norm", "summed", f, torch.randn(4, 8))
+    def g(x):
+        return x / x.norm(dim=-1, keepdim=True)
+
+    for function in (f, g):
+        torch._dynamo.reset()
+        raised("norm", "rms_norm", function, torch.randn(4, 6).to(dtype))
+
+
+def test_clamped_vector_norm():
+    rejected("norm", "outside the root", lambda x: F.normalize(x, dim=-1), torch.randn(4, 8))
+
+
+def test_wide_weight_after_the_cast():
+    """The product with a weight cast to float32 is not rounded to the narrow type."""
+
+    def f(x, w):
+        h = x.float()
+        h = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+        return h * (w.float() + 0.01)
+
+    x, w = torch.randn(2, 16).bfloat16(), torch.randn(16).bfloat16()
+    got, graph = run(f, x, w)
+    torch.testing.assert_close(got, f(x, w), atol=1e-5, rtol=1e-5)
+    assert graph.ops["rms_norm"] == 1
 
 
 def test_eps_as_a_tensor():
