@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dspark_compile.diagnostics import CompileReport, last_report
     from dspark_compile.diagnostics.explain import explain
     from dspark_compile.options import Options
+    from dspark_compile.runtime import decompress_cache, reset_cache
     from dspark_compile.runtime.cache import CompressedCache
 
 _EXPORTS = {
@@ -24,6 +25,8 @@ _EXPORTS = {
     "CompileReport": "dspark_compile.diagnostics",
     "Options": "dspark_compile.options",
     "CompressedCache": "dspark_compile.runtime.cache",
+    "decompress_cache": "dspark_compile.runtime",
+    "reset_cache": "dspark_compile.runtime",
 }
 
 __all__ = [
@@ -31,8 +34,10 @@ __all__ = [
     "CompressedCache",
     "Options",
     "__version__",
+    "decompress_cache",
     "explain",
     "last_report",
+    "reset_cache",
 ]
 
 

@@ -141,8 +141,10 @@ def _inner(
 ) -> Callable[..., Any]:
     """The rewritten graph through the inner compiler, behind the runtime wrapper."""
     extra = ctx.extra_inputs if ctx is not None else []
+    dropped = ctx.dropped_inputs if ctx is not None else set()
+    kept = [i for i in range(len(inputs)) if i not in dropped]
     if extra:
-        inputs = [*inputs, *(item.example(inputs) for item in extra)]
+        inputs = [*(inputs[i] for i in kept), *(item.example(inputs) for item in extra)]
     with report.timed("inner"):
         if options.inner == "eager":
             run: Callable[..., Any] = gm.forward
@@ -153,6 +155,6 @@ def _inner(
         return run
 
     def call(*args: Any) -> Any:
-        return run(*args, *(item.value(args) for item in extra))
+        return run(*(args[i] for i in kept), *(item.value(args) for item in extra))
 
     return call

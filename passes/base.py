@@ -68,6 +68,7 @@ class PassContext:
         example_inputs: the real (or fake) inputs, one for each placeholder.
         extra_inputs: placeholders that passes added, each with the recipe that the
             runtime wrapper follows to produce its value (see ``backend.py``).
+        dropped_inputs: indices of the caller's inputs whose placeholders passes removed.
         shared: what one pass leaves for another, e.g. the mask prover.
     """
 
@@ -76,6 +77,7 @@ class PassContext:
     fake_mode: Any
     example_inputs: list[Any]
     extra_inputs: list[Any] = field(default_factory=list)
+    dropped_inputs: set[int] = field(default_factory=set)
     shared: dict[str, Any] = field(default_factory=dict)
 
     def reject(

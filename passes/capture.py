@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from dspark_compile import ops as _dialect  # noqa: F401 - registers the ops named below
 from dspark_compile.diagnostics.report import GraphReport
 from dspark_compile.passes import einsum, raise_flex
 
@@ -131,6 +132,18 @@ def rms_norm(
     return _ops.rms_norm(input, weight, eps, 0.0, True)
 
 
+def cache_append_(cache: Tensor, new: Tensor, positions: Tensor) -> None:
+    """An in-place append of user code, spelt so that functional tracing understands it."""
+    cache.copy_(_ops.cache_append(cache, new, positions))
+
+
+def cache_append_int8_(cache: Tensor, scale: Tensor, new: Tensor, positions: Tensor) -> None:
+    """The same for an int8 cache."""
+    data, scales = _ops.cache_append_int8(cache, scale, new, positions)
+    cache.copy_(data)
+    scale.copy_(scales)
+
+
 _aten = torch.ops.aten
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: sdpa,
@@ -151,6 +164,10 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.rms_norm: rms_norm,
     torch.rms_norm: rms_norm,
     _aten.rms_norm.default: rms_norm,
+    _ops.cache_append_: cache_append_,
+    _ops.cache_append_.default: cache_append_,
+    _ops.cache_append_int8_: cache_append_int8_,
+    _ops.cache_append_int8_.default: cache_append_int8_,
     **einsum.FUNCTIONS,
 }
 METHODS: dict[str, Callable[..., Any]] = {"matmul": matmul, "bmm": matmul, "__matmul__": matmul}

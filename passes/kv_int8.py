@@ -214,6 +214,11 @@ class KVInt8(Pass):
                 if is_dialect_op(user, "attention") and user not in done:
                     done.add(user)
                     to_int8(user, twins[user.args[1]], twins[user.args[2]], graph, ctx)
+        # The released tensor must not reach the inner program, which may ask its address.
+        for cache, index in {c: _input_index(c) for c in twins}.items():
+            if not cache.users and all(isinstance(n, int) for n in shape(cache)):
+                ctx.dropped_inputs.add(index)
+                graph.erase_node(cache)
 
 
 def _number(size: Any) -> int:

@@ -147,6 +147,11 @@ def _respell(node: fx.Node, graph: fx.Graph) -> None:
             node.args = (source, list(shape(node)))
     elif is_op(node, aten.slice.Tensor) and isinstance(source, fx.Node):
         _respell_slice(node, source)
+    elif is_op(node, aten.copy.default) and isinstance(node.args[1], fx.Node):
+        old, new = val(node), val(node.args[1])
+        same = same_shape(old.shape, new.shape) and old.dtype == new.dtype
+        if same and old.device == new.device:
+            node.target, node.args = aten.alias.default, (node.args[1],)
     elif node.target in _TO_TENSOR:
         node.target = _TO_TENSOR[node.target]
     elif is_op(node, aten.square.default) or (

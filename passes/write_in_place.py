@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from dspark_compile.passes.base import Match, Pass, PassContext, Problem, dialect
-from dspark_compile.passes.graph import aten, emit, is_dialect_op, is_op, order, readers
+from dspark_compile.passes.graph import aten, emit, is_dialect_op, is_op, order
 
 
 class WriteInPlace(Pass):
@@ -25,35 +25,48 @@ class WriteInPlace(Pass):
     stage = "finish"
 
     def pattern(self, graph: fx.Graph, ctx: PassContext) -> Iterator[Match]:
+        written = {n.args[1]: n for n in graph.nodes if is_op(n, aten.copy_.default)}
         for node in list(graph.nodes):
-            if is_op(node, aten.copy_.default):
-                cache, new = node.args[0], node.args[1]
-                if is_dialect_op(new, "cache_append") and cache.op == "placeholder":
-                    yield Match(new, [node, new], {"cache": cache, "copy": node})
+            if is_dialect_op(node, "cache_append"):
+                results = [node]
+            elif is_dialect_op(node, "cache_append_int8"):
+                items = {u.args[1]: u for u in node.users}
+                results = [items[i] for i in sorted(items)]
+            else:
+                continue
+            copies = [written[r] for r in results if r in written]
+            if copies:
+                yield Match(node, [*results, *copies], {"results": results, "copies": copies})
 
     def check(self, match: Match, ctx: PassContext) -> Problem | None:
-        new, cache, copy = match.anchor, match["cache"], match["copy"]
-        if new.args[0] is not cache:
-            return Problem("the result of appending to one tensor is written to another")
-        if copy.users:
-            return Problem("the written cache is used again")
-        position = order(new.graph)
-        late = [u for u in readers(cache) if u not in (copy, new) and position[u] > position[new]]
-        if late:
-            return Problem(f"the old cache is still read by {late[0]}", node=late[0])
+        node, results, copies = match.anchor, match["results"], match["copies"]
+        wanted = list(node.args[: 1 if is_dialect_op(node, "cache_append") else 2])
+        if len(results) != len(wanted) or len(copies) != len(wanted):
+            return Problem("only a part of the cache's update is written back")
+        position = order(node.graph)
+        for cache, copy in zip(wanted, copies, strict=True):
+            if not isinstance(cache, fx.Node) or cache.op != "placeholder":
+                return Problem("the cache that is written is not an input of the graph")
+            if copy.args[0] is not cache:
+                return Problem("the result of appending to one tensor is written to another")
+            if copy.users:
+                return Problem("the written cache is used again")
+            for user in cache.users:
+                if user not in (copy, node) and position[user] > position[node]:
+                    return Problem(f"the old cache is still read by {user}", node=user)
+        match.captures["caches"] = wanted
         return None
 
     def rewrite(self, match: Match, graph: fx.Graph, ctx: PassContext) -> None:
-        new, cache, copy = match.anchor, match["cache"], match["copy"]
-        graph.erase_node(copy)
-        with graph.inserting_before(new):
-            write = emit(
-                graph,
-                dialect("cache_append_"),
-                (cache, new.args[1], new.args[2]),
-                like=new,
-                fake_mode=ctx.fake_mode,
-            )
-        new.replace_all_uses_with(cache)
-        graph.erase_node(new)
-        ctx.report.rename_site(new.name, write.name, "cache_append_")
+        node, caches = match.anchor, match["caches"]
+        name = "cache_append_" if len(caches) == 1 else "cache_append_int8_"
+        for copy in match["copies"]:
+            graph.erase_node(copy)
+        with graph.inserting_before(node):
+            write = emit(graph, dialect(name), node.args, like=node, fake_mode=ctx.fake_mode)
+        for result, cache in zip(match["results"], caches, strict=True):
+            result.replace_all_uses_with(cache)
+            if result is not node:
+                graph.erase_node(result)
+        graph.erase_node(node)
+        ctx.report.rename_site(node.name, write.name, name)
