@@ -1,4 +1,4 @@
-# make setup | test | test-all | demo | lint | types | bench
+# make setup | test | test-all | test-exhaustive | demo | lint | types | bench
 #
 # `setup` makes .venv with CPU PyTorch. For another build of PyTorch:
 #   make setup TORCH=torch==2.14.0              another version, CPU
@@ -17,7 +17,7 @@ STAMP := $(VENV)/.dspark-setup
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all demo lint format types bench clean
+.PHONY: help setup test test-all test-exhaustive demo lint format types bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -1
@@ -44,7 +44,10 @@ test: setup
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 test-all: setup
-	$(BIN)/pytest -m "" $(PYTEST_ARGS)
+	$(BIN)/pytest -m "not exhaustive" $(PYTEST_ARGS)
+
+test-exhaustive: setup
+	$(BIN)/pytest -m exhaustive $(PYTEST_ARGS)
 
 demo: setup
 	$(BIN)/dspark demo

@@ -1,7 +1,7 @@
 """Random attention blocks through the whole compiler, against eager.
 
 Hypothesis draws shapes, dtypes, masks, head groupings, cache lengths and spellings. The
-default run takes a few examples; ``-m slow`` takes 500, the number the project promises.
+default run takes a few examples; ``-m exhaustive`` takes 500, the number the project promises.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def test_random_programs(p):
     check(p)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @settings(max_examples=500, **SETTINGS)
 @given(programs())
 def test_500_random_programs(p):
