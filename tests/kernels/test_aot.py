@@ -47,7 +47,7 @@ def test_a_few_kernels_of_each_kind(tmp_path: Path, target: str) -> None:
         assert row["binary_bytes"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_everything_on_every_target(tmp_path: Path) -> None:
     rows = _compile(tmp_path, timeout=7200)
     assert len({row["target"] for row in rows}) == 6
