@@ -325,7 +325,7 @@ class TestMergedLinears:
 
 class TestOptions:
     def test_unknown_name_lists_the_legal_ones(self):
-        with pytest.raises(ValueError, match="kv_cach.*did you mean"):
+        with pytest.raises(ValueError, match=r"kv_cach.*did you mean"):
             dspark_compile.Options.parse({"kv_cach": "int8"})
 
     def test_illegal_value_lists_the_legal_ones(self):

@@ -141,11 +141,7 @@ def _prepared(
     + _PREPARE.format(caches="Tensor key_cache, Tensor value_cache")
     + ") -> (Tensor, Tensor, Tensor)",
     family="cache",
-    fake=lambda query, key, value, query_weight, key_weight, cos, sin, key_cache, value_cache, *rest: (
-        query.new_empty(query.shape),
-        torch.empty_like(key_cache),
-        torch.empty_like(value_cache),
-    ),
+    fake=lambda query, *rest: (query.new_empty(query.shape), *map(torch.empty_like, rest[6:8])),
 )
 def qk_norm_rope_append(
     query: Tensor,
@@ -183,13 +179,7 @@ def qk_norm_rope_append(
     )
     + ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     family="cache",
-    fake=lambda query, key, value, query_weight, key_weight, cos, sin, key_cache, key_scale, value_cache, value_scale, *rest: (
-        query.new_empty(query.shape),
-        torch.empty_like(key_cache),
-        torch.empty_like(key_scale),
-        torch.empty_like(value_cache),
-        torch.empty_like(value_scale),
-    ),
+    fake=lambda query, *rest: (query.new_empty(query.shape), *map(torch.empty_like, rest[6:10])),
 )
 def qk_norm_rope_append_int8(
     query: Tensor,

@@ -12,6 +12,8 @@ computes in ``x.dtype`` throughout. ``out_dtype=None`` means ``x.dtype``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,11 @@ _TAIL = (
     "float eps, float weight_offset=0.0, bool weight_in_compute=False, "
     "bool compute_fp32=True, ScalarType? out_dtype=None"
 )
+
+
+def _out_dtype(rest: tuple[Any, ...], named: dict[str, Any], index: int) -> torch.dtype | None:
+    """The ``out_dtype`` of a call: the last, ``index``-th of what follows the tensors."""
+    return rest[index] if len(rest) > index else named.get("out_dtype")
 
 
 def _like(x: Tensor, out_dtype: torch.dtype | None) -> Tensor:
@@ -49,9 +56,7 @@ def _scale(
 @define(
     f"rms_norm(Tensor x, Tensor? weight, {_TAIL}) -> Tensor",
     family="norm",
-    fake=lambda x, weight, eps, weight_offset=0.0, weight_in_compute=False, compute_fp32=True, out_dtype=None: (
-        _like(x, out_dtype)
-    ),
+    fake=lambda x, *rest, **named: _like(x, _out_dtype(rest, named, 5)),
 )
 def rms_norm(
     x: Tensor,
@@ -71,9 +76,7 @@ def rms_norm(
 @define(
     f"layer_norm(Tensor x, Tensor? weight, Tensor? bias, {_TAIL}) -> Tensor",
     family="norm",
-    fake=lambda x, weight, bias, eps, weight_offset=0.0, weight_in_compute=False, compute_fp32=True, out_dtype=None: (
-        _like(x, out_dtype)
-    ),
+    fake=lambda x, *rest, **named: _like(x, _out_dtype(rest, named, 6)),
 )
 def layer_norm(
     x: Tensor,
@@ -102,9 +105,7 @@ def _pair_like(x: Tensor, residual: Tensor, out_dtype: torch.dtype | None) -> tu
 @define(
     f"add_rms_norm(Tensor x, Tensor residual, Tensor? weight, {_TAIL}) -> (Tensor, Tensor)",
     family="norm",
-    fake=lambda x, residual, weight, eps, weight_offset=0.0, weight_in_compute=False, compute_fp32=True, out_dtype=None: (
-        _pair_like(x, residual, out_dtype)
-    ),
+    fake=lambda x, residual, *rest, **named: _pair_like(x, residual, _out_dtype(rest, named, 5)),
 )
 def add_rms_norm(
     x: Tensor,
@@ -126,9 +127,7 @@ def add_rms_norm(
     f"add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, {_TAIL})"
     " -> (Tensor, Tensor)",
     family="norm",
-    fake=lambda x, residual, weight, bias, eps, weight_offset=0.0, weight_in_compute=False, compute_fp32=True, out_dtype=None: (
-        _pair_like(x, residual, out_dtype)
-    ),
+    fake=lambda x, residual, *rest, **named: _pair_like(x, residual, _out_dtype(rest, named, 6)),
 )
 def add_layer_norm(
     x: Tensor,

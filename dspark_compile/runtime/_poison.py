@@ -13,8 +13,8 @@ What does not work (tried on torch 2.13; the winner on 2.11 as well, over a hund
   address 0 and the process dies.
 * ``storage.resize_(0)`` alone: nothing in it checks the pointer at all.
 * Changing ``tensor.__class__`` to a subclass with a raising ``__torch_function__`` (by reasoning,
-  not tried): sound in Python only (C++ callers do not ask), and Dynamo guards on the exact class, so that every
-  graph compiled for the cache recompiles once for the released one.
+  not tried): sound in Python only (C++ callers do not ask), and Dynamo guards on the exact
+  class, so that every graph compiled for the cache recompiles once for the released one.
 * The flag on a storage of size 0: sound, but taking a view fails first, with a message about
   storage sizes; Dynamo traces views of the cache in the next graph and fails as well. Hence the
   null storage that keeps the nominal size: metadata and views work as before, and guards see no
