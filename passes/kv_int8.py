@@ -172,7 +172,7 @@ class KVInt8(Pass):
         last = [n for n in graph.nodes if n.op == "placeholder"][-1]
         twins: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         for cache in match["fit"]:
-            pair = []
+            made: list[fx.Node] = []
             for part, kind, size in (
                 ("data", torch.int8, shape(cache)),
                 ("scale", SCALE_DTYPE, shape(cache)[:-1]),
@@ -188,11 +188,11 @@ class KVInt8(Pass):
                     if key in cache.meta:
                         node.meta[key] = cache.meta[key]
                 ctx.extra_inputs.append(CompressedInput(_input_index(cache), part, fake))
-                pair.append(node)
+                made.append(node)
                 last = node
-            twins[cache] = (pair[0], pair[1])
+            twins[cache] = (made[0], made[1])
             before = val(cache).numel() * val(cache).element_size()
-            after = sum(p.meta["val"].numel() * p.meta["val"].element_size() for p in pair)
+            after = sum(p.meta["val"].numel() * p.meta["val"].element_size() for p in made)
             name = cache.meta.get("dspark_name", cache.name)
             ctx.report.add_kv(name, "int8", _number(before), _number(after))
         for cache, pair in twins.items():
