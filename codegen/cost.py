@@ -63,7 +63,8 @@ class Cost:
 
     def subs(self, sizes: Mapping[Any, Any]) -> Cost:
         """With symbols (or their names) replaced."""
-        return Cost(*(e.subs(sizes) for e in (self.read, self.write, self.flops)), self.dtype)
+        read, write, flops = (e.subs(sizes) for e in (self.read, self.write, self.flops))
+        return Cost(read, write, flops, self.dtype)
 
     def seconds(
         self, machine: Machine, sizes: Mapping[Any, Any] | None = None, *, resident: bool = False

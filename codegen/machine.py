@@ -192,10 +192,9 @@ def measure(seconds: float = 4.0) -> Machine:
     half = size // 8
     read, copy = {}, {}
     for count in counts:
-        read[count] = size / _best(lambda n=count: probes.read(buffer, n), share)
-        copy[count] = size / _best(
-            lambda n=count: probes.copy(buffer[half:], buffer[:half], n), share
-        )
+        read[count] = size / _best(functools.partial(probes.read, buffer, count), share)
+        back = functools.partial(probes.copy, buffer[half:], buffer[:half], count)
+        copy[count] = size / _best(back, share)
     cache = 4 * 2**20
     small = buffer[: cache // 4]
     cached = 8 * cache / _best(lambda: [probes.read(small, threads) for _ in range(8)], share)
@@ -203,7 +202,7 @@ def measure(seconds: float = 4.0) -> Machine:
     side = 768
     for dtype in (torch.float32, torch.bfloat16):
         square = torch.ones(side, side, dtype=dtype)
-        taken = _best(lambda x=square: x @ x, share)
+        taken = _best(functools.partial(torch.mm, square, square), share)
         rates[str(dtype).removeprefix("torch.")] = 2 * side**3 / taken
     region = _best(lambda: [probes.read(small[:64], threads) for _ in range(50)], share) / 50
     alone = _best(lambda: [probes.read(small[:64], 1) for _ in range(50)], share) / 50

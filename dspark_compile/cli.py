@@ -61,11 +61,20 @@ def demo() -> None:
 
 
 @app.command()
-def env() -> None:
-    """Print versions, devices, instruction sets and the C++ compiler, for bug reports."""
+def env(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure the machine again, for about 5 seconds.")
+    ] = False,
+) -> None:
+    """Print versions, devices, the C++ compiler, and what the machine can do."""
+    from dspark_compile.codegen.machine import describe
     from dspark_compile.diagnostics.environment import environment
 
-    typer.echo(json.dumps(environment(), indent=2, default=str))
+    try:
+        machine = describe(fresh=measure).to_dict()
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="DSPARK_MACHINE") from error
+    typer.echo(json.dumps({**environment(), "machine": machine}, indent=2, default=str))
 
 
 def parse_options(items: list[str]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def source(
 ) -> Source:
     """A file with one entry point; ``parameters`` are spelt ``"p x"``, ``"i N"``, ``"f eps"``.
 
-    The entry returns 0, or 1 if memory ran out.
+    The entry returns 0, or 1 if memory ran out, or 2 for a position outside of a cache.
     """
     pairs = tuple((p.split()[0], p.split()[1]) for p in parameters)
     arguments = ", ".join(f"{_NAMES[kind]} {label}" for kind, label in pairs)
@@ -320,3 +320,100 @@ parallel(int(threads), [&](Team team) {{
 """
     parameters = ["p x", "p y", "i n", "i threads"]
     return source(f"probe_{what}", f"Measures: {what}.", "probe.h", parameters, body)
+
+
+@functools.lru_cache(maxsize=256)
+def rope(dtype: torch.dtype, angles: torch.dtype, out: torch.dtype) -> Source:
+    """RoPE of rows; see ``kernels/cpp/rope.h``."""
+    t, ct, ot = CPP_TYPE[dtype], CPP_TYPE[angles], CPP_TYPE[out]
+    body = f"""
+const int64_t* n = (const int64_t*)grid;
+const Grid rows{{{{n[0], n[1], n[2]}}, {{n[3], n[4], n[5]}}, {{n[6], n[7], n[8]}},
+                {{n[9], n[10], n[11]}}}};
+const Turn turn{{rotary, features, interleaved != 0}};
+parallel(int(threads), [&](Team team) {{
+  ropes<{t}, {ct}, {ot}>(team, (const {t}*)x, (const {ct}*)cos, (const {ct}*)sin, ({ot}*)y, D,
+      rows, turn);
+}});
+"""
+    parameters = [
+        *("p x", "p cos", "p sin", "p y", "p grid", "i D", "i rotary", "i features"),
+        *("i interleaved", "i threads"),
+    ]
+    name = f"rope_{SHORT[dtype]}_{SHORT[angles]}_{SHORT[out]}"
+    about = f"RoPE: {SHORT[dtype]}, angles {SHORT[angles]}, result {SHORT[out]}"
+    return source(name, about, "rope.h", parameters, body)
+
+
+# The integers that ``Append`` in rope.h takes, in order.
+APPEND_SHAPE = 32
+_APPEND = f"""
+const int64_t* n = (const int64_t*)shape;
+Append a;
+static_assert(sizeof(a) == {APPEND_SHAPE} * sizeof(int64_t), "Append holds integers only");
+std::memcpy(&a, n, sizeof(a));
+if (!positions_fit((const int64_t*)positions, a.rows, a.keys)) return 2;
+"""
+
+
+@functools.lru_cache(maxsize=256)
+def append(dtype: torch.dtype, cache: torch.dtype, scale: torch.dtype | None) -> Source:
+    """New rows into a cache, quantised where it is int8; see ``kernels/cpp/rope.h``."""
+    t, kt, st = CPP_TYPE[dtype], CPP_TYPE[cache], CPP_TYPE[scale or torch.float32]
+    body = f"""{_APPEND}
+parallel(int(threads), [&](Team team) {{
+  appends<{t}, {kt}, {st}>(team, (const {t}*)fresh, ({kt}*)cache, ({st}*)scale,
+      (const int64_t*)positions, a);
+}});
+"""
+    name = f"append_{SHORT[dtype]}_{SHORT[cache]}" + (f"_{SHORT[scale]}" if scale else "")
+    parameters = ["p fresh", "p cache", "p scale", "p positions", "p shape", "i threads"]
+    about = f"Append to a cache: {SHORT[dtype]} into {SHORT[cache]}"
+    return source(name, about, "rope.h", parameters, body)
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """What decides the fused norm + RoPE + append.
+
+    Attributes:
+        dtype: query's, key's and value's.
+        weight: the norm weights'.
+        angles: of cos and sin.
+        cache: the caches'.
+        scale: the int8 caches' scales'; None for exact ones.
+        norm: 0 without a norm, 1 to round before the weight, 2 to round after.
+    """
+
+    dtype: torch.dtype
+    weight: torch.dtype
+    angles: torch.dtype
+    cache: torch.dtype
+    scale: torch.dtype | None
+    norm: int
+
+
+@functools.lru_cache(maxsize=256)
+def prepare(spec: Prepare) -> Source:
+    """Norm of query and key, RoPE, append; see ``kernels/cpp/rope.h``."""
+    t, wt, ct = CPP_TYPE[spec.dtype], CPP_TYPE[spec.weight], CPP_TYPE[spec.angles]
+    kt, st = CPP_TYPE[spec.cache], CPP_TYPE[spec.scale or torch.float32]
+    norms = "{}_norm{{(const {}*){}w, nullptr, float(eps), float(offset)}}"
+    body = f"""{_APPEND}
+const Norm<{wt}> {norms.format("q", wt, "q")}, {norms.format("k", wt, "k")};
+const Turn turn{{rotary, features, interleaved != 0}};
+parallel(int(threads), [&](Team team) {{
+  prepare<{t}, {wt}, {ct}, {kt}, {st}, {spec.norm}>(
+      team, (const {t}*)q, (const {t}*)k, (const {t}*)v, q_norm, k_norm, (const {ct}*)cos,
+      (const {ct}*)sin, ({kt}*)kc, ({st}*)ks, ({kt}*)vc, ({st}*)vs, (const int64_t*)positions,
+      ({t}*)out, a, turn);
+}});
+"""
+    parameters = [
+        *("p q", "p k", "p v", "p qw", "p kw", "p cos", "p sin", "p kc", "p ks", "p vc", "p vs"),
+        *("p positions", "p out", "p shape", "f eps", "f offset", "i rotary", "i features"),
+        *("i interleaved", "i threads"),
+    ]
+    name = f"qk_norm_rope_append_{SHORT[spec.dtype]}_{SHORT[spec.cache]}_norm{spec.norm}"
+    about = f"Norm, RoPE, append: {SHORT[spec.dtype]} into {SHORT[spec.cache]}"
+    return source(name, about, "rope.h", parameters, body)

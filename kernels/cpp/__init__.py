@@ -12,6 +12,9 @@ It takes the op's own arguments, real or fake. The templates are the headers in 
     ``linear`` ``merged_linear``    `linear`
     ``mlp`` ``gated_mlp``           `linear`; ``gated_mlp_merged`` too
     ``rms_norm`` ``layer_norm``     `norm`; with ``add_`` in front, behind a residual
+    ``rope``                        `rope`
+    ``cache_append_``               `cache`; ``cache_append_int8_`` too
+    ``qk_norm_rope_append_``        `cache`; ``qk_norm_rope_append_int8_`` too
     ``attention``                   `attention`; ``attention_int8`` too
     ==============================  =====================================================
 """
@@ -38,6 +41,11 @@ OPS: dict[str, str] = {
     "add_rms_norm": "norm",
     "layer_norm": "norm",
     "add_layer_norm": "norm",
+    "rope": "rope",
+    "cache_append_": "cache",
+    "cache_append_int8_": "cache",
+    "qk_norm_rope_append_": "cache",
+    "qk_norm_rope_append_int8_": "cache",
     "attention": "attention",
     "attention_int8": "attention",
 }

@@ -24,10 +24,14 @@ def run(source: emit.Source, *arguments: Any) -> None:
     Raises:
         build.BuildError: it cannot be built.
         MemoryError: the kernel found no memory to work in.
+        IndexError: a cache position is out of range.
     """
     function: Callable[..., int] = emit.kernel(source, isa_levels.detect())
-    if function(*arguments):
+    status = function(*arguments)
+    if status == 1:
         raise MemoryError(f"{source.name}: no memory for its scratch")
+    if status == 2:
+        raise IndexError(f"{source.name}: a position lies outside of the cache")
 
 
 def threads_for(nbytes: int) -> int:
