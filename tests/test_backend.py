@@ -265,6 +265,51 @@ class TestSafety:
         assert "autocast" in last_report().fallbacks[0].reason
 
     @torch.no_grad()
+    def test_tensor_subclasses_go_to_the_inner_compiler_unchanged(self):
+        from torch.testing._internal.two_tensor import TwoTensor
+
+        def f(x, w):
+            return F.rms_norm(x @ w, (4,))
+
+        x = torch.randn(3, 4)
+        w = TwoTensor(torch.randn(4, 4), torch.randn(4, 4))
+        run = torch.compile(f, backend="dspark", options={"inner": "eager"})
+        got, want = run(x, w), f(x, w)
+        torch.testing.assert_close(got.a, want.a)
+        torch.testing.assert_close(got.b, want.b)
+        assert "TwoTensor" in last_report().fallbacks[0].reason
+
+    def test_inference_mode(self):
+        model = tiny_llama()
+        ids = torch.randint(0, 128, (1, 5))
+        with torch.inference_mode():
+            got = compiled(model)(ids, use_cache=False).logits
+            want = model(ids, use_cache=False).logits
+        assert relative(got, want) < 1e-5
+        last_report().assert_fused("attention", n=2)
+
+    @torch.no_grad()
+    def test_buffers_and_tied_weights(self):
+        class Counter(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embed = nn.Embedding(11, 8)
+                self.norm = nn.RMSNorm(8)
+                self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+            def forward(self, ids):
+                self.calls += 1
+                return F.linear(self.norm(self.embed(ids)), self.embed.weight) * self.calls
+
+        mine = Counter()
+        theirs = copy.deepcopy(mine)
+        run = compiled(mine)
+        ids = torch.randint(0, 11, (2, 3))
+        for _ in range(3):
+            torch.testing.assert_close(run(ids), theirs(ids))
+        assert int(mine.calls) == 3
+
+    @torch.no_grad()
     def test_random_ops_stay_random(self):
         def f(x):
             return torch.rand_like(x) + torch.rand_like(x) * 0 - torch.rand_like(x)
