@@ -341,7 +341,15 @@ class RaiseAttention(Pass):
 def _bias(scores: Scores, heads: Heads, compute: torch.dtype) -> fx.Node | None:
     """The added terms and the fills as one tensor that broadcasts to ``[B, H, M, N]``."""
     added: fx.Node | None = None
-    allowed: dict[bool, fx.Node] = {}
+    allowed: dict[bool, fx.Node] = {}  # by whether a forbidden score becomes -inf
+
+    def replaced(added: fx.Node | None) -> fx.Node:
+        # Replaced by a finite number: so low that only the mask is left of the score.
+        kind = compute if added is None else dtype(added)
+        low = torch.finfo(torch.float32 if kind == torch.float64 else kind).min
+        added = heads.number(0.0, compute) if added is None else added
+        return heads.call(aten.where.self, allowed.pop(False), added, heads.number(low, kind))
+
     for extra in scores.extras:
         tensor = heads.spread(extra.node, extra.lead)
         if isinstance(extra, Fill):
@@ -352,6 +360,8 @@ def _bias(scores: Scores, heads: Heads, compute: torch.dtype) -> fx.Node | None:
             allowed[final] = tensor
             continue
         assert isinstance(extra, Term)
+        if False in allowed:  # what is added to the low number decides between such scores
+            added = replaced(added)
         if not dtype(tensor).is_floating_point:
             tensor = heads.cast(tensor, compute)
         if extra.factor != 1:
@@ -360,12 +370,7 @@ def _bias(scores: Scores, heads: Heads, compute: torch.dtype) -> fx.Node | None:
     if added is not None and scores.floor is not None:
         added = heads.call(aten.clamp_min.default, added, scores.floor)
     if False in allowed:
-        # Replaced by a finite number: so low that only the mask is left of the score.
-        kind = compute if added is None else dtype(added)
-        low = torch.finfo(torch.float32 if kind == torch.float64 else kind).min
-        if added is None:
-            added = heads.number(0.0, compute)
-        added = heads.call(aten.where.self, allowed[False], added, heads.number(low, kind))
+        added = replaced(added)
     if True not in allowed:
         return added
     if added is None:

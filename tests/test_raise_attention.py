@@ -636,3 +636,131 @@ def test_weights_changed_otherwise_stay(fill, zero, same):
         return scores.softmax(-1).masked_fill(~mask if same else mask, zero) @ v
 
     rejected(f, *qkv(), mask, reason="go through aten.masked_fill")
+
+
+class GPTFast(nn.Module):
+    """Grouped heads and a static cache, masked by a buffer that positions index."""
+
+    def __init__(self, width=32, heads=4, groups=2, length=12):
+        super().__init__()
+        self.wqkv = nn.Linear(width, (heads + 2 * groups) * (width // heads), bias=False)
+        self.wo = nn.Linear(width, width, bias=False)
+        self.heads, self.groups, self.size = heads, groups, width // heads
+        mask = torch.tril(torch.ones(length, length, dtype=torch.bool))
+        self.register_buffer("causal_mask", mask)
+        shape = (2, groups, length, width // heads)
+        self.register_buffer("k_cache", torch.zeros(shape))
+        self.register_buffer("v_cache", torch.zeros(shape))
+
+    def forward(self, x, positions):
+        b, t, _ = x.shape
+        kv = self.groups * self.size
+        q, k, v = self.wqkv(x).split([self.heads * self.size, kv, kv], dim=-1)
+        q = q.view(b, t, self.heads, self.size).transpose(1, 2)
+        k = k.view(b, t, self.groups, self.size).transpose(1, 2)
+        v = v.view(b, t, self.groups, self.size).transpose(1, 2)
+        self.k_cache[:, :, positions] = k
+        self.v_cache[:, :, positions] = v
+        k = self.k_cache.repeat_interleave(self.heads // self.groups, dim=1)
+        v = self.v_cache.repeat_interleave(self.heads // self.groups, dim=1)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(self.size)
+        scores = scores.masked_fill(~self.causal_mask[None, None, positions], float("-inf"))
+        return self.wo((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, t, -1))
+
+
+def test_gpt_fast_with_a_static_cache():
+    model = GPTFast().eval()
+    reference = GPTFast().eval()
+    reference.load_state_dict(model.state_dict())
+    run = torch.compile(model, backend="dspark", options=OPTIONS, dynamic=False)
+    with torch.no_grad():
+        for positions in (torch.arange(5), torch.tensor([5]), torch.tensor([6])):
+            x = torch.randn(2, len(positions), 32)
+            got, want = run(x, positions), reference(x, positions)
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+            graph = last_report().graphs[-1]
+            assert graph.ops["attention"] == 1, graph.rejections
+
+
+# --- Hugging Face ----------------------------------------------------------------------------
+
+_SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+_LLAMA = {**_SMALL, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
+_GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 64}
+FAMILIES = {
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 64, "max_seq_len": 64},
+    "falcon": {**_SMALL, "alibi": True},
+    "gpt_neox": {**_SMALL, "intermediate_size": 48},
+    "gptj": {**_GPT, "rotary_dim": 4},
+    "codegen": {**_GPT, "rotary_dim": 4},
+    "gpt2": _GPT,
+    "opt": {**_SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+    "llama": _LLAMA,
+    "gemma2": {**_LLAMA, "sliding_window": 4},
+    "gpt_oss": {**_LLAMA, "num_local_experts": 4, "sliding_window": 4},
+    "granite_swa": {**_LLAMA, "sliding_window": 4},
+}
+
+
+def family(name, dtype=torch.float32):
+    transformers = pytest.importorskip("transformers")
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = transformers.AutoConfig.for_model(name, **FAMILIES[name], **ends)
+    make = transformers.AutoModelForCausalLM.from_config
+    return make(config, attn_implementation="eager").eval().to(dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_hugging_face(name, dtype):
+    model = family(name, dtype)
+    ids = torch.randint(3, 64, (2, 9))
+    padding = torch.ones(2, 9, dtype=torch.long)
+    padding[0, :3] = 0
+
+    def f(ids, padding):
+        return model(ids, attention_mask=padding, use_cache=False).logits[:, 3:]
+
+    n = model.config.num_hidden_layers
+    tol = 1e-5 if dtype == torch.float32 else 3e-2
+    raised(f, ids, padding, n=n, tol=tol)
+
+
+@pytest.mark.slow
+def test_hugging_face_returned_weights():
+    model = family("llama")
+
+    def f(ids):
+        out = model(ids, use_cache=False, output_attentions=True)
+        return (out.logits, *out.attentions)
+
+    rejected(f, torch.randint(3, 64, (2, 9)), reason="weights are returned")
+
+
+@pytest.mark.slow
+def test_t5_encoder():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=64
+    )
+    config._attn_implementation = "eager"
+    model = transformers.T5EncoderModel(config).eval()
+    ids = torch.randint(3, 64, (2, 9))
+    raised(lambda ids: model(ids).last_hidden_state, ids, n=2)
+
+
+def test_a_mask_added_after_a_finite_fill():
+    """In a row without an allowed key, keys that both forbid get nothing, the others share."""
+    low = torch.finfo(torch.float32).min
+    fill = torch.zeros(5, 7, dtype=torch.bool)
+    fill[1, :4], fill[2] = True, True
+    added = torch.zeros(5, 7)
+    added[1, 3:], added[2, 5:] = low, low
+
+    def f(q, k, v, fill, added):
+        scores = (q @ k.mT * 0.3).masked_fill(fill, low)
+        return (scores + added).softmax(-1) @ v
+
+    raised(f, *qkv(), fill, added)
