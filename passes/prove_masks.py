@@ -43,6 +43,12 @@ class ProveMasks(Pass):
                 "the mask stays a tensor operand; masks made of index comparisons are proved",
                 proof.node if proof.node is not None else node,
             )
+        if not proof.exact:
+            return Problem(
+                "several masks may forbid the same key, and a row that allows none would then "
+                "average other keys than the sum of the masks does",
+                "join the masks with & before they become numbers",
+            )
         if node.kwargs.get("mask"):
             return Problem("attention has a predicate already")
         match.captures["proof"] = proof
