@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import time
 
 import pytest
@@ -23,20 +25,17 @@ def small():
     return Machine("test", 2, {1: 1e9, 2: 2e9}, {1: 1e9}, 3e9, 1 << 20, {"float32": 1e9})
 
 
-def test_measurement_is_quick_and_plausible():
-    start = time.perf_counter()
+def test_measurement():
     m = machine.measure(seconds=0.5)
-    assert time.perf_counter() - start < 60  # the machine may be busy; alone it is below 2
-    assert set(m.read) >= {1, torch.get_num_threads()}
-    assert all(1e8 < x < 1e13 for x in (*m.read.values(), *m.copy.values(), m.cached))
-    assert m.region > 0 and 0 < m.launch < 1e-2
+    assert set(m.read) == set(m.copy) and {1, torch.get_num_threads()} <= set(m.read)
+    assert all(x > 0 for x in (*m.read.values(), *m.copy.values(), m.cached, m.region, m.launch))
     assert m.rate(torch.bfloat16) > 0
     assert m.rate(torch.float16) == m.rate(torch.float32)
 
 
 def test_without_a_compiler_torch_measures(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert machine.measure(seconds=0.1).bandwidth > 1e8
+    assert machine.measure(seconds=0.1).bandwidth > 0
 
 
 def test_round_trip():
@@ -58,6 +57,22 @@ def test_it_is_measured_once_and_kept(own_cache, monkeypatch):
     assert machine.describe() == small() and len(calls) == 2
     machine.describe(fresh=True)
     assert len(calls) == 3
+
+
+def test_what_was_measured_under_load_is_measured_again(own_cache, monkeypatch):
+    monkeypatch.setenv("DSPARK_CACHE_DIR", str(own_cache))
+    calls = []
+    busy = dataclasses.replace(small(), busy=True)
+    monkeypatch.setattr(machine, "measure", lambda: calls.append(1) or busy)
+    for _ in range(2):
+        machine.describe()
+        machine._known.cache_clear()
+    assert len(calls) == 1
+    (kept,) = (own_cache / "machine").iterdir()
+    old = time.time() - 2 * machine.BUSY_SECONDS
+    os.utime(kept, (old, old))
+    machine.describe()
+    assert len(calls) == 2
 
 
 def test_overrides(own_cache, monkeypatch):

@@ -56,6 +56,7 @@ def test_features():
     check("attention", *make(torch.bfloat16, h=2, hk=2, m=1, d=64, dv=16), None, None, [], [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [x for x in isa.LEVELS if x in isa.available()])
 def test_every_instruction_set(level, monkeypatch):
     monkeypatch.setenv("DSPARK_CPU_ISA", level)

@@ -41,6 +41,7 @@ def test_linear(dtype, rows):
             check(call("linear", x, w, bias), F.linear(x, w, bias), want, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [x for x in isa.LEVELS if x in isa.available()])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_on_every_instruction_set(level, dtype, monkeypatch):
@@ -50,6 +51,13 @@ def test_linear_on_every_instruction_set(level, dtype, monkeypatch):
             x, w = torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype)
             want = F.linear(x.double(), w.double())
             check(call("linear", x, w, None), F.linear(x, w), want, dtype)
+
+
+def test_linear_without_intrinsics(monkeypatch):
+    monkeypatch.setenv("DSPARK_CPU_ISA", "portable")
+    x, w = torch.randn(6, 45).bfloat16(), torch.randn(37, 45).bfloat16()
+    want = F.linear(x.double(), w.double())
+    check(call("linear", x, w, None), F.linear(x, w), want, torch.bfloat16)
 
 
 def test_linear_takes_views():
@@ -130,6 +138,7 @@ def test_gated_mlp(dtype, rows):
         check(merged, reference(*args), reference(*wide), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_activations(activation):
     x, _, up, down = blocks(torch.float32, 2)
