@@ -49,7 +49,8 @@ class JoinWrites(Pass):
     stage = "raise"
 
     def pattern(self, graph: fx.Graph, ctx: PassContext) -> Iterator[Match]:
-        for node in list(graph.nodes):
+        # The last write of a chain first: it sees all of them.
+        for node in reversed(list(graph.nodes)):
             if not is_op(node, aten.slice_scatter.default) or not node.users:
                 continue
             dim = int(argument(node, 2, "dim", 0)) % len(shape(node))
