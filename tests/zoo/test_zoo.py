@@ -2,7 +2,7 @@
 raised.
 
 The default run takes ten that differ in everything that matters (norm, RoPE, attention, MLP,
-cache); ``-m slow`` takes the rest. The sweep with its table is ``benchmarks/zoo.py``.
+cache); ``-m exhaustive`` takes the rest. The sweep with its table is ``benchmarks/zoo.py``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ OPTIONS = {"inner": "eager"}
 
 def parameters() -> list[Any]:
     return [
-        family if family in QUICK else pytest.param(family, marks=pytest.mark.slow)
+        family if family in QUICK else pytest.param(family, marks=pytest.mark.exhaustive)
         for family in families.tested()
     ]
 
