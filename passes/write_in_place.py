@@ -51,7 +51,7 @@ class WriteInPlace(Pass):
                 return Problem("the result of appending to one tensor is written to another")
             if copy.users:
                 return Problem("the written cache is used again")
-            for user in cache.users:
+            for user in readers(cache):  # through views too
                 if user not in (copy, node) and position[user] > position[node]:
                     return Problem(f"the old cache is still read by {user}", node=user)
         match.captures["caches"] = wanted
