@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from dspark_compile.passes.base import Match, Pass, PassContext, Problem, dialect
-from dspark_compile.passes.graph import aten, emit, is_dialect_op, is_op, order
+from dspark_compile.passes.graph import aten, emit, is_dialect_op, is_op, order, readers
 
 
 class WriteInPlace(Pass):
