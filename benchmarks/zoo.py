@@ -170,7 +170,8 @@ def document(results: dict[str, Any]) -> None:
         "Dynamo alone, which every back end shares. Sites are those of all float32 modes: raised, "
         "of those that hooks count in eager mode without the compiler. Where Dynamo breaks a "
         "graph, layers share graphs and some code reaches no back end; then the sites are those "
-        "that it saw.",
+        "that it saw. A sweep goes on where it was stopped: rows may come from different "
+        "revisions of the code.",
         "",
         *totals(ours, half),
         "",
@@ -220,7 +221,7 @@ def totals(ours: dict[str, Any], half: dict[str, Any]) -> list[str]:
     exact = [f for f, r in ran.items() if all(good(e) for e in r["modes"].values())]
     inexact = sorted(set(ours) - set(exact))
     lines = [
-        f"- {len(ours)} families; {len(exact)} within 1e-5 in every mode that eager mode can do"
+        f"- {len(ours)} families; {len(exact)} within 1e-5 in every mode that was run"
         + (f"; not: {', '.join(inexact)}" if inexact else "")
     ]
     for mode in MODES:
@@ -244,7 +245,10 @@ def totals(ours: dict[str, Any], half: dict[str, Any]) -> list[str]:
         + (f": {', '.join(more)}" if more else "")
     )
     fell = [f for f, r in ran.items() if any(e.get("fallbacks") for e in r["modes"].values())]
-    lines.append(f"- {len(fell)} with a graph that was handed on unchanged: {', '.join(fell)}")
+    lines.append(
+        f"- {len(fell)} with a graph that was handed on unchanged"
+        + (f": {', '.join(fell)}" if fell else "")
+    )
     for kind in KINDS:
         counts = {f: site_counts(r)[kind] for f, r in ran.items()}
         have, want = (sum(c[i] for c in counts.values()) for i in (0, 1))
