@@ -155,48 +155,6 @@ def constant(value: Any) -> float | None:
     return None
 
 
-def alike(a: Any, b: Any, depth: int = 4) -> bool:
-    """Whether two arguments are the same value, by the same computation."""
-    if a is b:
-        return True
-    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
-        return type(a) is type(b) and a == b and not isinstance(a, float)
-    number = constant(a)
-    if number is not None and number == constant(b) and val(a).dim() == val(b).dim() == 0:
-        return dtype(a) == dtype(b)
-    if not (depth and isinstance(a.target, torch._ops.OpOverload) and a.target is b.target):
-        return False
-    if torch.Tag.nondeterministic_seeded in a.target.tags or a.kwargs != b.kwargs:
-        return False
-    return len(a.args) == len(b.args) and all(
-        alike(x, y, depth - 1) for x, y in zip(a.args, b.args, strict=True)
-    )
-
-
-def zeroed(node: fx.Node, weights: fx.Node, scores: Scores, alone: bool) -> bool:
-    """Whether ``node`` sets the weights of keys to 0 that the scores forbid already.
-
-    It then only decides that a row without any allowed key is 0, as it is with -inf; scores
-    filled with a finite number are taken so, if ``alone`` (no other use of the weights).
-    """
-    if is_op(node, aten.where.self):
-        mask, allowed = node.args[0], node.args[1] is weights
-        fill = node.args[2] if allowed else node.args[1]
-    elif is_op(node, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        _, mask, fill = node.args
-        allowed = False
-    else:
-        return False
-    if constant(fill) != 0 or not same_shape(shape(node), shape(weights)):
-        return False
-    for extra in scores.extras:
-        if isinstance(extra, Fill) and extra.allowed == allowed and alike(extra.node, mask):
-            if extra.value == -math.inf or alone:
-                extra.value = -math.inf
-                return True
-    return False
-
-
 # --- the loose search ------------------------------------------------------------------------
 
 
@@ -281,57 +239,6 @@ def find(start: fx.Node, memo: dict[fx.Node, _Path | None] | None = None) -> lis
 
     found = search(start, 0)
     return list(found[1]) if found is not None else None
-
-
-def sink_gate(path: list[fx.Node], product: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """``(result, sink)`` if the attention's result is multiplied with a gate that is a sink.
-
-    ``out * sigmoid(logsumexp(scores) - sink)`` is attention whose softmax has the sink as one
-    more score: both divide by ``sum(exp(scores)) + exp(sink)``.
-    """
-    total = None
-    for node in reversed(path):
-        total = next((u for u in node.users if is_op(u, aten.logsumexp.default)), None)
-        if total is not None or not is_op(node, aten._to_copy.default):
-            break
-    if total is None or len(product.users) != 1:
-        return None
-    if [int(d) % val(total.args[0]).dim() for d in total.args[1]] != [  # type: ignore[union-attr,arg-type]
-        val(total.args[0]).dim() - 1  # type: ignore[arg-type]
-    ]:
-        return None
-    gate, sink = total, None
-    result = next(iter(product.users))
-    for _ in range(_MAX_LENGTH):
-        if len(gate.users) != 1:
-            return None
-        user = next(iter(gate.users))
-        if user is result:
-            break
-        if is_op(user, aten.sub.Tensor) and user.args[0] is gate and sink is None:
-            sink = user.args[1]
-        elif is_op(user, aten.sigmoid.default):
-            if sink is None:
-                return None
-        elif not is_op(user, aten._to_copy.default, *VIEWS, aten.unsqueeze.default):
-            return None
-        gate = user
-    gated = is_op(result, aten.mul.Tensor) and peels_to(gate, aten.sigmoid.default)
-    if not (gated and isinstance(sink, fx.Node) and same_shape(shape(result), shape(product))):
-        return None
-    if not (val(product).dim() == 4 and same_shape(shape(gate)[:3], shape(product)[:3])):
-        return None
-    # One number for each head: [.., H, 1] beside [B, H, M], or [.., H, 1, 1] if kept.
-    kept = bool(argument(total, 2, "keepdim", False))
-    dims = [d for i, d in enumerate(reversed(shape(sink))) if i != (2 if kept else 1)]
-    return (result, sink) if all(known_equal(d, 1) for d in dims) else None
-
-
-def peels_to(node: fx.Node, target: Any) -> bool:
-    """Whether ``node`` is a call of ``target``, through casts and views."""
-    while is_op(node, aten._to_copy.default, *VIEWS, aten.unsqueeze.default, *TRANSPARENT):
-        node = node.args[0]  # type: ignore[assignment]
-    return is_op(node, target)
 
 
 # --- the exact reading -----------------------------------------------------------------------
