@@ -8,9 +8,9 @@
 
 The features are followed, not the spelling (``features.py``, ``rotation.py``): every output
 feature must be ``+x[i] * cos[j] -/+ x[partner(i)] * sin[k]`` with the partners of one of the
-two layouts. So a rotation the other way is seen as such (``sin`` is negated), and a wrong sign, axis or half
-is never taken for a rotation. cos and sin are taken as they are, any scale inside them, and
-at half width where both members of a pair share one column.
+two layouts. So a rotation the other way is seen as such (``sin`` is negated), and a wrong
+sign, axis or half is never taken for a rotation. cos and sin are taken as they are, any scale
+inside them, and at half width where both members of a pair share one column.
 
 Conditions: x, cos and sin are one tensor each, the rotated features come first, and the
 result has the shape of ``x`` broadcast against cos. Where a rotation does not begin the
