@@ -27,6 +27,7 @@ from dspark_compile.passes.base import Match, Pass, PassContext
 from dspark_compile.passes.graph import argument, aten, is_op, is_tensor, same_shape, shape, val
 
 _VIEWS = (
+    aten.copy.default,  # its value is its second argument
     aten.view.default,
     aten.permute.default,
     aten.slice.Tensor,
