@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -73,8 +74,8 @@ def _register_decompositions() -> None:
     """
     from torch._inductor import decomposition
 
-    from .codegen.aten import FORMS
-    from .ops import OPS
+    from dspark_compile.codegen.aten import FORMS
+    from dspark_compile.ops import OPS
 
     def entry(overload: Any, form: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(form)
@@ -202,6 +203,13 @@ def compile_call() -> object | None:
             return owner
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def graph_breaks() -> Counter[str]:
+    """How often each reason for a graph break came up in this process so far."""
+    from torch._dynamo.utils import counters
+
+    return Counter(counters["graph_break"])
 
 
 def cxx_compiler() -> str | None:

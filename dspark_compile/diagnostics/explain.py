@@ -17,13 +17,13 @@ import copy
 import functools
 import inspect
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dspark_compile._torch_compat import graph_breaks
 from dspark_compile.diagnostics.environment import environment
 from dspark_compile.diagnostics.report import CompileReport
 from dspark_compile.diagnostics.state import recording
@@ -57,10 +57,10 @@ def explain(
     copier = _Copier()
     args, kwargs = copier.copy(args), copier.copy(kwargs)
     compiled = _compile(target, options)
-    breaks_before = _graph_breaks()
+    breaks_before = graph_breaks()
     with recording(report), _copied_buffers(target, copier), _same_random_state(), torch.no_grad():
         compiled(*args, **kwargs)
-    report.graph_breaks = list((_graph_breaks() - breaks_before).elements())
+    report.graph_breaks = list((graph_breaks() - breaks_before).elements())
     for graph in report.graphs[:1]:
         for name in copier.not_copied:
             graph.note(
@@ -96,13 +96,6 @@ def _uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
         if original is not None:
             return original
     return model
-
-
-def _graph_breaks() -> Counter[str]:
-    """How often each reason for a graph break came up in this process so far."""
-    from torch._dynamo.utils import counters
-
-    return Counter(counters["graph_break"])
 
 
 @contextmanager
