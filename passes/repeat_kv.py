@@ -8,14 +8,17 @@ attention knows groups, so the copies go: ``G`` times less K/V traffic.
     key = expand(k, heads) of a single head                    -> k
     key = repeat(k, [1, G, 1, 1]) of a single head             -> k
 
-A permutation between the copy and attention is carried over. Both key and value must be
-copied by the same factor; tiling (``repeat``) of several heads maps query heads otherwise
-than grouping does and stays.
+Permutations, rotations and norms between the copy and attention are carried over to the
+tensor before it: they treat every head alike, so they come to the same on fewer heads
+(Falcon copies its key heads before it rotates them). Both key and value must be copied by the
+same factor; tiling (``repeat``) of several heads maps query heads otherwise than grouping does
+and stays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -32,10 +35,57 @@ from dspark_compile.passes.graph import (
 )
 
 
-def _permuted(node: fx.Node) -> tuple[fx.Node, list[int] | None]:
-    if is_op(node, aten.permute.default):
-        return node.args[0], list(node.args[1])  # type: ignore[arg-type,return-value]
-    return node, None
+@dataclass(frozen=True)
+class Copied:
+    """Heads that were copied on their way to attention.
+
+    Attributes:
+        node: the copy.
+        before: what was copied.
+        dim: the dimension of the heads there.
+        heads: how many they were.
+        steps: what stands between the copy and attention, the last first.
+    """
+
+    node: fx.Node
+    before: fx.Node
+    dim: int
+    heads: Any
+    steps: tuple[fx.Node, ...]
+
+
+def _copied(node: fx.Node) -> Copied | None:
+    """The copy of heads (dimension 1) that ``node`` comes from."""
+    dim, steps = 1, []
+    while True:
+        found = _source(node, dim)
+        if found is not None:
+            return Copied(node, found[0], dim, found[1], tuple(steps))
+        if is_op(node, aten.permute.default):
+            dim = int(list(node.args[1])[dim]) % len(shape(node))  # type: ignore[arg-type]
+        elif not _same_for_every_head(node, dim):
+            return None
+        steps.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+
+
+def _same_for_every_head(node: fx.Node, dim: int) -> bool:
+    """Whether ``node`` is a rotation or a norm that does the same to every head of its input."""
+    if is_dialect_op(node, "rope"):
+        others = node.args[1:3]
+    elif is_dialect_op(node, "rms_norm", "layer_norm"):
+        others = tuple(a for a in node.args[1:] if isinstance(a, fx.Node))
+    else:
+        return False
+    x, out = shape(node.args[0]), shape(node)  # type: ignore[arg-type]
+    if len(x) != len(out) or dim == len(out) - 1 or not known_equal(x[dim], out[dim]):
+        return False
+    return all(_alike(shape(other), dim - len(out)) for other in others)  # type: ignore[arg-type]
+
+
+def _alike(sizes: tuple[Any, ...], dim: int) -> bool:
+    """Whether a tensor that broadcasts is the same along ``dim``, counted from the end."""
+    return len(sizes) < -dim or known_equal(sizes[dim], 1)
 
 
 def _source(node: fx.Node, head_dim: int) -> tuple[fx.Node, Any] | None:
@@ -95,10 +145,9 @@ class RepeatKV(Pass):
                 continue
             found = {}
             for index, name in ((1, "key"), (2, "value")):
-                inner, perm = _permuted(node.args[index])
-                copied = _source(inner, perm[1] if perm else 1)
+                copied = _copied(node.args[index])  # type: ignore[arg-type]
                 if copied is not None:
-                    found[name] = (copied[0], copied[1], perm)
+                    found[name] = copied
             if found:
                 yield Match(node, captures=found)
 
@@ -109,42 +158,36 @@ class RepeatKV(Pass):
                 f"only the {'key' if key else 'value'} heads are repeated",
                 "repeat both or neither",
             )
-        if not known_equal(key[1], value[1]):
+        if not known_equal(key.heads, value.heads):
             return Problem("key and value heads are repeated by different factors")
         heads = shape(match.anchor.args[0])[1]  # type: ignore[arg-type]
-        if not (isinstance(heads, int) and isinstance(key[1], int) and heads % key[1] == 0):
+        if not (isinstance(heads, int) and isinstance(key.heads, int) and heads % key.heads == 0):
             return Problem("the number of heads is not a known multiple")
         return None
 
     def rewrite(self, match: Match, graph: fx.Graph, ctx: PassContext) -> None:
         node = match.anchor
         args = list(node.args)
-        with graph.inserting_before(node):
-            for index, name in ((1, "key"), (2, "value")):
-                before, heads, perm = match[name]
-                source = before
-                rank = len(shape(before))
-                if rank == 5:
-                    # The group dimension was made by a view; fold it away.
-                    out = shape(node.args[index])  # type: ignore[arg-type]
-                    order = perm or [0, 1, 2, 3]
-                    sizes = [0] * 4
-                    for position, dim in enumerate(order):
-                        sizes[dim] = heads if position == 1 else out[position]
+        for index, name in ((1, "key"), (2, "value")):
+            copied: Copied = match[name]
+            source = copied.before
+            for target, rest, kwargs, like in _replay(copied):
+                with graph.inserting_before(node):
                     source = emit(
-                        graph,
-                        aten.view.default,
-                        (before, sizes),
-                        like=node,
-                        fake_mode=ctx.fake_mode,
+                        graph, target, (source, *rest), kwargs, like=like, fake_mode=ctx.fake_mode
                     )
-                if perm is not None:
-                    source = emit(
-                        graph,
-                        aten.permute.default,
-                        (source, perm),
-                        like=node,
-                        fake_mode=ctx.fake_mode,
-                    )
-                args[index] = source
+                if is_dialect_op(like):
+                    ctx.moved(like, source)
+            args[index] = source
         node.args = tuple(args)
+
+
+def _replay(copied: Copied) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any], fx.Node]]:
+    """The calls that lead from before the copy to attention."""
+    if len(shape(copied.before)) == 5:
+        # The group dimension was made by a view; fold it away.
+        sizes = list(copied.node.args[1])  # type: ignore[arg-type]
+        sizes[copied.dim] = copied.heads
+        yield aten.view.default, (sizes,), {}, copied.node
+    for step in reversed(copied.steps):
+        yield step.target, step.args[1:], dict(step.kwargs), step

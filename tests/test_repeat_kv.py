@@ -166,3 +166,50 @@ def test_batch_copies_are_none_of_its_business():
         lambda q, k, v: attend(q, k.expand(B, -1, -1, -1), v.expand(B, -1, -1, -1)), q, k[:1], v[:1]
     )
     assert record(graph).rewritten == 0
+
+
+def rotate(x, cos, sin):
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+def rms(x, weight):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_rotated_after_the_copy(dynamic):
+    """Falcon: key heads are copied, norms and RoPE see all of them; the values are only copied."""
+
+    def f(q, qkv, cos, sin, weight):
+        parts = qkv.view(B, qkv.shape[1], H, 2, D)
+        k, v = (
+            part.expand(B, qkv.shape[1], H, G, D).flatten(2, 3).transpose(1, 2)
+            for part in (parts[:, :, :, :1], parts[:, :, :, [-1]])
+        )
+        return attend(q, rotate(rms(k, weight), cos, sin), v)
+
+    args = [torch.randn(B, H * G, M, D), torch.randn(B, N, H * 2 * D)]
+    args += [torch.randn(1, 1, N, D) for _ in range(2)]
+    if dynamic:
+        for x, dim in zip(args, (2, 1, 2, 2), strict=True):
+            torch._dynamo.mark_dynamic(x, dim)
+    graph = compiled(f, *args, torch.randn(D))
+    assert record(graph).rewritten == 1
+    assert copies(graph) == 0
+    assert [s.status for s in graph.sites if s.kind == "rope"] == ["raised"]
+
+
+@pytest.mark.parametrize("what", ["cos", "weight"])
+def test_heads_that_differ_after_the_copy_stay(what):
+    """A table or a norm for each head of the copies makes them different heads."""
+    table = torch.randn(1, H * G if what == "cos" else 1, N, D)
+    weight = torch.randn(H * G, 1, D) if what == "weight" else torch.randn(D)
+
+    def f(q, k, v, table, weight):
+        return attend(q, rotate(rms(repeat_kv(k, G), weight), table, table), repeat_kv(v, G))
+
+    graph = compiled(f, *qkv(), table, weight)
+    assert record(graph).rewritten == 0
+    conditions = [r.condition for r in graph.rejections if r.pass_name == "repeat_kv"]
+    assert conditions == ["only the value heads are repeated"]
