@@ -292,7 +292,14 @@ def _tail_view_wanted(node: fx.Node) -> bool:
         return True
     if rank != below + 1:
         return False
+    if shape(node)[-2] == 1 and all(_slices_last(user, rank) for user in node.users):
+        # One row of two features got a dimension for its head; nothing was split.
+        return False
     return all(_picks(user, rank) for user in node.users)
+
+
+def _slices_last(user: fx.Node, rank: int) -> bool:
+    return is_op(user, aten.slice.Tensor) and int(argument(user, 1, "dim", 0)) % rank == rank - 1
 
 
 def _picks(user: fx.Node, rank: int) -> bool:

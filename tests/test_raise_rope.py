@@ -158,6 +158,23 @@ def test_half_split_out_of_pairs():
     raised("rope", "rope", g, torch.randn(B, 1, S, D), *table())
 
 
+@pytest.mark.parametrize("rows", [1, S])
+def test_two_features_of_one_shared_head(rows):
+    """DeepSeek V3's key at its smallest: ``[B, 1, 2]`` to ``[B, 1, 1, 2]`` splits no pairs."""
+
+    def f(x, cos, sin):
+        x = x.view(B, 1, rows, 2)
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    raised("rope", "rope", f, torch.randn(B, rows, 2), *table(1, lead=(1, 1, rows)))
+
+
+@pytest.mark.parametrize("function", [stacked, complex_], ids=lambda f: f.__name__)
+def test_two_features_in_one_pair(function):
+    raised("rope", "rope", function, torch.randn(B, H, S, 2), *table(1))
+
+
 def test_clockwise_negates_sin():
     """A rotation the other way is a rotation, by the opposite angle."""
 
