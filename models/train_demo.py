@@ -11,7 +11,8 @@ The script does everything in one go and can be stopped and started again:
    line break and the indentation after it can be one token.
 3. *Model.*  A ``transformers.Qwen3ForCausalLM`` with random weights, trained with Muon (matrices)
    and AdamW (the rest).  The learning rate follows *training time* and not the number of steps, so
-   that ``--minutes 60`` ends after 60 minutes of training on a slow or a busy machine too.  It
+   that ``--minutes 60`` is 60 minutes of work on a slow machine too.  It is the processor time of
+   one process, so that a busy machine, a low priority or a pause cost nothing but patience.  It
    starts with short windows and ends with windows of up to 2048 tokens
    (``STAGES``).
 4. *Export.*  ``models/demo/``: weights in bfloat16, tokenizer, held-out text, prompts, the licence
@@ -495,7 +496,7 @@ def train(rank: int, args, claimed) -> None:
                     torch.distributed.broadcast(parameter.data, 0)
             if rank == 0:
                 print(f"{layers} layers, windows of {sorted(set(lengths))}", flush=True)
-            mark = time.monotonic()
+            mark = time.process_time()
         length = lengths[step % len(lengths)]
         rows, step_tokens = max(1, 512 // length), max(STEP_TOKENS, 2 * length)
         small = [windows.batch(rows, length) for _ in range(step_tokens // (rows * length))]
@@ -512,7 +513,7 @@ def train(rank: int, args, claimed) -> None:
             total += loss.item()
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         # Rank 0 owns the clock: its slot of the sum tells everybody the same progress.
-        now = time.monotonic()
+        now = time.process_time()
         spent, mark = (now - mark if rank == 0 else 0.0), now
         flat = torch.cat([g.flatten() for g in gradients] + [torch.tensor([total, spent])])
         if several:
@@ -551,7 +552,7 @@ def train(rank: int, args, claimed) -> None:
             held, _ = evaluate(model, documents["held_code"], 512, 8_192)
             print(f"held-out code (first 8 k tokens): loss {held:.4f} ppl {math.exp(held):.2f}")
             last_held = elapsed
-            mark = time.monotonic()
+            mark = time.process_time()
     if rank == 0:
         save()
         (work / "finished").touch()

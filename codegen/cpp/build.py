@@ -155,22 +155,21 @@ def load(name: str, source: str, level: str) -> ctypes.CDLL:
         BuildError: it does not compile or load, there is no compiler, or the cache is unsafe.
     """
     path = library_path(name, source, level)
+    library = _LOADED.get(path)
+    if library is not None:
+        return library
+    _own_directory(path.parent)
+    if not path.exists():
+        with _locked(path.with_suffix(".lock")):
+            if not path.exists():
+                _compile(path, source, level)
+    _check_owner(path)
     with _LOADING:
-        library = _LOADED.get(path)
-        if library is not None:
-            return library
-        _own_directory(path.parent)
-        if not path.exists():
-            with _locked(path.with_suffix(".lock")):
-                if not path.exists():
-                    _compile(path, source, level)
-        _check_owner(path)
         try:
             library = ctypes.CDLL(str(path))
         except OSError as error:
             raise BuildError(f"cannot load {path}: {error}") from error
-        _LOADED[path] = library
-        return library
+        return _LOADED.setdefault(path, library)
 
 
 def _own_directory(path: Path) -> None:

@@ -7,9 +7,13 @@ that layers of one kind share one library.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +60,8 @@ class Source:
     Attributes:
         name: the entry point's, and the file's.
         text: the whole C++ file.
-        parameters: ``"p"`` (pointer), ``"i"`` (integer) or ``"f"`` (double) and a name, each.
+        parameters: ``"p"`` (pointer), ``"i"`` (integer) or ``"f"`` (double) and a name, each; the
+            entry takes the number of threads behind them.
     """
 
     name: str
@@ -65,20 +70,66 @@ class Source:
 
 
 def source(
-    name: str, about: str, header: str, parameters: Sequence[str], body: str, before: str = ""
+    name: str,
+    about: str,
+    header: str,
+    parameters: Sequence[str],
+    run: str,
+    *,
+    need: str = "",
+    before: str = "",
 ) -> Source:
-    """A file with one entry point; ``parameters`` are spelt ``"p x"``, ``"i N"``, ``"f eps"``.
+    """A kernel that can be called alone, or be a stage of a native program.
 
-    The entry returns 0, or 1 if memory ran out, or 2 for a position outside of a cache.
+    Args:
+        name: the entry point's.
+        about: one line, for the reader of the file.
+        header: the template's file.
+        parameters: spelt ``"p x"``, ``"i N"``, ``"f eps"``.
+        run: statements for each thread of ``team``, with ``memory`` to work in. They return 2 if
+            a position lies outside of a cache, before anything is written.
+        need: an expression for the bytes of ``memory`` that ``threads`` threads want together.
+        before: declarations in front.
+
+    Three functions come of it: ``<name>(parameters..., threads)``, one parallel region, which
+    returns 0, 1 (no memory) or what ``run`` returns; ``<name>_stage(team, parameters, memory)``
+    and ``<name>_need(parameters, threads)``, which take the parameters as an array of 8 bytes
+    each (``kernels/cpp/program.h``).
     """
     pairs = tuple((p.split()[0], p.split()[1]) for p in parameters)
-    arguments = ", ".join(f"{_NAMES[kind]} {label}" for kind, label in pairs)
-    indented = "\n".join(f"  {line}" if line else "" for line in body.strip().splitlines())
+    arguments = "".join(f"{_NAMES[kind]} {label}, " for kind, label in pairs)
+    members = "".join(f"  {_NAMES[kind]} {label};\n" for kind, label in pairs)
+    labels = ", ".join(label for _, label in pairs)
+    unpack = f"  [[maybe_unused]] const auto& [{labels}] = arguments;\n" if pairs else ""
+    indented = "\n".join(f"  {line}" if line else "" for line in run.strip().splitlines())
+    visible = 'extern "C" __attribute__((visibility("default")))'
+    memory = (
+        "  char* memory = (char*)scratch().get(need(arguments, int(threads)));\n"
+        "  if (memory == nullptr) return 1;\n"
+        if need
+        else "  char* memory = nullptr;\n"
+    )
     text = (
         f"// {about}\n"
         f'#include "{header}"\n\nusing namespace dspark;\n\n{before}'
-        f'extern "C" __attribute__((visibility("default"))) int {name}(\n    {arguments}) {{\n'
-        f"{indented}\n  return 0;\n}}\n"
+        f"struct Arguments {{\n{members}}};\n\n"
+        "static size_t need([[maybe_unused]] const Arguments& arguments,"
+        f" [[maybe_unused]] int threads) {{\n{unpack}  return {need or 0};\n}}\n\n"
+        "static int run([[maybe_unused]] Team team, [[maybe_unused]] const Arguments& arguments,\n"
+        f"               [[maybe_unused]] char* memory) {{\n{unpack}{indented}\n  return 0;\n}}\n\n"
+        f"{visible} int {name}(\n    {arguments}int64_t threads) {{\n"
+        f"  const Arguments arguments{{{labels}}};\n{memory}"
+        "  int status = 0;\n"
+        "  parallel(int(threads), [&](Team team) {\n"
+        "    const int mine = run(team, arguments, memory);\n"
+        "    if (team.thread == 0) status = mine;\n"
+        "  });\n"
+        "  return status;\n}\n\n"
+        f"{visible} int {name}_stage(\n"
+        "    const Team* team, const void* arguments, char* memory) {\n"
+        "  return run(*team, *(const Arguments*)arguments, memory);\n}\n\n"
+        f"{visible} size_t {name}_need(const void* arguments, int64_t threads) {{\n"
+        "  return need(*(const Arguments*)arguments, int(threads));\n}\n"
     )
     return Source(name, text, pairs)
 
@@ -91,15 +142,79 @@ def kernel(text: Source, level: str) -> Callable[..., int]:
         build.BuildError: see `build.load`.
     """
     function = getattr(build.load(text.name, text.text, level), text.name)
-    function.argtypes = [_C_TYPES[kind] for kind, _ in text.parameters]
+    function.argtypes = [*(_C_TYPES[kind] for kind, _ in text.parameters), ctypes.c_int64]
     function.restype = ctypes.c_int
     return function
+
+
+@dataclass(frozen=True)
+class StageEntry:
+    """A kernel as a stage of a native program.
+
+    Attributes:
+        address: of ``<name>_stage``.
+        wants: ``<name>_need``.
+    """
+
+    address: int
+    wants: Callable[..., int]
+
+    def need(self, block: ctypes.Array[ctypes.c_int64], stage: int, threads: int) -> int:
+        """Bytes of scratch memory that stage number ``stage`` of a program's block wants."""
+        return self.wants(block[4 * stage + 1], threads)
+
+
+@functools.lru_cache(maxsize=4096)
+def stage(text: Source, level: str) -> StageEntry:
+    """The stage of a source, built for ``level`` if need be.
+
+    Raises:
+        build.BuildError: see `build.load`.
+    """
+    library = build.load(text.name, text.text, level)
+    run = getattr(library, f"{text.name}_stage")
+    wants = getattr(library, f"{text.name}_need")
+    wants.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    wants.restype = ctypes.c_size_t
+    address = ctypes.cast(run, ctypes.c_void_p).value
+    assert address is not None
+    return StageEntry(address, wants)
+
+
+def build_all(sources: Iterable[Source], level: str) -> None:
+    """Build several kernels, as many at a time as there are cores.
+
+    Raises:
+        build.BuildError: see `build.load`.
+    """
+    distinct = {source.name + source.text: source for source in sources}.values()
+    with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(lambda s: build.load(s.name, s.text, level), distinct):
+            pass
+
+
+_DEFERRED: ContextVar[bool] = ContextVar("dspark_build_deferred", default=False)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Inside, `why_not_built` only asks whether there is a compiler: what is wanted may be
+    another kernel than the one asked about."""
+    token = _DEFERRED.set(True)
+    try:
+        yield
+    finally:
+        _DEFERRED.reset(token)
 
 
 def why_not_built(text: Source) -> str | None:
     """None once the kernel is built for this machine, else why it cannot be."""
     try:
-        kernel(text, isa_levels.detect())
+        if _DEFERRED.get():
+            build.toolchain()
+            isa_levels.detect()
+        else:
+            kernel(text, isa_levels.detect())
     except (build.BuildError, ValueError) as error:
         return str(error)
     return None
@@ -146,31 +261,24 @@ def _before(prologue: Prologue | None) -> tuple[str, list[str], str]:
 def linear(
     dtype: torch.dtype, rows: int, activation: str = "identity", prologue: Prologue | None = None
 ) -> Source:
-    """``act(norm(x) W^T + bias) + residual``, in parts; see ``kernels/cpp/linear.h``."""
+    """``act(norm(x) W^T + bias) + residual``, W and y in parts; see ``kernels/cpp/linear.h``.
+
+    ``parts`` is an array of ``Part``: weight, its row stride, bias, result, rows; 8 bytes each.
+    """
     t = CPP_TYPE[dtype]
     kind, more, make = _before(prologue)
     suffix = "" if activation == "identity" else f"_{activation}"
     name = f"linear_{SHORT[dtype]}_m{rows}{suffix}{prologue.suffix if prologue else ''}"
-    body = f"""
-char* memory = (char*)scratch().get(linear_bytes<{t}, {rows}>(K, int(threads)));
-if (memory == nullptr) return 1;
-Parts<{t}> parts;
-parts.count = int(count);
-for (int i = 0; i < parts.count; ++i) parts.y[i] = (({t}* const*)y)[i];
-for (int i = 0; i <= parts.count; ++i) parts.start[i] = ((const int64_t*)starts)[i];
+    run = f"""
 {make}
-parallel(int(threads), [&](Team team) {{
-  linear<{t}, {rows}, {ACTIVATION[activation]}, {kind}>(
-      team, (const {t}*)x, ldx, (const {t}*)w, ldw, (const {t}*)bias, (const {t}*)residual, parts,
-      N, K, before, memory);
-}});
+linear<{t}, {rows}, {ACTIVATION[activation]}, {kind}>(
+    team, (const {t}*)x, ldx, (const Part<{t}>*)parts, int(count), (const {t}*)residual, N, K,
+    before, memory);
 """
-    parameters = [
-        *("p x", "i ldx", "p w", "i ldw", "p bias", "p residual", "p y", "p starts", "i count"),
-        *("i N", "i K", *more, "i threads"),
-    ]
+    parameters = ["p x", "i ldx", "p parts", "i count", "p residual", "i N", "i K", *more]
     about = f"y[M, N] = x[M, K] W[N, K]^T: {SHORT[dtype]}, M = {rows}, {activation}, before: {kind}"
-    return source(name, about, "linear.h", parameters, body)
+    need = f"linear_bytes<{t}, {rows}>(K, threads)"
+    return source(name, about, "linear.h", parameters, run, need=need)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -186,24 +294,21 @@ def mlp(
     kind, more, make = _before(prologue)
     gate = "gated_" if gated else ""
     name = f"{gate}mlp_{SHORT[dtype]}_m{rows}_{activation}{prologue.suffix if prologue else ''}"
-    body = f"""
-char* memory = (char*)scratch().get(mlp_bytes<{t}, {rows}>(K, I, int(threads)));
-if (memory == nullptr) return 1;
+    run = f"""
 {make}
-parallel(int(threads), [&](Team team) {{
-  mlp<{t}, {rows}, {ACTIVATION[activation]}, {2 if gated else 1}, {kind}>(
-      team, (const {t}*)x, ldx, (const {t}*)gate, (const {t}*)up, ldu, (const {t}*)down, ldd,
-      (const {t}*)gate_bias, (const {t}*)up_bias, (const {t}*)down_bias, (const {t}*)residual,
-      ({t}*)y, N, I, K, before, memory);
-}});
+mlp<{t}, {rows}, {ACTIVATION[activation]}, {2 if gated else 1}, {kind}>(
+    team, (const {t}*)x, ldx, (const {t}*)gate, (const {t}*)up, ldu, (const {t}*)down, ldd,
+    (const {t}*)gate_bias, (const {t}*)up_bias, (const {t}*)down_bias, (const {t}*)residual,
+    ({t}*)y, N, I, K, before, memory);
 """
     parameters = [
         *("p x", "i ldx", "p gate", "p up", "i ldu", "p down", "i ldd"),
         *("p gate_bias", "p up_bias", "p down_bias", "p residual", "p y"),
-        *("i N", "i I", "i K", *more, "i threads"),
+        *("i N", "i I", "i K", *more),
     ]
     about = f"A feed-forward block: {SHORT[dtype]}, M = {rows}, {activation}, gated: {gated}"
-    return source(name, about, "linear.h", parameters, body)
+    need = f"mlp_bytes<{t}, {rows}>(K, I, threads)"
+    return source(name, about, "linear.h", parameters, run, need=need)
 
 
 @functools.lru_cache(maxsize=256)
@@ -220,20 +325,18 @@ def norm(
     what = f"{'add_' if add else ''}{'layer' if centre else 'rms'}_norm"
     name = f"{what}_{SHORT[dtype]}_{SHORT[weight]}_{SHORT[out]}{'_first' if first else ''}"
     flags = ", ".join(_boolean(f) for f in (centre, first, add))
-    body = f"""
+    run = f"""
 const Rows rows{{{{a, b, c}}, {{xa, xb, xc}}, {{ra, rb, rc}}}};
 const Norm<{wt}> norm{{(const {wt}*)weight, (const {wt}*)bias, float(eps), float(offset)}};
-parallel(int(threads), [&](Team team) {{
-  norms<{t}, {wt}, {ot}, {flags}>(team, (const {t}*)x, (const {t}*)residual, ({t}*)total,
-      ({ot}*)y, D, rows, norm);
-}});
+norms<{t}, {wt}, {ot}, {flags}>(team, (const {t}*)x, (const {t}*)residual, ({t}*)total, ({ot}*)y,
+    D, rows, norm);
 """
     parameters = [
         *("p x", "p residual", "p total", "p y", "p weight", "p bias", "i D", "i a", "i b", "i c"),
-        *("i xa", "i xb", "i xc", "i ra", "i rb", "i rc", "f eps", "f offset", "i threads"),
+        *("i xa", "i xb", "i xc", "i ra", "i rb", "i rc", "f eps", "f offset"),
     ]
     about = f"{what}: {SHORT[dtype]}, weight {SHORT[weight]}, result {SHORT[out]}"
-    return source(name, about, "norm.h", parameters, body)
+    return source(name, about, "norm.h", parameters, run)
 
 
 @dataclass(frozen=True)
@@ -284,8 +387,9 @@ def attention(spec: Attention, mask: Printed) -> Source:
         f"_d{spec.features}" + (f"_{SHORT[spec.bias]}bias" if spec.bias else "")
     )
     shape = ", ".join(f"n[{i}]" for i in range(ATTENTION_SHAPE))
-    body = f"""
-using C = Config<{types}, {sizes}, {flags}>;
+    config = f"Config<{types}, {sizes}, {flags}>"
+    run = f"""
+using C = {config};
 const int64_t* n = (const int64_t*)shape;
 const Shape sizes{{{shape}}};
 const Tensors<C> tensors{{
@@ -293,56 +397,50 @@ const Tensors<C> tensors{{
     (const C::B*)bias, (const C::Sink*)sinks, (C::Q*)out, float(scale), float(softcap),
     float(mask_value), mask_value <= -3.0e4}};
 const Mask mask((const void* const*)pointers, (const int64_t*)values);
-char* memory = (char*)scratch().get(attention_bytes<C>(int(threads)));
-if (memory == nullptr) return 1;
-parallel(int(threads), [&](Team team) {{
-  Attention<C, Mask>(tensors, sizes, mask).run(team, memory);
-}});
+Attention<C, Mask>(tensors, sizes, mask).run(team, memory);
 """
     parameters = [
         *("p q", "p k", "p v", "p ks", "p vs", "p bias", "p sinks", "p out", "p shape"),
-        *("p pointers", "p values", "f scale", "f softcap", "f mask_value", "i threads"),
+        *("p pointers", "p values", "f scale", "f softcap", "f mask_value"),
     ]
     about = (
         f"Decode attention: {spec.rows} rows, {spec.group} query heads a key head, {spec.features}"
         f" features, query {SHORT[spec.query]}, cache {SHORT[spec.cache]}"
     )
-    return source(name, about, "attention.h", parameters, body, mask.text + "\n")
+    need = f"attention_bytes<{config}>(threads)"
+    before = mask.text + "\n"
+    return source(name, about, "attention.h", parameters, run, need=need, before=before)
 
 
 @functools.lru_cache(maxsize=2)
 def probe(what: str) -> Source:
     """``read`` (x, out, n, threads) or ``copy`` (x, y, n, threads); see ``kernels/cpp/probe.h``."""
-    body = f"""
-parallel(int(threads), [&](Team team) {{
-  probe_{what}(team, (const float*)x, (float*)y, n);
-}});
+    run = f"""
+probe_{what}(team, (const float*)x, (float*)y, n);
 """
-    parameters = ["p x", "p y", "i n", "i threads"]
-    return source(f"probe_{what}", f"Measures: {what}.", "probe.h", parameters, body)
+    parameters = ["p x", "p y", "i n"]
+    return source(f"probe_{what}", f"Measures: {what}.", "probe.h", parameters, run)
 
 
 @functools.lru_cache(maxsize=256)
 def rope(dtype: torch.dtype, angles: torch.dtype, out: torch.dtype) -> Source:
     """RoPE of rows; see ``kernels/cpp/rope.h``."""
     t, ct, ot = CPP_TYPE[dtype], CPP_TYPE[angles], CPP_TYPE[out]
-    body = f"""
+    run = f"""
 const int64_t* n = (const int64_t*)grid;
 const Grid rows{{{{n[0], n[1], n[2]}}, {{n[3], n[4], n[5]}}, {{n[6], n[7], n[8]}},
                 {{n[9], n[10], n[11]}}}};
 const Turn turn{{rotary, features, interleaved != 0}};
-parallel(int(threads), [&](Team team) {{
-  ropes<{t}, {ct}, {ot}>(team, (const {t}*)x, (const {ct}*)cos, (const {ct}*)sin, ({ot}*)y, D,
-      rows, turn);
-}});
+ropes<{t}, {ct}, {ot}>(team, (const {t}*)x, (const {ct}*)cos, (const {ct}*)sin, ({ot}*)y, D, rows,
+    turn);
 """
     parameters = [
         *("p x", "p cos", "p sin", "p y", "p grid", "i D", "i rotary", "i features"),
-        *("i interleaved", "i threads"),
+        "i interleaved",
     ]
     name = f"rope_{SHORT[dtype]}_{SHORT[angles]}_{SHORT[out]}"
     about = f"RoPE: {SHORT[dtype]}, angles {SHORT[angles]}, result {SHORT[out]}"
-    return source(name, about, "rope.h", parameters, body)
+    return source(name, about, "rope.h", parameters, run)
 
 
 # The integers that ``Append`` in rope.h takes, in order.
@@ -360,16 +458,14 @@ if (!positions_fit((const int64_t*)positions, a.rows, a.keys)) return 2;
 def append(dtype: torch.dtype, cache: torch.dtype, scale: torch.dtype | None) -> Source:
     """New rows into a cache, quantised where it is int8; see ``kernels/cpp/rope.h``."""
     t, kt, st = CPP_TYPE[dtype], CPP_TYPE[cache], CPP_TYPE[scale or torch.float32]
-    body = f"""{_APPEND}
-parallel(int(threads), [&](Team team) {{
-  appends<{t}, {kt}, {st}>(team, (const {t}*)fresh, ({kt}*)cache, ({st}*)scale,
-      (const int64_t*)positions, a);
-}});
+    run = f"""{_APPEND}
+appends<{t}, {kt}, {st}>(team, (const {t}*)fresh, ({kt}*)cache, ({st}*)scale,
+    (const int64_t*)positions, a);
 """
     name = f"append_{SHORT[dtype]}_{SHORT[cache]}" + (f"_{SHORT[scale]}" if scale else "")
-    parameters = ["p fresh", "p cache", "p scale", "p positions", "p shape", "i threads"]
+    parameters = ["p fresh", "p cache", "p scale", "p positions", "p shape"]
     about = f"Append to a cache: {SHORT[dtype]} into {SHORT[cache]}"
-    return source(name, about, "rope.h", parameters, body)
+    return source(name, about, "rope.h", parameters, run)
 
 
 @dataclass(frozen=True)
@@ -399,21 +495,19 @@ def prepare(spec: Prepare) -> Source:
     t, wt, ct = CPP_TYPE[spec.dtype], CPP_TYPE[spec.weight], CPP_TYPE[spec.angles]
     kt, st = CPP_TYPE[spec.cache], CPP_TYPE[spec.scale or torch.float32]
     norms = "{}_norm{{(const {}*){}w, nullptr, float(eps), float(offset)}}"
-    body = f"""{_APPEND}
+    run = f"""{_APPEND}
 const Norm<{wt}> {norms.format("q", wt, "q")}, {norms.format("k", wt, "k")};
 const Turn turn{{rotary, features, interleaved != 0}};
-parallel(int(threads), [&](Team team) {{
-  prepare<{t}, {wt}, {ct}, {kt}, {st}, {spec.norm}>(
-      team, (const {t}*)q, (const {t}*)k, (const {t}*)v, q_norm, k_norm, (const {ct}*)cos,
-      (const {ct}*)sin, ({kt}*)kc, ({st}*)ks, ({kt}*)vc, ({st}*)vs, (const int64_t*)positions,
-      ({t}*)out, a, turn);
-}});
+prepare<{t}, {wt}, {ct}, {kt}, {st}, {spec.norm}>(
+    team, (const {t}*)q, (const {t}*)k, (const {t}*)v, q_norm, k_norm, (const {ct}*)cos,
+    (const {ct}*)sin, ({kt}*)kc, ({st}*)ks, ({kt}*)vc, ({st}*)vs, (const int64_t*)positions,
+    ({t}*)out, a, turn);
 """
     parameters = [
         *("p q", "p k", "p v", "p qw", "p kw", "p cos", "p sin", "p kc", "p ks", "p vc", "p vs"),
         *("p positions", "p out", "p shape", "f eps", "f offset", "i rotary", "i features"),
-        *("i interleaved", "i threads"),
+        "i interleaved",
     ]
     name = f"qk_norm_rope_append_{SHORT[spec.dtype]}_{SHORT[spec.cache]}_norm{spec.norm}"
     about = f"Norm, RoPE, append: {SHORT[spec.dtype]} into {SHORT[spec.cache]}"
-    return source(name, about, "rope.h", parameters, body)
+    return source(name, about, "rope.h", parameters, run)

@@ -57,15 +57,15 @@ class Printed:
     text: str
     code: analysis.MaskCode
 
-    def pointers(self, tensors: Sequence[Tensor]) -> list[int]:
-        """Addresses of the tensors, in the members' order."""
+    def tensors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors that are read, in the members' order."""
         named = [p for p in self.code.parameters if p.endswith("_ptr")]
-        return [tensors[int(p[1:].split("_")[0])].data_ptr() for p in named]
+        return [tensors[int(p[1:].split("_")[0])] for p in named]
 
     def values(self, tensors: Sequence[Tensor], ints: Sequence[int]) -> list[int]:
         """Strides, sizes and integers, in the members' order."""
         arguments = self.code.arguments(tensors, ints)
-        return [int(arguments[p]) for p in self.code.parameters if not p.endswith("_ptr")]
+        return [arguments[p] for p in self.code.parameters if not p.endswith("_ptr")]
 
 
 class _Printer(analysis._Printer):

@@ -83,7 +83,7 @@ class MaskCode:
         values: dict[str, Any] = {}
         for name in self.parameters:
             if name[0] == "n":
-                values[name] = int(ints[int(name[1:])])
+                values[name] = ints[int(name[1:])]
                 continue
             tensor, kind, *axis = name[1:].split("_")
             operand = tensors[int(tensor)]

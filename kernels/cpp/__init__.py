@@ -11,6 +11,7 @@ It takes the op's own arguments, real or fake. The templates are the headers in 
     ==============================  =====================================================
     ``linear`` ``merged_linear``    `linear`
     ``mlp`` ``gated_mlp``           `linear`; ``gated_mlp_merged`` too
+    ``linear_int8`` ``linear_int4`` `quantized`; ``gated_mlp_int8``, ``gated_mlp_int4`` too
     ``rms_norm`` ``layer_norm``     `norm`; with ``add_`` in front, behind a residual
     ``rope``                        `rope`
     ``cache_append_``               `cache`; ``cache_append_int8_`` too
@@ -37,6 +38,10 @@ OPS: dict[str, str] = {
     "mlp": "linear",
     "gated_mlp": "linear",
     "gated_mlp_merged": "linear",
+    "linear_int8": "quantized",
+    "linear_int4": "quantized",
+    "gated_mlp_int8": "quantized",
+    "gated_mlp_int4": "quantized",
     "rms_norm": "norm",
     "add_rms_norm": "norm",
     "layer_norm": "norm",

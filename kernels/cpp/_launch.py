@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +20,41 @@ MAX_ROWS = 16
 SERIAL_BYTES = 32 * 1024
 
 
-def run(source: emit.Source, *arguments: Any) -> None:
+# What a kernel's parameter may get: a pointer (a tensor, None), a number, or a pointer to an array
+# of 8-byte values that are pointers and integers.
+Value = Tensor | int | float | Sequence["Tensor | int | None"] | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kernel and what it is called with: to be run now, or to be a stage of a native program.
+
+    Attributes:
+        source: the kernel.
+        values: one for each of its parameters.
+        nbytes: about what it reads, from which the number of threads follows.
+        outs: the tensors that it writes; all others are only read.
+        weights: the large operands that it reads in rows, in this order, shared out in blocks of
+            32: a program fetches the beginning of the next stage's ahead of time.
+    """
+
+    source: emit.Source
+    values: tuple[Value, ...]
+    nbytes: int
+    outs: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...] = ()
+
+
+def _plain_value(value: Value) -> Any:
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    if isinstance(value, (list, tuple)):
+        flat = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in value]
+        return (ctypes.c_int64 * len(flat))(*flat)
+    return value
+
+
+def run(call: Call, threads: int | None = None) -> None:
     """Build if need be, and call.
 
     Raises:
@@ -26,22 +62,22 @@ def run(source: emit.Source, *arguments: Any) -> None:
         MemoryError: the kernel found no memory to work in.
         IndexError: a cache position is out of range.
     """
-    function: Callable[..., int] = emit.kernel(source, isa_levels.detect())
-    status = function(*arguments)
+    function: Callable[..., int] = emit.kernel(call.source, isa_levels.detect())
+    values = [_plain_value(v) for v in call.values]
+    raise_for(function(*values, threads or threads_for(call.nbytes)), call.source.name)
+
+
+def raise_for(status: int, name: str) -> None:
+    """Raises what a kernel's status says; 0 is success."""
     if status == 1:
-        raise MemoryError(f"{source.name}: no memory for its scratch")
+        raise MemoryError(f"{name}: no memory for its scratch")
     if status == 2:
-        raise IndexError(f"{source.name}: a position lies outside of the cache")
+        raise IndexError(f"{name}: a position lies outside of the cache")
 
 
 def threads_for(nbytes: int) -> int:
     """How many of torch's threads a kernel that reads this much should use."""
     return 1 if nbytes < SERIAL_BYTES else torch.get_num_threads()
-
-
-def pointer(x: Tensor | None) -> int | None:
-    """The address of a tensor's first element."""
-    return None if x is None else x.data_ptr()
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -6,7 +6,6 @@ cache of 8192 rows with 512 filled costs what 512 rows cost.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,12 +16,11 @@ from dspark_compile.codegen.cpp import emit
 from dspark_compile.codegen.cpp.predicate import Printed, print_predicate
 from dspark_compile.kernels.cpp._launch import (
     MAX_ROWS,
+    Call,
     device_reason,
     dtype_reason,
     name_of,
-    pointer,
     run,
-    threads_for,
 )
 from dspark_compile.ops import OPS
 
@@ -64,7 +62,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _attention(
+def attention_call(
     query: Tensor,
     key: Tensor,
     key_scale: Tensor | None,
@@ -78,13 +76,11 @@ def _attention(
     mask: str,
     softcap: float,
     mask_value: float | None,
-    threads: int | None = None,
-) -> Tensor:
+) -> tuple[Call, Tensor]:
+    """The call and its result ``[B, Hq, M, DV]``."""
     batch, heads, count, _ = query.shape
     kv_heads, keys, features = key.shape[1], key.shape[2], value.shape[3]
     out = query.new_empty((batch, count, heads, features))
-    if out.numel() == 0:
-        return out.transpose(1, 2)
     query, key, value = _rows(query), _rows(key), _rows(value)
     strides: list[int] = [*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]]
     for tensor in (key_scale, value_scale):
@@ -98,20 +94,29 @@ def _attention(
         sinks = sinks.contiguous()
     printed = _printed(mask, mask_tensors)
     shape = [batch, kv_heads, keys, *strides]
-    pointers = printed.pointers(mask_tensors)
-    values = printed.values(mask_tensors, mask_ints)
-    run(
-        emit.attention(
-            _spec(query, key, key_scale, value, bias, sinks, softcap, mask_value), printed
-        ),
-        *(pointer(x) for x in (query, key, value, key_scale, value_scale, bias, sinks, out)),
-        (ctypes.c_int64 * len(shape))(*shape),
-        (ctypes.c_void_p * len(pointers))(*pointers),
-        (ctypes.c_int64 * len(values))(*values),
-        *(scale, softcap, 0.0 if mask_value is None else mask_value),
-        threads or threads_for(2 * key.numel() * key.element_size()),
+    source = emit.attention(
+        _spec(query, key, key_scale, value, bias, sinks, softcap, mask_value), printed
     )
-    return out.transpose(1, 2)
+    call = Call(
+        source,
+        (
+            *(query, key, value, key_scale, value_scale, bias, sinks, out, shape),
+            *(printed.tensors(mask_tensors), printed.values(mask_tensors, mask_ints)),
+            *(scale, softcap, 0.0 if mask_value is None else mask_value),
+        ),
+        2 * key.numel() * key.element_size(),
+        (out,),
+    )
+    return call, out.transpose(1, 2)
+
+
+def _attention(query: Tensor, key: Tensor, key_scale: Tensor | None, *args: Any) -> Tensor:
+    batch, heads, count, _ = query.shape
+    if query.numel() == 0 or args[0].shape[3] == 0:
+        return query.new_empty((batch, heads, count, args[0].shape[3]))
+    call, out = attention_call(query, key, key_scale, *args)
+    run(call)
+    return out
 
 
 def attention(

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dspark_compile.codegen.cpp import emit
-from dspark_compile.kernels.cpp._launch import (
-    device_reason,
-    dtype_reason,
-    name_of,
-    pointer,
-    run,
-    threads_for,
-)
+from dspark_compile.kernels.cpp._launch import Call, device_reason, dtype_reason, name_of, run
 from dspark_compile.kernels.cpp.rope import MAX_FEATURES, angles_reason
 
 
@@ -33,19 +26,23 @@ def _positions(positions: Tensor) -> Tensor:
     return positions.to(torch.int64).contiguous()
 
 
-def _append(cache: Tensor, scale: Tensor | None, new: Tensor, positions: Tensor) -> None:
+def append_call(cache: Tensor, scale: Tensor | None, new: Tensor, positions: Tensor) -> Call:
+    """Rows ``positions`` of the cache ``[B, H, N, D]`` become ``new [B, H, M, D]``."""
     batch, heads, rows, features = new.shape
-    if new.numel() == 0:
-        return
     new, positions = _rows(new), _positions(positions)
     shape = [batch, 0, heads, rows, cache.shape[2], features, 0, *(0, 0, 0)]
     shape += [*_strides(cache), *_strides(scale), *_strides(new), *[0] * 13]
-    run(
+    return Call(
         emit.append(new.dtype, cache.dtype, None if scale is None else scale.dtype),
-        *(new.data_ptr(), cache.data_ptr(), pointer(scale), positions.data_ptr()),
-        (ctypes.c_int64 * emit.APPEND_SHAPE)(*shape),
-        threads_for(new.numel() * new.element_size()),
+        (new, cache, scale, positions, shape),
+        new.numel() * new.element_size(),
+        (cache,) if scale is None else (cache, scale),
     )
+
+
+def _append(cache: Tensor, scale: Tensor | None, new: Tensor, positions: Tensor) -> None:
+    if new.numel():
+        run(append_call(cache, scale, new, positions))
 
 
 def cache_append_(cache: Tensor, new: Tensor, positions: Tensor) -> None:
@@ -58,7 +55,7 @@ def cache_append_int8_(cache: Tensor, scale: Tensor, new: Tensor, positions: Ten
     _append(cache, scale, new, positions)
 
 
-def _prepare(
+def prepare_call(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -77,11 +74,10 @@ def _prepare(
     norm: bool,
     rotary_dim: int,
     interleaved: bool,
-) -> Tensor:
+) -> tuple[Call, Tensor]:
+    """Norm and RoPE of query and key, append of key and value: the call and the query."""
     batch, heads, rows, features = query.shape
     out = query.new_empty(query.shape)
-    if query.numel() == 0:
-        return out
     query, key, value = _rows(query), _rows(key), _rows(value)
     angles = [_rows(a).expand(batch, 1, rows, a.shape[-1]) for a in (cos, sin)]
     positions = _positions(positions)
@@ -92,18 +88,27 @@ def _prepare(
         *(*_strides(value_cache), *_strides(value_scale), *_strides(value)),
         *(angles[0].stride(0), angles[0].stride(2), angles[1].stride(0), angles[1].stride(2)),
     ]
-    run(
-        emit.prepare(
-            _spec(
-                query, query_weight, key_weight, cos, key_cache, key_scale, norm, weight_in_compute
-            )
-        ),
-        *(pointer(x) for x in (query, key, value, query_weight, key_weight, *angles)),
-        *(pointer(x) for x in (key_cache, key_scale, value_cache, value_scale, positions, out)),
-        (ctypes.c_int64 * emit.APPEND_SHAPE)(*shape),
-        *(eps, weight_offset, rotary_dim, cos.shape[-1], int(interleaved)),
-        threads_for(query.numel() * query.element_size()),
+    spec = _spec(
+        query, query_weight, key_weight, cos, key_cache, key_scale, norm, weight_in_compute
     )
+    call = Call(
+        emit.prepare(spec),
+        (
+            *(query, key, value, query_weight, key_weight, *angles, key_cache, key_scale),
+            *(value_cache, value_scale, positions, out, shape),
+            *(eps, weight_offset, rotary_dim, cos.shape[-1], int(interleaved)),
+        ),
+        query.numel() * query.element_size(),
+        tuple(t for t in (out, key_cache, key_scale, value_cache, value_scale) if t is not None),
+    )
+    return call, out
+
+
+def _prepare(query: Tensor, *args: Any) -> Tensor:
+    if query.numel() == 0:
+        return query.new_empty(query.shape)
+    call, out = prepare_call(query, *args)
+    run(call)
     return out
 
 

@@ -1,6 +1,6 @@
 // Linear layers and feed-forward blocks of up to 16 rows, as one parallel region each:
 //
-//   linear      y = act(norm(x) W^T + bias) + residual, y cut into parts where linears are merged
+//   linear      y = act(norm(x) W^T + bias) + residual, W and y in parts for linears on one input
 //   mlp         y = act(x U^T + bu) D^T + bd
 //   gated_mlp   y = (act(x G^T + bg) * (x U^T + bu)) D^T + bd, G and U read side by side
 //
@@ -12,14 +12,15 @@
 
 namespace dspark {
 
-constexpr int MAX_PARTS = 8;
-
-// y as one or several contiguous [M, n] tensors, columns one after another.
+// A weight [n, K] with its bias or null, and its result [M, n], contiguous. Members of 8 bytes: the
+// callers pass arrays of these.
 template <class T>
-struct Parts {
-  int count;
-  T* y[MAX_PARTS];
-  int64_t start[MAX_PARTS + 1];  // part i holds columns start[i] ... start[i + 1] - 1
+struct Part {
+  const T* w;
+  int64_t ldw;
+  const T* bias;
+  T* y;
+  int64_t n;
 };
 
 // No norm in front.
@@ -86,45 +87,34 @@ inline Vec biased(Vec x, const T* bias, int64_t n, int count) {
   return bias == nullptr ? x : x + load(bias + n, count);
 }
 
-// Stores up to BLOCK columns of row m from column n on, in the parts they belong to.
-template <class T>
-inline void store_parts(const Parts<T>& parts, int m, int64_t n, int count, const float* values) {
-  for (int i = 0; i < parts.count; ++i) {
-    const int64_t from = std::max(n, parts.start[i]);
-    const int64_t to = std::min(n + count, parts.start[i + 1]);
-    const int64_t size = parts.start[i + 1] - parts.start[i];
-    for (int64_t j = from; j < to; j += Vec::W)
-      store(parts.y[i] + m * size + (j - parts.start[i]), load(values + (j - n)),
-            int(std::min<int64_t>(Vec::W, to - j)));
-  }
-}
-
 template <class T, int M>
 size_t linear_bytes(int64_t K, int threads) {
   return Staged<T, M>::bytes(K, threads);
 }
 
+// N rows of weights in `count` parts; the residual is [M, N].
 template <class T, int M, class Act, class Before>
-void linear(Team team, const T* x, int64_t ldx, const T* w, int64_t ldw, const T* bias,
-            const T* residual, const Parts<T>& parts, int64_t N, int64_t K, const Before& before,
-            char* memory) {
+void linear(Team team, const T* x, int64_t ldx, const Part<T>* parts, int count, const T* residual,
+            int64_t N, int64_t K, const Before& before, char* memory) {
   constexpr int W = Vec::W;
   const Staged<T, M> staged(team, x, ldx, K, before, memory);
-  const T* const weights[1] = {w};
-  product<T, M, 1>(
-      team, weights, ldw, N, K, staged.x, staged.ldx,
-      [&](int64_t n, int count, const float(*results)[M][BLOCK]) {
-        for (int m = 0; m < M; ++m) {
-          float values[BLOCK + W];
-          for (int j = 0; j < count; j += W) {
-            const int lanes = std::min(W, count - j);
-            Vec v = Act::of(biased(load(results[0][m] + j), bias, n + j, lanes));
-            if (residual != nullptr) v = v + load(residual + m * N + n + j, lanes);
-            store(values + j, v);
-          }
-          store_parts(parts, m, n, count, values);
-        }
-      });
+  const auto [first, last] = team.share(N, BLOCK);
+  int64_t start = 0;
+  for (int i = 0; i < count; start += parts[i++].n) {
+    const Part<T>& part = parts[i];
+    const T* const weights[1] = {part.w};
+    product<T, M, 1>(
+        std::max<int64_t>(first - start, 0), std::min(last - start, part.n), weights, part.ldw, K,
+        staged.x, staged.ldx, [&](int64_t n, int rows, const float(*results)[M][BLOCK]) {
+          for (int m = 0; m < M; ++m)
+            for (int j = 0; j < rows; j += W) {
+              const int lanes = std::min(W, rows - j);
+              Vec v = Act::of(biased(load(results[0][m] + j), part.bias, n + j, lanes));
+              if (residual != nullptr) v = v + load(residual + m * N + start + n + j, lanes);
+              store(part.y + m * part.n + n + j, v, lanes);
+            }
+        });
+  }
 }
 
 template <class T, int M>
@@ -148,8 +138,9 @@ void mlp(Team team, const T* x, int64_t ldx, const T* gate, const T* up, int64_t
     weights[0] = up;
     if constexpr (MATS == 2) weights[1] = gate;
     const auto& both = weights;
+    const auto [first, last] = team.share(I, BLOCK);
     product<T, M, MATS>(
-        team, both, ldu, I, K, staged.x, staged.ldx,
+        first, last, both, ldu, K, staged.x, staged.ldx,
         [&](int64_t n, int count, const float(*results)[M][BLOCK]) {
           for (int m = 0; m < M; ++m)
             for (int j = 0; j < count; j += W) {
@@ -165,9 +156,8 @@ void mlp(Team team, const T* x, int64_t ldx, const T* gate, const T* up, int64_t
         });
   }
   team.barrier();
-  Parts<T> parts{1, {y}, {0, N}};
-  linear<T, M, identity>(team, hidden, I, down, ldd, down_bias, residual, parts, N, I, Plain{},
-                         rest);
+  const Part<T> part{down, ldd, down_bias, y, N};
+  linear<T, M, identity>(team, hidden, I, &part, 1, residual, N, I, Plain{}, rest);
 }
 
 }  // namespace dspark

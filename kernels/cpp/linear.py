@@ -5,8 +5,8 @@ Weights are read where they lie: row-major ``[N, K]``, rows any stride apart, no
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -14,16 +14,14 @@ from dspark_compile.codegen.cpp import emit
 from dspark_compile.kernels.cpp._launch import (
     FLOATS,
     MAX_ROWS,
+    Call,
+    Value,
     device_reason,
     name_of,
-    pointer,
     run,
     size_reason,
-    threads_for,
 )
 from dspark_compile.ops import OPS
-
-MAX_PARTS = 8
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -36,37 +34,47 @@ def _plain(weight: Tensor | None) -> bool:
     return weight is None or weight.stride(-1) == 1 or weight.shape[-1] == 1
 
 
-def linear_into(
+@dataclass(frozen=True)
+class Norm:
+    """A norm of the input, in front of a product: its kind, weight, bias, eps, weight offset."""
+
+    prologue: emit.Prologue
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    offset: float
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        """What the kernel's last parameters get."""
+        return self.weight, self.bias, self.eps, self.offset
+
+
+def linear_call(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    outs: Sequence[Tensor],
+    parts: Sequence[tuple[Tensor, Tensor | None, Tensor]],
     *,
     activation: str = "identity",
     residual: Tensor | None = None,
-    norm: tuple[emit.Prologue, Tensor | None, Tensor | None, float, float] | None = None,
-    threads: int | None = None,
-) -> None:
-    """``act(norm(x) W^T + bias) + residual`` into ``outs``, which share its columns.
+    norm: Norm | None = None,
+) -> Call:
+    """``act(norm(x) W^T + bias) + residual`` of ``x [M, K]``, for several weights at once.
 
-    ``x`` is ``[M, K]``; ``norm`` is the prologue with its weight, bias, eps and weight offset;
-    ``residual`` is contiguous ``[M, N]``.
+    Each of ``parts`` is a weight ``[n, K]``, its bias ``[n]`` or None and the result ``[M, n]``,
+    contiguous; ``residual`` is contiguous ``[M, sum of n]``.
     """
-    count, (n, k) = x.shape[0], weight.shape
-    starts = [0]
-    for out in outs:
-        starts.append(starts[-1] + out.shape[-1])
-    more: tuple[object, ...] = ()
-    if norm is not None:
-        more = (pointer(norm[1]), pointer(norm[2]), norm[3], norm[4])
-    run(
-        emit.linear(x.dtype, count, activation, None if norm is None else norm[0]),
-        *(x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0)),
-        *(pointer(bias), pointer(residual)),
-        (ctypes.c_void_p * len(outs))(*(o.data_ptr() for o in outs)),
-        (ctypes.c_int64 * len(starts))(*starts),
-        *(len(outs), n, k, *more),
-        threads or threads_for(n * k * weight.element_size()),
+    table: list[Tensor | int | None] = []
+    for weight, bias, out in parts:
+        table += (weight, weight.stride(0), bias, out, weight.shape[0])
+    rows = sum(weight.shape[0] for weight, _, _ in parts)
+    source = emit.linear(x.dtype, x.shape[0], activation, norm.prologue if norm else None)
+    sizes = (len(parts), residual, rows, x.shape[1])
+    return Call(
+        source,
+        (x, x.stride(0), table, *sizes, *(norm.values if norm else ())),
+        rows * x.shape[1] * x.element_size(),
+        tuple(out for _, _, out in parts),
+        tuple(weight for weight, _, _ in parts),
     )
 
 
@@ -76,21 +84,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not _fits(rows, weight):
         return OPS["linear"].reference(x, weight, bias)
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    linear_into(rows, weight, _contiguous(bias), [out])
+    run(linear_call(rows, [(weight, _contiguous(bias), out)]))
     return out
 
 
 def merged_linear(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> list[Tensor]:
     """Several linears on one input, as one product."""
     rows = _flat(x)
-    if not _fits(rows, weight) or len(sizes) > MAX_PARTS:
+    if not _fits(rows, weight):
         return OPS["merged_linear"].reference(x, weight, bias, sizes)
     outs = [x.new_empty((*x.shape[:-1], n)) for n in sizes]
-    linear_into(rows, weight, _contiguous(bias), outs)
+    run(linear_call(rows, merged_parts(weight, _contiguous(bias), sizes, outs)))
     return outs
 
 
-def mlp_into(
+def merged_parts(
+    weight: Tensor, bias: Tensor | None, sizes: Sequence[int], outs: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor | None, Tensor]]:
+    """The parts of a merged linear, for `linear_call`."""
+    biases = [None] * len(sizes) if bias is None else bias.split(list(sizes))
+    return list(zip(weight.split(list(sizes)), biases, outs))
+
+
+def mlp_call(
     x: Tensor,
     gate: Tensor | None,
     up: Tensor,
@@ -100,21 +116,20 @@ def mlp_into(
     out: Tensor,
     *,
     residual: Tensor | None = None,
-    norm: tuple[emit.Prologue, Tensor | None, Tensor | None, float, float] | None = None,
-    threads: int | None = None,
-) -> None:
+    norm: Norm | None = None,
+) -> Call:
     """The feed-forward block of ``x [M, K]`` into ``out``; ``gate`` None leaves the gate out."""
     (inner, k), n = up.shape, down.shape[0]
-    more: tuple[object, ...] = ()
-    if norm is not None:
-        more = (pointer(norm[1]), pointer(norm[2]), norm[3], norm[4])
-    prologue = None if norm is None else norm[0]
-    run(
+    prologue = norm.prologue if norm else None
+    return Call(
         emit.mlp(x.dtype, x.shape[0], activation, gate is not None, prologue),
-        *(x.data_ptr(), x.stride(0), pointer(gate), up.data_ptr(), up.stride(0)),
-        *(down.data_ptr(), down.stride(0), *(pointer(b) for b in biases), pointer(residual)),
-        *(out.data_ptr(), n, inner, k, *more),
-        threads or threads_for((up.numel() + down.numel()) * x.element_size()),
+        (
+            *(x, x.stride(0), gate, up, up.stride(0), down, down.stride(0), *biases, residual),
+            *(out, n, inner, k, *(norm.values if norm else ())),
+        ),
+        (up.numel() + down.numel()) * x.element_size(),
+        (out,),
+        (up,) if gate is None else (up, gate),
     )
 
 
@@ -133,7 +148,7 @@ def mlp(
         return OPS["mlp"].reference(x, up, down, up_bias, down_bias, activation, compute_fp32)
     out = x.new_empty((*x.shape[:-1], down.shape[0]))
     biases = (None, _contiguous(up_bias), _contiguous(down_bias))
-    mlp_into(rows, None, up, down, biases, activation, out)
+    run(mlp_call(rows, None, up, down, biases, activation, out))
     return out
 
 
@@ -157,7 +172,7 @@ def gated_mlp(
         )
     out = x.new_empty((*x.shape[:-1], down.shape[0]))
     biases = (_contiguous(gate_bias), _contiguous(up_bias), _contiguous(down_bias))
-    mlp_into(rows, gate, up, down, biases, activation, out)
+    run(mlp_call(rows, gate, up, down, biases, activation, out))
     return out
 
 
@@ -230,8 +245,6 @@ def supports_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> st
 def supports_merged_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sequence[int]
 ) -> str | None:
-    if len(sizes) > MAX_PARTS:
-        return f"{len(sizes)} linears, more than {MAX_PARTS}"
     return supports_linear(x, weight, bias)
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dspark_compile.codegen.cpp import emit
 from dspark_compile.kernels.cpp._launch import (
     FLOATS,
+    Call,
     device_reason,
     dtype_reason,
     name_of,
-    pointer,
     row_grid,
     run,
     size_reason,
-    threads_for,
 )
 
 
@@ -34,7 +35,7 @@ def _source(
     return emit.norm(x.dtype, kind, out_dtype or x.dtype, centre, first, add)
 
 
-def _norm(
+def norm_call(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -44,29 +45,40 @@ def _norm(
     weight_in_compute: bool,
     out_dtype: torch.dtype | None,
     centre: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Call | None, Tensor, Tensor | None]:
+    """The call, the normed rows, and with a residual the sum; no call where there is nothing."""
     if residual is not None:
         x, residual = torch.broadcast_tensors(x, residual)
         if residual.stride(-1) != 1:
             residual = residual.contiguous()
     if x.stride(-1) != 1:
         x = x.contiguous()
-    y = torch.empty(x.shape, dtype=out_dtype or x.dtype)
-    total = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
+    y = x.new_empty(x.shape, dtype=out_dtype or x.dtype)
+    total = None if residual is None else x.new_empty(x.shape)
     if y.numel() == 0:
-        return y, total
+        return None, y, total
     grid = row_grid(x, residual)
     if grid is None:
         x, residual = x.contiguous(), None if residual is None else residual.contiguous()
         grid = row_grid(x, residual)
         assert grid is not None
     sizes, (x_strides, residual_strides) = grid
-    run(
+    call = Call(
         _source(x, weight, bias, weight_in_compute, out_dtype, centre, residual is not None),
-        *(x.data_ptr(), pointer(residual), pointer(total), y.data_ptr()),
-        *(pointer(weight), pointer(bias), x.shape[-1], *sizes, *x_strides, *residual_strides),
-        *(eps, weight_offset, threads_for(x.numel() * x.element_size() // 4)),
+        (
+            *(x, residual, total, y, weight, bias, x.shape[-1], *sizes, *x_strides),
+            *(*residual_strides, eps, weight_offset),
+        ),
+        x.numel() * x.element_size() // 4,
+        (y,) if total is None else (y, total),
     )
+    return call, y, total
+
+
+def _norm(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    call, y, total = norm_call(*args, **kwargs)
+    if call is not None:
+        run(call)
     return y, total
 
 

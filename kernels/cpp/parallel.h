@@ -1,8 +1,10 @@
 // One parallel region a kernel, on the threads of the OpenMP runtime that torch uses.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <thread>
 #include <utility>
 #ifdef _OPENMP
 #include <omp.h>
@@ -10,10 +12,39 @@
 
 namespace dspark {
 
+// A meeting point of threads that all run: they spin, since the wait is some microseconds and a
+// sleeping thread takes longer than that to wake. One that waits long gives up its core, for the
+// case that the others have none.
+class Barrier {
+ public:
+  void wait(int threads) {
+    const int phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+      arrived_.store(0, std::memory_order_relaxed);
+      phase_.store(phase + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
+      if (spins < 20000) {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+ private:
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<int> phase_{0};
+};
+
 // A thread's place among those that run a kernel together.
 struct Team {
   int thread = 0;
   int threads = 1;
+  Barrier* meeting = nullptr;
 
   // This thread's share of `count` items, in whole `grain`s: [first, last).
   std::pair<int64_t, int64_t> share(int64_t count, int64_t grain = 1) const {
@@ -25,11 +56,7 @@ struct Team {
 
   // Every thread has come here, and sees what the others wrote before.
   void barrier() const {
-#ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp barrier
-    }
-#endif
+    if (threads > 1) meeting->wait(threads);
   }
 };
 
@@ -38,8 +65,9 @@ template <class Body>
 inline void parallel(int threads, Body&& body) {
 #ifdef _OPENMP
   if (threads > 1) {
+    Barrier meeting;
 #pragma omp parallel num_threads(threads)
-    { body(Team{omp_get_thread_num(), omp_get_num_threads()}); }
+    { body(Team{omp_get_thread_num(), omp_get_num_threads(), &meeting}); }
     return;
   }
 #endif

@@ -217,16 +217,14 @@ inline void tile_pair(const bf16* wa, int rows_a, const bf16* wb, int rows_b, in
 
 #endif
 
-// The product of MATS weights of one shape with x, this thread's share of their N rows. After each
-// block of rows calls done(n, count, results), results[i][m][r] for weight i, row n + r.
+// The product of rows [first, last) of MATS weights of one shape with x. After each block of rows calls done(n, count, results), results[i][m][r] for weight i, row n + r.
 // x is packed; where that is x itself, `ldx` is its row stride (tiles do not look at it).
 template <class T, int M, int MATS, class Done>
-void product(Team team, const T* const (&w)[MATS], int64_t ldw, int64_t N, int64_t K,
+void product(int64_t first, int64_t last, const T* const (&w)[MATS], int64_t ldw, int64_t K,
              const typename Packed<T, M>::Element* packed, [[maybe_unused]] int64_t ldx,
              Done&& done) {
   using P = Packed<T, M>;
-  const auto [first, last] = team.share(N, BLOCK);
-  if (first == last) return;
+  if (first >= last) return;
   alignas(64) float results[MATS][M][BLOCK];
 #if defined(DSPARK_TILES)
   if constexpr (P::FORM == Form::Tiles) configure_tiles<M>();

@@ -2,24 +2,53 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from dspark_compile.codegen.cpp import emit
 from dspark_compile.kernels.cpp._launch import (
     FLOATS,
+    Call,
     device_reason,
     dtype_reason,
     name_of,
     row_grid,
     run,
-    threads_for,
 )
 from dspark_compile.ops import OPS
 
 MAX_FEATURES = 1024
+
+
+def rope_call(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    rotary_dim: int,
+    interleaved: bool = False,
+    compute_fp32: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Call, Tensor] | None:
+    """The call and its result; None where the rows do not fold into three strides."""
+    lead = torch.broadcast_shapes(x.shape[:-1], cos.shape[:-1], sin.shape[:-1])
+    wide = x.expand(*lead, x.shape[-1])
+    angles = [a.expand(*lead, a.shape[-1]) for a in (cos, sin)]
+    plain = all(t.stride(-1) == 1 for t in (wide, *angles))
+    grid = row_grid(wide, *angles) if plain and wide.numel() else None
+    if grid is None:
+        return None
+    y = x.new_empty(wide.shape, dtype=out_dtype or x.dtype)
+    sizes, strides = grid
+    call = Call(
+        emit.rope(x.dtype, cos.dtype, y.dtype),
+        (
+            *(x, cos, sin, y, [*sizes, *strides[0], *strides[1], *strides[2]]),
+            *(x.shape[-1], rotary_dim, cos.shape[-1], int(interleaved)),
+        ),
+        y.numel() * y.element_size() // 2,
+        (y,),
+    )
+    return call, y
 
 
 def rope(
@@ -32,24 +61,11 @@ def rope(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Rotate the first ``rotary_dim`` features of ``x``, in float32."""
-    lead = torch.broadcast_shapes(x.shape[:-1], cos.shape[:-1], sin.shape[:-1])
-    wide = x.expand(*lead, x.shape[-1])
-    angles = [a.expand(*lead, a.shape[-1]) for a in (cos, sin)]
-    plain = all(t.stride(-1) == 1 for t in (wide, *angles))
-    grid = row_grid(wide, *angles) if plain and wide.numel() else None
-    if grid is None:
+    made = rope_call(x, cos, sin, rotary_dim, interleaved, compute_fp32, out_dtype)
+    if made is None:
         return OPS["rope"].reference(x, cos, sin, rotary_dim, interleaved, compute_fp32, out_dtype)
-    y = torch.empty(wide.shape, dtype=out_dtype or x.dtype)
-    sizes, strides = grid
-    numbers = [*sizes, *strides[0], *strides[1], *strides[2]]
-    run(
-        emit.rope(x.dtype, cos.dtype, y.dtype),
-        *(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr()),
-        (ctypes.c_int64 * 12)(*numbers),
-        *(x.shape[-1], rotary_dim, cos.shape[-1], int(interleaved)),
-        threads_for(y.numel() * y.element_size() // 2),
-    )
-    return y
+    run(made[0])
+    return made[1]
 
 
 def angles_reason(

@@ -8,7 +8,8 @@ import torch
 from dspark_compile.codegen.cpp import isa
 from dspark_compile.codegen.cpp.predicate import print_predicate
 from dspark_compile.kernels import cpp
-from dspark_compile.kernels.cpp.attention import _attention
+from dspark_compile.kernels.cpp._launch import run
+from dspark_compile.kernels.cpp.attention import attention_call
 from dspark_compile.ops import OPS
 from dspark_compile.ops.cache import quantize_kv
 
@@ -132,7 +133,8 @@ def test_strided_cache_and_query():
 def test_work_is_cut_anywhere(threads):
     q, k, v = make(torch.float32, b=1, h=6, hk=3, n=500)
     args = (None, None, [], [480], 0.2, "k <= q + n0", 0.0, None)
-    got = _attention(q, k, None, v, None, *args, threads=threads)
+    call, got = attention_call(q, k, None, v, None, *args)
+    run(call, threads)
     want = OPS["attention"].reference(
         *(x.double() for x in (q, k, v)), None, None, [], [480], scale=0.2, mask="k <= q + n0"
     )

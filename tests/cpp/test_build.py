@@ -27,7 +27,7 @@ def cache(tmp_path, monkeypatch):
 
 def call():
     out = torch.zeros(1, dtype=torch.int32)
-    assert emit.kernel(KERNEL, LEVEL)(out.data_ptr()) == 0
+    assert emit.kernel(KERNEL, LEVEL)(out.data_ptr(), 1) == 0
     return out.item()
 
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from dspark_compile.codegen.cpp import emit, isa
 from dspark_compile.kernels import cpp
-from dspark_compile.kernels.cpp.linear import linear_into, mlp_into
+from dspark_compile.kernels.cpp._launch import run
+from dspark_compile.kernels.cpp.linear import Norm, linear_call, mlp_call
 from dspark_compile.ops import OPS
 from dspark_compile.ops.mlp import ACTIVATIONS
 
@@ -154,7 +155,7 @@ def test_norm_in_front_and_residual_behind(dtype, rows, centre):
     x, gate, up, down = blocks(dtype, rows)
     weight, bias = torch.randn(64).to(dtype), torch.randn(64).to(dtype)
     prologue = emit.Prologue(dtype, centre=centre, first=False)
-    norm = (prologue, weight, bias if centre else None, 1e-5, 0.0)
+    norm = Norm(prologue, weight, bias if centre else None, 1e-5, 0.0)
     if centre:
         normed = F.layer_norm(x.double(), (64,), weight.double(), bias.double(), 1e-5)
     else:
@@ -163,13 +164,14 @@ def test_norm_in_front_and_residual_behind(dtype, rows, centre):
 
     residual = torch.randn(rows, 90).to(dtype)
     out = x.new_empty(rows, 90)
-    linear_into(x, gate, None, [out], activation="silu", residual=residual, norm=norm)
+    run(linear_call(x, [(gate, None, out)], activation="silu", residual=residual, norm=norm))
     want = F.silu(F.linear(normed, gate.double())) + residual.double()
     assert error(out, want) < tolerance
 
     residual = torch.randn(rows, 47).to(dtype)
     out = x.new_empty(rows, 47)
-    mlp_into(x, gate, up, down, (None, None, None), "silu", out, residual=residual, norm=norm)
+    no = (None, None, None)
+    run(mlp_call(x, gate, up, down, no, "silu", out, residual=residual, norm=norm))
     hidden = F.silu(F.linear(normed, gate.double())) * F.linear(normed, up.double())
     assert error(out, F.linear(hidden, down.double()) + residual.double()) < tolerance
 
@@ -178,5 +180,19 @@ def test_threads_agree():
     x, w = torch.randn(4, 300), torch.randn(1000, 300)
     outs = [torch.empty(4, 1000) for _ in range(3)]
     for threads, out in zip((1, 2, 5), outs):
-        linear_into(x, w, None, [out], threads=threads)
+        run(linear_call(x, [(w, None, out)]), threads)
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype,rows", [(torch.float32, 1), (torch.bfloat16, 8)])
+def test_several_weights_in_one_product(dtype, rows, threads):
+    """Parts whose sizes are no multiples of a block, shared out over their sum."""
+    x = torch.randn(rows, 100).to(dtype)
+    weights = [torch.randn(n, 100).to(dtype) for n in (70, 5, 64, 33)]
+    biases = [torch.randn(70).to(dtype), None, torch.randn(64).to(dtype), None]
+    outs = [x.new_full((rows, w.shape[0]), float("nan")) for w in weights]
+    run(linear_call(x, list(zip(weights, biases, outs))), threads)
+    for w, b, out in zip(weights, biases, outs):
+        want = F.linear(x.double(), w.double(), None if b is None else b.double())
+        assert error(out, want) < (1e-5 if dtype == torch.float32 else 1e-2)

@@ -1,0 +1,402 @@
+"""What stands between the kernels of a decode step: small pointwise work, printed as plain loops.
+
+Positions, cos and sin, an embedding's rows, scaled residuals, a mask's pieces: ATen nodes of known
+sizes. Neighbours go into one function that one thread runs while the others wait; a large one is
+shared out over the team. Arithmetic is ATen's: in float for half types, rounded once per node.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dspark_compile.codegen.cpp import emit
+from dspark_compile.passes.graph import aten
+
+SMALL = 8192  # elements that one thread does alone
+LARGE = 1 << 22  # above, the inner compiler's vectorised loops are wanted
+
+_TYPES = {
+    torch.bool: "bool",
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.bfloat16: "bf16",
+    torch.float16: "half",
+    torch.int64: "int64_t",
+    torch.int32: "int32_t",
+    torch.int16: "int16_t",
+    torch.int8: "int8_t",
+    torch.uint8: "uint8_t",
+}
+
+_UNARY: dict[Any, str] = {
+    aten.neg.default: "-{0}",
+    aten.abs.default: "std::abs({0})",
+    aten.cos.default: "std::cos({0})",
+    aten.sin.default: "std::sin({0})",
+    aten.exp.default: "std::exp({0})",
+    aten.log.default: "std::log({0})",
+    aten.sqrt.default: "std::sqrt({0})",
+    aten.rsqrt.default: "C(1) / std::sqrt({0})",
+    aten.reciprocal.default: "C(1) / {0}",
+    aten.tanh.default: "std::tanh({0})",
+    aten.sigmoid.default: "C(1) / (C(1) + std::exp(-{0}))",
+    aten.silu.default: "{0} / (C(1) + std::exp(-{0}))",
+    aten.relu.default: "({0} > C(0) ? {0} : C(0))",
+    aten.logical_not.default: "!({0})",
+    aten._to_copy.default: "{0}",
+    aten.clone.default: "{0}",
+    aten.copy.default: "{1}",
+    aten.copy_.default: "{1}",
+}
+_BINARY: dict[Any, str] = {
+    aten.add.Tensor: "{0} + {1}",
+    aten.sub.Tensor: "{0} - {1}",
+    aten.rsub.Scalar: "{1} - {0}",
+    aten.mul.Tensor: "{0} * {1}",
+    aten.div.Tensor: "{0} / {1}",
+    aten.maximum.default: "({0} != {0} || {0} > {1} ? {0} : {1})",
+    aten.minimum.default: "({0} != {0} || {0} < {1} ? {0} : {1})",
+    aten.pow.Tensor_Scalar: "std::pow({0}, {1})",
+    aten.logical_and.default: "({0} && {1})",
+    aten.logical_or.default: "({0} || {1})",
+}
+for _name, _sign in {
+    "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
+}.items():  # fmt: skip
+    for _overload in ("Tensor", "Scalar"):
+        _BINARY[getattr(getattr(aten, _name), _overload)] = f"{{0}} {_sign} {{1}}"
+_LOGICAL = {aten.bitwise_and.Tensor: "&", aten.bitwise_or.Tensor: "|"}
+_MAKERS = (aten.arange.default, aten.arange.start, aten.arange.start_step, aten.full.default)
+
+
+class NotGlue(Exception):
+    """A node that cannot be printed; the message says why."""
+
+
+@dataclass
+class Glue:
+    """Neighbouring nodes as one function.
+
+    Attributes:
+        lines: its statements.
+        tensors: what its pointers ``p0``, ``p1`` ... get.
+        outs: those of them that are written.
+        elements: of the largest result.
+    """
+
+    lines: list[str] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+    outs: list[Tensor] = field(default_factory=list)
+    elements: int = 0
+
+    def pointer(self, x: Tensor) -> str:
+        """The name under which a tensor's first element is read."""
+        for i, known in enumerate(self.tensors):
+            if known is x:
+                return f"p{i}"
+        self.tensors.append(x)
+        return f"p{len(self.tensors) - 1}"
+
+    def source(self) -> emit.Source:
+        """The kernel."""
+        alone = "if (team.thread != 0) return 0;\n" if self.elements <= SMALL else ""
+        run = alone + "\n".join(self.lines)
+        digest = hashlib.sha256(run.encode()).hexdigest()[:12]
+        parameters = [f"p p{i}" for i in range(len(self.tensors))]
+        return emit.source(
+            f"glue_{digest}", "What stands between kernels.", "glue.h", parameters, run
+        )
+
+    def add(self, node: fx.Node, values: Callable[[Any], Any], out: Tensor) -> None:
+        """Print ``node``, whose arguments ``values`` gives, into ``out``.
+
+        Raises:
+            NotGlue: it cannot be printed; nothing has been added then.
+        """
+        lines = _print(node, values, out, self.pointer)
+        self.lines += ["{", f"  // {node.name}", *(f"  {line}" for line in lines), "}"]
+        self.outs.append(out)
+        self.elements = max(self.elements, out.numel())
+
+
+def reason(node: fx.Node) -> str | None:
+    """Why ``node`` is not glue; None if it is."""
+    out = node.meta.get("val")
+    if not isinstance(out, Tensor):
+        return f"{node.target} gives no tensor"
+    try:
+        _print(node, lambda x: x.meta["val"] if isinstance(x, fx.Node) else x, out, lambda x: "p")
+    except NotGlue as error:
+        return str(error)
+    return None
+
+
+def _print(
+    node: fx.Node, values: Callable[[Any], Any], out: Tensor, pointer: Callable[[Tensor], str]
+) -> list[str]:
+    target = node.target
+    args = [
+        [values(y) for y in x] if isinstance(x, (list, tuple)) else values(x) for x in node.args
+    ]
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    for x in (out, *tensors):
+        if x.device.type != "cpu":
+            raise NotGlue(f"{target} on {x.device.type}")
+        if x.dtype not in _TYPES:
+            raise NotGlue(f"{target} of {x.dtype}")
+        if not all(isinstance(n, int) for n in (*x.shape, *x.stride())):
+            raise NotGlue(f"{target} of a dynamic size, {list(x.shape)}")
+    if out.numel() > LARGE:
+        raise NotGlue(f"{target} of {out.numel()} elements")
+    if target is aten.embedding.default:
+        return _embedding(args, out, pointer)
+    if target is aten.cat.default:
+        return _cat(args, out, pointer)
+    if target in _MAKERS:
+        return _made(node, args, out, pointer)
+    if target is aten.argmax.default:
+        return _argmax(args, node.kwargs, out, pointer)
+    compute, text = _expression(node, args, out)
+    operands = [x for x in args if isinstance(x, Tensor)]
+    views = [x.expand(out.shape) if x.shape != out.shape else x for x in operands]
+    reads = [f"C({_read(pointer(x), x.dtype, '{' + str(i) + '}')})" for i, x in enumerate(operands)]
+    names = iter(reads)
+    spelt = [next(names) if isinstance(x, Tensor) else _constant(x, compute) for x in args]
+    # Every operand once, in a variable; then the expression over the variables.
+    lines = [f"using C = {compute};"]
+    variables, body = [], []
+    for i, value in enumerate(spelt):
+        variables.append(f"x{i}")
+        body.append(f"const C x{i} = {value};")
+    body.append(_store(pointer(out), out.dtype, "{out}", text.format(*variables)))
+    return lines + _loops(out, views, body)
+
+
+def _read(name: str, dtype: torch.dtype, at: str) -> str:
+    text = f"((const {_TYPES[dtype]}*){name})[{at}]"
+    return f"to_float({text})" if dtype in (torch.bfloat16, torch.float16) else text
+
+
+def _store(name: str, dtype: torch.dtype, at: str, value: str) -> str:
+    if dtype in (torch.bfloat16, torch.float16):
+        return f"from_float((({_TYPES[dtype]}*){name})[{at}], float({value}));"
+    return f"(({_TYPES[dtype]}*){name})[{at}] = {_TYPES[dtype]}({value});"
+
+
+def _constant(value: Any, compute: str) -> str:
+    if value is None:
+        return "C(0)"
+    if isinstance(value, bool):
+        return f"C({str(value).lower()})"
+    if isinstance(value, int):
+        return f"C({value}LL)" if value != -(2**63) else "C(INT64_MIN)"
+    if isinstance(value, float):
+        if math.isnan(value):
+            return "C(NAN)"
+        if math.isinf(value):
+            return f"C({'-' if value < 0 else ''}INFINITY)"
+        return f"C({value!r})"
+    if isinstance(value, (torch.dtype, str)):
+        return "C(0)"
+    raise NotGlue(f"an operand is {value!r}")
+
+
+def _compute(operands: Sequence[Any], out: torch.dtype | None = None) -> str:
+    """The type that ATen computes in: double, float or int64_t."""
+    dtypes = [x.dtype for x in operands if isinstance(x, Tensor)]
+    if out is not None:
+        dtypes.append(out)
+    if torch.float64 in dtypes:
+        return "double"
+    floating = any(d.is_floating_point for d in dtypes)
+    floating = floating or any(isinstance(x, float) for x in operands)
+    return "float" if floating else "int64_t"
+
+
+def _expression(node: fx.Node, args: list[Any], out: Tensor) -> tuple[str, str]:
+    """(type to compute in, expression over {0}, {1} …)."""
+    target, kwargs = node.target, node.kwargs
+    if target in (aten._to_copy.default, aten.clone.default):
+        extra = {k for k, v in kwargs.items() if v is not None} - {
+            "dtype", "device", "layout", "memory_format", "pin_memory", "non_blocking",
+        }  # fmt: skip
+        if extra:
+            raise NotGlue(f"{target} with {sorted(extra)}")
+        return _compute(args[:1]), "{0}"
+    if target in (aten.copy_.default, aten.copy.default):
+        return _compute(args[1:2]), "{1}"
+    if target in _UNARY and len(args) == 1:
+        return _compute(args, out.dtype if out.dtype != torch.bool else None), _UNARY[target]
+    if target in _BINARY:
+        alpha = kwargs.get("alpha", 1)
+        text = _BINARY[target]
+        if set(kwargs) - {"alpha"}:
+            raise NotGlue(f"{target} with {sorted(kwargs)}")
+        if alpha != 1:
+            text = text.replace("{1}", f"{_constant(alpha, '')} * {{1}}")
+        return _compute(args[:2], out.dtype if out.dtype != torch.bool else None), text
+    if target in _LOGICAL:
+        if all(x.dtype == torch.bool for x in args if isinstance(x, Tensor)):
+            return "int64_t", f"{{0}} {_LOGICAL[target]} {{1}}"
+        return "int64_t", f"{{0}} {_LOGICAL[target]} {{1}}"
+    if target is aten.bitwise_not.default:
+        return "int64_t", "!{0}" if out.dtype == torch.bool else "~{0}"
+    if target is aten.where.self:
+        return _compute(args[1:3], out.dtype), "{0} != C(0) ? {1} : {2}"
+    if target is aten.gelu.default:
+        if kwargs.get("approximate", "none") == "tanh":
+            inner = "C(0.7978845608028654) * ({0} + C(0.044715) * {0} * {0} * {0})"
+            return _compute(args), f"C(0.5) * {{0}} * (C(1) + std::tanh({inner}))"
+        return _compute(args), "C(0.5) * {0} * (C(1) + std::erf({0} * C(0.7071067811865476)))"
+    if target is aten.clamp.default:
+        text = "{0}"
+        if len(args) > 1 and args[1] is not None:
+            text = "({0} < {1} ? {1} : {0})"
+        if len(args) > 2 and args[2] is not None:
+            text = f"({text} > {{2}} ? {{2}} : {text})"
+        return _compute(args, out.dtype), text
+    raise NotGlue(f"{target} is not among the printed ones")
+
+
+def _loops(out: Tensor, views: Sequence[Tensor], body: Sequence[str]) -> list[str]:
+    """Loops over ``out``'s shape, dimensions merged where all strides allow."""
+    sizes: list[int] = []
+    strides: list[list[int]] = []
+    every = [*views, out]
+    for axis, size in enumerate(out.shape):
+        if size == 1:
+            continue
+        now = [x.stride(axis) for x in every]
+        if sizes and all(a == b * size for a, b in zip(strides[-1], now)):
+            sizes[-1] *= size
+            strides[-1] = now
+        else:
+            sizes.append(size)
+            strides.append(now)
+    if out.numel() == 0:
+        return []
+    shared = max(range(len(sizes)), key=sizes.__getitem__) if out.numel() > SMALL else -1
+    lines: list[str] = []
+    for i, size in enumerate(sizes):
+        indent = "  " * len(lines)
+        if i == shared:
+            lines = [f"const auto [begin, end] = team.share({size}, 64);", *lines]
+            lines.append(f"{indent}for (int64_t i{i} = begin; i{i} < end; ++i{i})")
+        else:
+            lines.append(f"{indent}for (int64_t i{i} = 0; i{i} < {size}; ++i{i})")
+
+    def at(which: int) -> str:
+        terms = [f"i{i} * {s[which]}" for i, s in enumerate(strides) if s[which]]
+        return " + ".join(terms) or "0"
+
+    places = {str(i): at(i) for i in range(len(views))}
+    indent = "  " * (len(lines) + 1)
+    printed = []
+    for line in body:
+        for key, text in places.items():
+            line = line.replace(f"[{{{key}}}]", f"[{text}]")
+        printed.append(indent + line.replace("[{out}]", f"[{at(len(views))}]"))
+    return [*lines, "{", *printed, "}"]
+
+
+def _embedding(args: list[Any], out: Tensor, pointer: Callable[[Tensor], str]) -> list[str]:
+    weight, index = args[0], args[1]
+    if weight.dtype != out.dtype or not out.is_contiguous() or weight.stride(-1) != 1:
+        raise NotGlue("an embedding whose rows are not contiguous")
+    if index.numel() > 64:
+        raise NotGlue(f"an embedding of {index.numel()} rows")
+    w, i, y = pointer(weight), pointer(index), pointer(out)
+    kind, features = _TYPES[weight.dtype], weight.shape[1]
+    lines = []
+    flat = index.reshape(-1)
+    if flat.untyped_storage()._cdata != index.untyped_storage()._cdata:
+        raise NotGlue("an embedding whose indices are not one row")
+    stride = flat.stride(0) if flat.numel() > 1 else 1
+    lines.append(f"for (int64_t n = 0; n < {index.numel()}; ++n) {{")
+    lines.append(f"  const int64_t row = ((const {_TYPES[index.dtype]}*){i})[n * {stride}];")
+    lines.append(f"  if (row < 0 || row >= {weight.shape[0]}) return 3;")
+    lines.append(
+        f"  std::memcpy(({kind}*){y} + n * {features}, (const {kind}*){w} + row *"
+        f" {weight.stride(0)}, {features * weight.element_size()});"
+    )
+    return [*lines, "}"]
+
+
+def _cat(args: list[Any], out: Tensor, pointer: Callable[[Tensor], str]) -> list[str]:
+    parts, axis = args[0], args[1] if len(args) > 1 else 0
+    lines, start = [], 0
+    for part in parts:
+        if not isinstance(part, Tensor) or part.dtype != out.dtype:
+            raise NotGlue("a cat of several dtypes")
+        if part.dim() != out.dim():
+            raise NotGlue("a cat with an empty part")
+        if not all(isinstance(n, int) for n in part.shape):
+            raise NotGlue("a cat of a dynamic size")
+        size = part.shape[axis]
+        to = out.narrow(axis, start, size)
+        offset = start * out.stride(axis)
+        start += size
+        kind = _TYPES[out.dtype]
+        y, x = pointer(out), pointer(part)
+        copy = f"(({kind}*){y})[{offset} + {{out}}] = ((const {kind}*){x})[{{0}}];"
+        copy = copy.replace(f"[{offset} + {{out}}]", "[{out}]") if offset == 0 else copy
+        body = copy if offset == 0 else copy.replace("{out}", "{out}")
+        if offset:
+            # The offset is part of the pointer, so that the loops print plain strides.
+            body = f"(({kind}*){y} + {offset})[{{out}}] = ((const {kind}*){x})[{{0}}];"
+        lines += ["{", *_loops(to, [part], [body]), "}"]
+    if out.numel() > SMALL:
+        raise NotGlue(f"a cat of {out.numel()} elements")
+    return lines
+
+
+def _made(
+    node: fx.Node, args: list[Any], out: Tensor, pointer: Callable[[Tensor], str]
+) -> list[str]:
+    if not all(isinstance(x, (int, float, bool)) for x in args if not isinstance(x, list)):
+        raise NotGlue(f"{node.target} of a dynamic value")
+    kind = _TYPES[out.dtype]
+    if node.target is aten.full.default:
+        compute = "double" if out.dtype.is_floating_point else "int64_t"
+        value = _constant(args[1], compute).replace("C(", f"{compute}(")
+    else:
+        start, step = 0, 1
+        if node.target is not aten.arange.default:
+            start, step = args[0], args[2] if len(args) > 2 else 1
+        value = f"{start} + i * {step}"
+    store = _store(pointer(out), out.dtype, "i", value)
+    if not out.is_contiguous():
+        raise NotGlue(f"{node.target} with strides")
+    return [f"// {kind}", f"for (int64_t i = 0; i < {out.numel()}; ++i) {store}"]
+
+
+def _argmax(
+    args: list[Any], kwargs: dict[str, Any], out: Tensor, pointer: Callable[[Tensor], str]
+) -> list[str]:
+    x = args[0]
+    axis = args[1] if len(args) > 1 else kwargs.get("dim")
+    if axis is None or axis % x.dim() != x.dim() - 1 or not x.is_contiguous():
+        raise NotGlue("an argmax over another than the last dimension")
+    if not out.is_contiguous():
+        raise NotGlue("an argmax with strides")
+    n = x.shape[-1]
+    read = _read(pointer(x), x.dtype, f"r * {n} + i")
+    compute = _compute([x])
+    return [
+        f"for (int64_t r = 0; r < {out.numel()}; ++r) {{",
+        f"  {compute} top = {read.replace('+ i]', '+ 0]')};",
+        "  int64_t best = 0;",
+        f"  for (int64_t i = 1; i < {n} && top == top; ++i) {{",
+        f"    const {compute} value = {read};",
+        "    if (value > top || value != value) top = value, best = i;",
+        "  }",
+        f"  ((int64_t*){pointer(out)})[r] = best;",
+        "}",
+    ]

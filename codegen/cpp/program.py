@@ -1,0 +1,352 @@
+"""A native program: kernels with their arguments, run as one native call (``program.h``).
+
+Everything that a call needs lies in one block of 8-byte words: the arguments of every stage, the
+arrays that they point to, the table of stages. It is written once; a call only fills in what can
+change, the addresses of its inputs and outputs and sizes that are symbols.
+
+Intermediate results share one arena: a buffer's place is free again after its last reader.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dspark_compile.codegen.cpp import build, emit
+from dspark_compile.codegen.cpp import isa as isa_levels
+
+if TYPE_CHECKING:
+    from dspark_compile.kernels.cpp._launch import Call
+
+# How much of the next weights a thread asks for while it waits.
+AHEAD_BYTES = 128 * 1024
+_STAGE_WORDS = 4
+
+
+class PlanError(Exception):
+    """A program cannot be made; the message says why."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's first element lies: a buffer and an offset in bytes."""
+
+    buffer: int
+    offset: int
+
+
+@dataclass
+class Buffer:
+    """Memory that stages read and write.
+
+    Attributes:
+        nbytes: its size; of an input unknown, 0.
+        given: the input's number; None for the arena's.
+        result: whether it outlives the call.
+        first, last: the stages that touch it.
+    """
+
+    nbytes: int = 0
+    given: int | None = None
+    result: bool = False
+    first: int = -1
+    last: int = -1
+
+
+@dataclass
+class Program:
+    """Collects stages over fake tensors; `finish` makes the callable.
+
+    A tensor is known by its storage. One that no stage wrote and that is no input cannot be read:
+    it is a copy that somebody made while planning.
+    """
+
+    buffers: list[Buffer] = field(default_factory=list)
+    stages: list[Call] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    _known: dict[int, int] = field(default_factory=dict)
+    _kept: list[Tensor] = field(default_factory=list)
+
+    def add_input(self, x: Tensor, number: int) -> None:
+        """``x`` is the call's tensor ``number``."""
+        key = x.untyped_storage()._cdata
+        if key not in self._known:
+            self._known[key] = len(self.buffers)
+            self.buffers.append(Buffer(given=number))
+            self._kept.append(x)
+        elif self.buffers[self._known[key]].given is None:
+            raise PlanError("an input shares its memory with an intermediate result")
+
+    def knows(self, x: Tensor) -> bool:
+        """Whether ``x`` lies in an input or in what a stage wrote."""
+        return x.untyped_storage()._cdata in self._known
+
+    def place(self, x: Tensor) -> Place:
+        """Where ``x`` lies.
+
+        Raises:
+            PlanError: nothing has written it.
+        """
+        key = x.untyped_storage()._cdata
+        if key not in self._known:
+            raise PlanError(f"a copy of a tensor {list(x.shape)} would be needed")
+        buffer = self._known[key]
+        given = self.buffers[buffer].given
+        offset = x.storage_offset()
+        if not isinstance(offset, int):
+            raise PlanError("a tensor begins at a dynamic offset")
+        if given is not None:
+            # The call's tensor may itself begin inside its storage.
+            offset -= self._kept_input(buffer).storage_offset()
+        return Place(buffer, offset * x.element_size())
+
+    def _kept_input(self, buffer: int) -> Tensor:
+        for x in self._kept:
+            if self._known[x.untyped_storage()._cdata] == buffer:
+                return x
+        raise KeyError(buffer)
+
+    def add(self, call: Call, name: str) -> None:
+        """Append a stage.
+
+        Raises:
+            PlanError: it reads what nothing wrote.
+        """
+        stage = len(self.stages)
+        outs = {x.untyped_storage()._cdata for x in call.outs}
+        for x in call.outs:
+            key = x.untyped_storage()._cdata
+            if key not in self._known:
+                nbytes = x.untyped_storage().nbytes()
+                if not isinstance(nbytes, int):
+                    raise PlanError("an intermediate result has a dynamic size")
+                self._known[key] = len(self.buffers)
+                self.buffers.append(Buffer(nbytes=nbytes))
+                self._kept.append(x)
+        for x in tensors(call):
+            if x.untyped_storage()._cdata not in outs:
+                self.place(x)
+            self._touch(x, stage)
+        self.stages.append(call)
+        self.names.append(name)
+
+    def _touch(self, x: Tensor, stage: int) -> None:
+        buffer = self.buffers[self._known[x.untyped_storage()._cdata]]
+        if buffer.first < 0:
+            buffer.first = stage
+        buffer.last = stage
+
+    def keep(self, x: Tensor) -> None:
+        """``x`` is a result of the program."""
+        buffer = self.buffers[self.place(x).buffer]
+        if buffer.given is None:
+            buffer.result = True
+
+    def arena(self) -> tuple[dict[int, int], int]:
+        """Offsets of the intermediate buffers, and the size of all: the first gap that fits."""
+        live: list[tuple[int, int, int]] = []  # offset, end, last stage
+        offsets: dict[int, int] = {}
+        size = 0
+        order = sorted(
+            (i for i, b in enumerate(self.buffers) if b.given is None and not b.result),
+            key=lambda i: self.buffers[i].first,
+        )
+        for i in order:
+            buffer = self.buffers[i]
+            live = sorted(x for x in live if x[2] >= buffer.first)
+            need, at = _round(buffer.nbytes), 0
+            for offset, end, _ in live:
+                if offset - at >= need:
+                    break
+                at = max(at, end)
+            offsets[i] = at
+            live.append((at, at + need, buffer.last))
+            size = max(size, at + need)
+        return offsets, size
+
+
+def _round(nbytes: int) -> int:
+    return (nbytes + 63) // 64 * 64
+
+
+def tensors(call: Call) -> list[Tensor]:
+    """The tensors among a call's values."""
+    flat: list[Any] = []
+    for value in call.values:
+        flat += value if isinstance(value, (list, tuple)) else [value]
+    return [x for x in flat if isinstance(x, Tensor)]
+
+
+RUNNER = """// Runs a table of stages: the same library for every program.
+#include "program.h"
+
+using namespace dspark;
+
+// Word `where` of the block becomes the address of buffer `which` plus `offset`.
+struct Fix {
+  int64_t where, which, offset;
+};
+
+extern "C" __attribute__((visibility("default"))) int dspark_program(
+    int64_t* block, const Fix* fixes, int64_t fix_count, const int64_t* bases, int64_t stages,
+    void* memory, int64_t threads, int64_t ahead, int64_t* spent) {
+  for (int64_t i = 0; i < fix_count; ++i)
+    block[fixes[i].where] = bases[fixes[i].which] + fixes[i].offset;
+  const Stage* table = (const Stage*)block;
+  if (spent != nullptr)
+    return time_program(table, stages, (char*)memory, int(threads), ahead, spent);
+  return run_program(table, stages, (char*)memory, int(threads), ahead);
+}
+"""
+
+
+def _runner(level: str) -> Any:
+    function = build.load("program", RUNNER, level).dspark_program
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [
+        *(pointer, pointer, number, pointer, number, pointer, number, number, pointer),
+    ]
+    function.restype = ctypes.c_int
+    return function
+
+
+@dataclass(frozen=True)
+class Result:
+    """An output of the program: a view of a result buffer."""
+
+    buffer: int
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class NativeProgram:
+    """A finished program: call it with the tensors and numbers of the graph's inputs.
+
+    Raises:
+        build.BuildError: a kernel cannot be built.
+    """
+
+    def __init__(self, program: Program, results: Sequence[Result], numbers: dict[Any, int]):
+        level = isa_levels.detect()
+        self.names = list(program.names)
+        self.sources = [call.source for call in program.stages]
+        emit.build_all(self.sources, level)
+        self._run = _runner(level)
+        self._results = list(results)
+        self._lock = threading.Lock()
+        words: list[int] = [0] * (_STAGE_WORDS * len(program.stages))
+        fixes: list[tuple[int, int, int]] = []
+        inner: list[tuple[int, int]] = []  # words that point into the block
+        self._dynamic: list[tuple[int, Any]] = []
+        self._entries = [emit.stage(source, level) for source in self.sources]
+
+        def put(value: Any) -> None:
+            if isinstance(value, Tensor):
+                place = program.place(value)
+                fixes.append((len(words), place.buffer, place.offset))
+                words.append(0)
+            elif isinstance(value, float):
+                words.append(struct.unpack("q", struct.pack("d", value))[0])
+            elif isinstance(value, torch.SymInt):
+                self._dynamic.append((len(words), value.node.expr))
+                words.append(0)
+            else:
+                words.append(int(value or 0))
+
+        for i, call in enumerate(program.stages):
+            arrays: list[tuple[int, Any]] = []
+            words[_STAGE_WORDS * i] = self._entries[i].address
+            inner.append((_STAGE_WORDS * i + 1, len(words)))
+            for (kind, _), value in zip(call.source.parameters, call.values, strict=True):
+                if isinstance(value, (list, tuple)):
+                    arrays.append((len(words), value))
+                    words.append(0)
+                else:
+                    put(float(value) if kind == "f" else value)
+            for where, values in arrays:
+                inner.append((where, len(words)))
+                for value in values:
+                    put(value)
+            following = program.stages[i + 1].weights if i + 1 < len(program.stages) else ()
+            inner.append((_STAGE_WORDS * i + 2, len(words)))
+            words[_STAGE_WORDS * i + 3] = len(following)
+            for weight in following:
+                put(weight)
+                put(weight.shape[0])
+                put(weight.stride(0) * weight.element_size())
+        self._block = (ctypes.c_int64 * len(words))(*words)
+        start = ctypes.addressof(self._block)
+        for where, target in inner:
+            self._block[where] = start + 8 * target
+        flat = [x for fix in fixes for x in fix]
+        self._fixes = (ctypes.c_int64 * len(flat))(*flat)
+        self._fix_count = len(fixes)
+        offsets, size = program.arena()
+        self._arena = torch.empty(size + 64, dtype=torch.uint8)
+        arena = _round(self._arena.data_ptr())
+        self._bases = (ctypes.c_int64 * len(program.buffers))()
+        for buffer, offset in offsets.items():
+            self._bases[buffer] = arena + offset
+        self._inputs = [(i, b.given) for i, b in enumerate(program.buffers) if b.given is not None]
+        self._made = [
+            (i, b.nbytes) for i, b in enumerate(program.buffers) if b.result and b.given is None
+        ]
+        self._numbers = numbers
+        self._memory: torch.Tensor | None = None
+        self._memory_threads = 0
+        self.arena_bytes = size
+
+    def __call__(self, args: Sequence[Any]) -> list[Tensor]:
+        """Run once; returns the results.
+
+        Raises:
+            IndexError: a position lies outside of a cache, or an index outside of an embedding.
+        """
+        with self._lock:
+            return self._call(args, None)
+
+    def timed(self, args: Sequence[Any], spent: Any) -> list[Tensor]:
+        """`__call__`, adding each stage's nanoseconds to the array ``spent``."""
+        with self._lock:
+            return self._call(args, spent)
+
+    def _call(self, args: Sequence[Any], spent: Any) -> list[Tensor]:
+        bases = self._bases
+        for buffer, given in self._inputs:
+            bases[buffer] = args[given].data_ptr()
+        made = {}
+        for buffer, nbytes in self._made:
+            made[buffer] = tensor = torch.empty(nbytes, dtype=torch.uint8)
+            bases[buffer] = tensor.data_ptr()
+        if self._dynamic:
+            known = {symbol: int(args[number]) for symbol, number in self._numbers.items()}
+            for where, expression in self._dynamic:
+                self._block[where] = int(expression.xreplace(known))
+        threads = torch.get_num_threads()
+        if threads != self._memory_threads:
+            need = max(entry.need(self._block, i, threads) for i, entry in enumerate(self._entries))
+            self._memory = torch.empty(need + 4096, dtype=torch.uint8)
+            self._memory_threads = threads
+        assert self._memory is not None
+        status = self._run(
+            self._block, self._fixes, self._fix_count, bases, len(self._entries),
+            (self._memory.data_ptr() + 4095) // 4096 * 4096, threads, AHEAD_BYTES, spent,
+        )  # fmt: skip
+        if status:
+            from dspark_compile.kernels.cpp._launch import raise_for
+
+            raise_for(status, "decode step")
+        return [self._view(r, made, args) for r in self._results]
+
+    def _view(self, r: Result, made: dict[int, Tensor], args: Sequence[Any]) -> Tensor:
+        flat = made[r.buffer].view(r.dtype)
+        return flat.as_strided(r.shape, r.stride, r.offset // r.dtype.itemsize)
