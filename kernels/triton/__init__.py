@@ -11,6 +11,8 @@ Triton; a kernel's module, and Triton with it, load at the first call.
     ================================  ===================================================
     ``rms_norm`` ``layer_norm``       `norm`; with ``add_`` in front, behind a residual
     ``rope``                          `rope`
+    ``linear`` ``merged_linear``      `linear`: at most 16 rows
+    ``gated_mlp`` ``mlp``             `mlp`, and ``gated_mlp_merged``: at most 16 rows
     ``cache_append_``                 `cache`, and ``cache_append_int8_``
     ``qk_norm_rope_append_``          `cache`, and ``qk_norm_rope_append_int8_``: in place
     ``attention``                     `attention`, and ``attention_int8``
@@ -36,6 +38,11 @@ OPS: dict[str, str] = {
     "layer_norm": "norm",
     "add_layer_norm": "norm",
     "rope": "rope",
+    "linear": "linear",
+    "merged_linear": "linear",
+    "gated_mlp": "mlp",
+    "gated_mlp_merged": "mlp",
+    "mlp": "mlp",
     "cache_append_": "cache",
     "cache_append_int8_": "cache",
     "qk_norm_rope_append_": "cache",

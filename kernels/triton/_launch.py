@@ -77,6 +77,15 @@ KNOWN_TARGETS = {
     "gfx950": Target("hip", "gfx950", 256, 163_840),
 }
 
+
+def pdl_ready(target: Target) -> bool:
+    """Whether a kernel for ``target`` may start before the one in front of it has ended."""
+    from triton.language.extra import cuda
+
+    new = target.backend == "cuda" and int(target.arch) >= 90
+    return new and hasattr(cuda, "gdc_wait") and not interpreting()
+
+
 _HOST = Target("cuda", 90, 4, 232_448)
 
 
@@ -125,7 +134,11 @@ def dtype_reason(**tensors: Tensor | None) -> str | None:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch. ``arguments`` are in the kernel's order; None means unused."""
+    """One kernel launch. ``arguments`` are in the kernel's order; None means unused.
+
+    ``pdl`` launches it as a programmatic dependent of the kernel before it; the kernel must
+    then wait for that one itself, and only targets of `pdl_ready` may have it.
+    """
 
     kernel: Any
     grid: tuple[Any, ...]
@@ -133,6 +146,7 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2
+    pdl: bool = False
 
     def run(self) -> None:
         """Launch on the device of the first tensor argument."""
@@ -151,6 +165,7 @@ class Launch:
             **self.constants,
             num_warps=self.num_warps,
             num_stages=self.num_stages,
+            **({"launch_pdl": True} if self.pdl else {}),
         )
 
     def specialise(self) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:

@@ -7,45 +7,36 @@ The cases are launch plans over ``meta`` tensors, the very ones the launchers ma
 compiled here is what a device would compile at its first call. Each row says what the back end
 allotted: registers, spilled registers, shared memory, and the size of the binary. CUDA figures
 come from the ``cuobjdump`` that Triton carries, AMD ones from the code object's metadata.
+
+With ``--json``, rows of that file whose kernel, signature and options are still the same are kept
+and not compiled again: the table can be made in pieces, and after an interruption.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dspark_compile.kernels.triton import attention, cache, norm, rope
-from dspark_compile.kernels.triton._launch import KNOWN_TARGETS, Launch, Target
+from dspark_compile.codegen.triton.source import write_source
+from dspark_compile.kernels.triton._launch import KNOWN_TARGETS, Launch
+from dspark_compile.kernels.triton.aot_cases import Case, cases
 
 TARGETS = ("80", "90", "100", "120", "gfx942", "gfx950")
-CAUSAL = "k <= q + n0"
-STATIC = "(k <= t0[q]) & t1[b, k]"
-WINDOW = "(k <= q + n0) & (k > q + n0 - 1024)"
-# Every construct of the mask language that the others leave out.
-MIXED = "(k < 4) | (~(abs(q - k) // n0 % 3 == -1) & (t0[max(q, 1) - k] != t1) & (min(h, b) >= 0))"
-
-
-@dataclass(frozen=True)
-class Case:
-    """A named launch for one target."""
-
-    name: str
-    launch: Launch
 
 
 @dataclass(frozen=True)
@@ -53,7 +44,8 @@ class Row:
     """What one case became on one target.
 
     ``spills`` counts vector registers on AMD, bytes of stack on CUDA. ``scalar_spills`` (AMD)
-    went to lanes of vector registers, not to memory, and are no fault.
+    went to lanes of vector registers, not to memory, and are no fault. ``key`` names what was
+    compiled: the same key, the same row.
     """
 
     case: str
@@ -68,160 +60,27 @@ class Row:
     binary_bytes: int
     seconds: float
     error: str = ""
+    key: str = ""
 
     @property
     def good(self) -> bool:
         return not self.error and self.spills == 0 and self.shared <= self.shared_limit
 
 
-def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+def _options(launch: Launch) -> dict[str, Any]:
+    pdl = {"launch_pdl": True} if launch.pdl else {}
+    return {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **pdl}
 
 
-def norm_cases() -> Iterator[Case]:
-    """Hidden sizes of real models, per-head norms, the largest that is supported."""
-    for rows, features in ((1, 1024), (16, 4096), (4096, 4096), (4096, 128), (64, 5376)):
-        x, w = _meta(rows, features), _meta(features)
-        attributes = (1e-6, 0.0, False, True, None)
-        name = f"{rows}x{features}"
-        yield Case(f"rms_norm {name}", norm.plan(x, None, w, None, *attributes, centre=False)[0])
-        yield Case(f"add_rms_norm {name}", norm.plan(x, x, w, None, *attributes, centre=False)[0])
-    for dtype in (torch.float16, torch.float32):
-        x, w = _meta(16, 2560, dtype=dtype), _meta(2560, dtype=dtype)
-        attributes = (1e-6, 1.0, True, True, None)
-        kind = str(dtype).removeprefix("torch.")
-        launch = norm.plan(x, x, w, w, *attributes, centre=True)[0]
-        yield Case(f"add_layer_norm 16x2560 {kind}", launch)
-    x = _meta(16, norm.MAX_FEATURES, dtype=torch.float32)
-    launch = norm.plan(x, x, x[0], x[0], 1e-6, 0.0, True, True, None, centre=True)[0]
-    yield Case(f"add_layer_norm 16x{norm.MAX_FEATURES} float32", launch)
-
-
-def rope_cases() -> Iterator[Case]:
-    """Decoding and prefill, half-split and interleaved, whole and partial."""
-    for count, features, rotary, interleaved, full in (
-        (1, 128, 128, False, True),
-        (4096, 128, 128, False, True),
-        (4096, 80, 32, False, False),
-        (512, 64, 64, True, False),
-        (512, 256, 256, False, True),
-    ):
-        x = _meta(1, count, 32, features).transpose(1, 2)
-        cos = _meta(1, 1, count, rotary if full else rotary // 2)
-        launch = rope.plan(x, cos, cos, rotary, interleaved, False, None)[0]
-        style = "interleaved" if interleaved else "half-split"
-        yield Case(f"rope {count}x{rotary}/{features} {style}", launch)
-
-
-def cache_cases() -> Iterator[Case]:
-    """The append alone and the whole preparation, exact and int8."""
-    for count, features, int8 in (
-        (1, 128, False),
-        (1, 128, True),
-        (16, 256, True),
-        (4096, 128, False),
-        (4096, 128, True),
-        (4096, 80, True),
-    ):
-        kind = "int8" if int8 else "exact"
-        new = _meta(1, count, 8, features).transpose(1, 2)
-        query = _meta(1, count, 32, features).transpose(1, 2)
-        store = _meta(1, 8, 8192, features, dtype=torch.int8 if int8 else torch.bfloat16)
-        scale = _meta(1, 8, 8192) if int8 else None
-        positions = _meta(count, dtype=torch.int64)
-        launch = cache.plan_append(store, scale, new, positions)
-        yield Case(f"cache_append {count}x{features} {kind}", launch)
-        weight, cos = _meta(features), _meta(1, count, features)
-        launch = cache.plan_prepare(
-            query, new, new, weight, weight, cos, cos, store, scale, store, scale, positions,
-            1e-6, 0.0, False, True, features, False, False,
-        )[0]  # fmt: skip
-        yield Case(f"qk_norm_rope_append {count}x{features} {kind}", launch)
-
-
-def attention_cases(target: Target) -> Iterator[Case]:
-    """Every tile size, head size, cache kind and mask form that changes the code."""
-    shapes = (
-        # (M, Hq, Hkv, D, Dv, dtype, int8)
-        (1, 32, 8, 128, 128, torch.bfloat16, False),
-        (1, 32, 8, 128, 128, torch.bfloat16, True),
-        (8, 32, 8, 128, 128, torch.bfloat16, False),
-        (8, 32, 8, 128, 128, torch.bfloat16, True),
-        (16, 32, 8, 128, 128, torch.float16, True),
-        (16, 64, 8, 64, 64, torch.bfloat16, False),
-        (1, 16, 4, 256, 256, torch.bfloat16, False),
-        (16, 16, 4, 256, 256, torch.bfloat16, True),
-        (1, 16, 16, 192, 128, torch.bfloat16, False),
-        (1, 32, 8, 80, 80, torch.float16, True),
-        (1, 8, 4, 128, 128, torch.float32, False),
-        (8, 8, 2, 128, 128, torch.float32, True),
-        (4096, 32, 8, 128, 128, torch.bfloat16, False),
-        (4096, 32, 8, 128, 128, torch.bfloat16, True),
-        (4096, 64, 8, 64, 64, torch.float16, False),
-        (4096, 16, 4, 256, 256, torch.bfloat16, False),
-        (4096, 16, 16, 192, 128, torch.bfloat16, False),
-        (4096, 8, 4, 128, 128, torch.float32, False),
-        (4096, 8, 4, 256, 256, torch.float32, False),
+def key_of(case: Case, target_name: str) -> str:
+    """A hash of all that the compiler sees: source, signature, options, target, version."""
+    launch = case.launch
+    what = (
+        *(target_name, triton.__version__, launch.kernel.cache_key),
+        *(sorted(map(str, part.items())) for part in launch.specialise()),
+        sorted(_options(launch).items()),
     )
-    for shape in shapes:
-        yield from _attention(target, "causal", *shape, mask=CAUSAL, ints=[100])
-    for shape in (shapes[0], shapes[12]):
-        count, heads = shape[0], shape[1]
-        tensors = [_meta(count, dtype=torch.int64), _meta(1, 8192, dtype=torch.bool)]
-        yield from _attention(
-            target, "eager-masked", *shape, mask=STATIC, tensors=tensors, mask_value=-3.4e38
-        )
-        yield from _attention(target, "window", *shape, mask=WINDOW, ints=[100])
-        yield from _attention(
-            target, "free, softcap, sinks", *shape, softcap=50.0, sinks=_meta(heads)
-        )
-        yield from _attention(target, "biased", *shape, bias=_meta(1, 1, count, 8192))
-    tensors = [_meta(8192, dtype=torch.int32), _meta(dtype=torch.int64)]
-    yield from _attention(
-        target, "mixed", *shapes[0], mask=MIXED, tensors=tensors, ints=[7], mask_value=-1.0
-    )
-    tensors = [_meta(1, dtype=torch.int64), _meta(1, 8192, dtype=torch.bool)]
-    yield from _attention(target, "static", *shapes[1], mask=STATIC, tensors=tensors)
-
-
-def _attention(
-    target: Target,
-    label: str,
-    count: int,
-    heads: int,
-    kv_heads: int,
-    features: int,
-    value_features: int,
-    dtype: torch.dtype,
-    int8: bool,
-    *,
-    mask: str = "",
-    tensors: Iterable[Tensor] = (),
-    ints: Iterable[int] = (),
-    bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    softcap: float = 0.0,
-    mask_value: float | None = None,
-) -> Iterator[Case]:
-    store = torch.int8 if int8 else dtype
-    query = _meta(1, count, heads, features, dtype=dtype).transpose(1, 2)
-    key = _meta(1, kv_heads, 8192, features, dtype=store)
-    value = _meta(1, kv_heads, 8192, value_features, dtype=store)
-    scale = _meta(1, kv_heads, 8192) if int8 else None
-    plan = attention.plan(
-        query, key, scale, value, scale, bias, sinks, list(tensors), list(ints),
-        features**-0.5, mask, softcap, mask_value, target=target,
-    )  # fmt: skip
-    kind = ("int8 under " if int8 else "") + str(dtype).removeprefix("torch.")
-    name = f"M={count} G={heads // kv_heads} D={features}/{value_features} {kind} {label}"
-    yield Case(f"attention {name}", plan.launches[0])
-    if len(plan.launches) > 1 and label in ("causal", "free, softcap, sinks"):
-        yield Case(f"combine {name}", plan.launches[1])
-
-
-def cases(target: Target) -> list[Case]:
-    """Everything to compile for ``target``."""
-    return [*norm_cases(), *rope_cases(), *cache_cases(), *attention_cases(target)]
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
 
 def compile_case(case: Case, target_name: str) -> Row:
@@ -237,7 +96,7 @@ def compile_case(case: Case, target_name: str) -> Row:
         compiled = triton.compile(
             source,
             target=GPUTarget(target.backend, target.arch, target.warp),
-            options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+            options=_options(launch),
         )
         shared = compiled.metadata.shared
         if target.backend == "cuda":
@@ -251,6 +110,7 @@ def compile_case(case: Case, target_name: str) -> Row:
     return Row(
         case.name, target_name, registers, spills, scalar_spills, shared, target.shared,
         launch.num_warps, launch.num_stages, size, round(time.perf_counter() - started, 2), error,
+        key_of(case, target_name),
     )  # fmt: skip
 
 
@@ -278,14 +138,58 @@ def amdgcn_usage(text: str) -> tuple[int, int, int]:
     return largest("vgpr_count"), largest("vgpr_spill_count"), largest("sgpr_spill_count")
 
 
+@functools.lru_cache(maxsize=len(KNOWN_TARGETS))
+def _cases(target_name: str) -> tuple[Case, ...]:
+    return tuple(cases(KNOWN_TARGETS[target_name]))
+
+
 def compile_all(
-    targets: Iterable[str] = TARGETS, match: str = "", only: Sequence[str] = ()
+    targets: Iterable[str] = TARGETS,
+    match: str = "",
+    only: Sequence[str] = (),
+    known: Mapping[tuple[str, str], Row] | None = None,
 ) -> Iterator[Row]:
-    """Rows for every case whose name contains ``match`` and is in ``only``, if given."""
+    """Rows for every case whose name contains ``match`` and is in ``only``, if given.
+
+    A row of ``known``, by target and case, stands in for its case.
+    """
     for name in targets:
-        for case in cases(KNOWN_TARGETS[name]):
+        for case in _cases(name):
             if match in case.name and (not only or case.name in only):
-                yield compile_case(case, name)
+                yield (known or {}).get((name, case.name)) or compile_case(case, name)
+
+
+def read_rows(path: Path) -> dict[tuple[str, str], Row]:
+    """Rows of an earlier table that compiling again would repeat, by target and case."""
+    if not path.exists():
+        return {}
+    rows = [Row(**row) for row in json.loads(path.read_text())["rows"]]
+    keys = {
+        (target, case.name): key_of(case, target)
+        for target in {row.target for row in rows}
+        for case in _cases(target)
+    }
+    return {
+        (row.target, row.case): row
+        for row in rows
+        if not row.error and keys.get((row.target, row.case)) == row.key
+    }
+
+
+def write_rows(path: Path, rows: Mapping[tuple[str, str], Row]) -> None:
+    """The table, in the order of targets and cases."""
+    document = {
+        "version": 1,
+        "triton": triton.__version__,
+        "rows": [
+            asdict(rows[target, case.name])
+            for target in KNOWN_TARGETS
+            if any(t == target for t, _ in rows)
+            for case in _cases(target)
+            if (target, case.name) in rows
+        ],
+    }
+    write_source(path, json.dumps(document, indent=1) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -301,8 +205,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     print(header, flush=True)
     rows: list[Row] = []
-    for row in compile_all(options.targets, options.match, options.only):
+    known = read_rows(options.json) if options.json else {}
+    for row in compile_all(options.targets, options.match, options.only, known):
         rows.append(row)
+        if options.json and (row.target, row.case) not in known:
+            known[row.target, row.case] = row
+            write_rows(options.json, known)
         print(
             f"{row.target:7} {row.registers:4} {row.spills:5} {row.scalar_spills:6} "
             f"{row.shared:7} {row.num_warps:2} "
@@ -312,14 +220,6 @@ def main(arguments: list[str] | None = None) -> int:
         )
     bad = [row for row in rows if not row.good]
     print(f"{len(rows)} compiled, {len(bad)} failed, spilled or over their shared memory")
-    if options.json:
-        document: dict[str, Any] = {
-            "version": 1,
-            "triton": triton.__version__,
-            "rows": [asdict(row) for row in rows],
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
     return 1 if bad else 0
 
 
