@@ -24,7 +24,9 @@ from .options import Options, OptionsError
 from .passes.base import PassContext, UserError
 from .passes.capture import capture
 from .passes.lower import lower
+from .passes.native_step import native_step
 from .passes.pipeline import run_pipeline
+from .passes.subclasses import CannotDesugar, desugar
 from .passes.trace import trace
 from .passes.verifier import VerifyError
 
@@ -55,6 +57,7 @@ def dspark(
         config = compat.mode_config(mode)
     except RuntimeError as error:
         raise OptionsError(f"mode={mode!r}: {error}") from None
+    compat.restart_with_constant_floats(gm)
     owner = compat.compile_call()
     group = state.start_report(None if owner is None else id(owner))
     group.owner = owner  # keeps the id from being used again
@@ -72,9 +75,12 @@ def dspark(
         return _compile(gm, example_inputs, parsed, config, report)
     except (OptionsError, UserError):
         raise
+    except compat.restarts():
+        group.graphs.remove(report)
+        raise
     except Exception as error:
-        reason = str(error) if isinstance(error, CannotCompile) else _describe(error)
-        deliberate = isinstance(error, CannotCompile)
+        deliberate = isinstance(error, (CannotCompile, CannotDesugar))
+        reason = str(error) if deliberate else _describe(error)
         if parsed.fallback == "error" or (parsed.verify and isinstance(error, VerifyError)):
             raise
         report.add_fallback("graph", reason)
@@ -100,9 +106,6 @@ def _refusal(gm: fx.GraphModule, inputs: Sequence[Any]) -> str | None:
     for node in gm.graph.nodes:
         if "autocast" in str(node.target):
             return "the graph enters autocast: cast the model instead"
-    for x in inputs:
-        if compat.is_subclass(x):
-            return f"an input is a {type(x).__name__}: quantised weights are not rewritten yet"
     if not any(n.op in ("call_function", "call_method", "call_module") for n in gm.graph.nodes):
         return "the graph computes nothing"
     return None
@@ -115,6 +118,7 @@ def _compile(
     config: dict[str, Any],
     report: GraphReport,
 ) -> Callable[..., Any]:
+    gm, inputs, wrap = desugar(gm, inputs)
     with report.timed("trace"):
         traced, mode = trace(capture(gm, report), inputs)
     if options.keep_programs:
@@ -123,11 +127,18 @@ def _compile(
     ctx = PassContext(options, report, mode, list(inputs))
     with report.timed("passes"):
         run_pipeline(traced, ctx)
-        decompositions = lower(traced, ctx)
+    native = None
+    if options.kernels == "cpp" and options.inner == "inductor" and _on_cpu(inputs):
+        with report.timed("native"):
+            native = native_step(traced, ctx)
+    with report.timed("passes"):
+        decompositions = lower(traced, ctx, native=native is not None)
     report.num_nodes_after = len(traced.graph.nodes)
     if options.keep_programs:
         report.programs["lowered"] = str(traced.graph)
-    return _inner(traced, inputs, options, config, decompositions, report, ctx)
+    if native is not None:
+        return _wrapped(native, inputs, ctx)
+    return wrap(_inner(traced, inputs, options, config, decompositions, report, ctx))
 
 
 def _inner(
@@ -140,19 +151,33 @@ def _inner(
     ctx: PassContext | None = None,
 ) -> Callable[..., Any]:
     """The rewritten graph through the inner compiler, behind the runtime wrapper."""
-    extra = ctx.extra_inputs if ctx is not None else []
-    dropped = ctx.dropped_inputs if ctx is not None else set()
-    kept = [i for i in range(len(inputs)) if i not in dropped]
-    if extra:
-        inputs = [*(inputs[i] for i in kept), *(item.example(inputs) for item in extra)]
+    whole = inputs
+    if ctx is not None and ctx.extra_inputs:
+        kept = _kept(inputs, ctx)
+        inputs = [*(inputs[i] for i in kept), *(item.example(inputs) for item in ctx.extra_inputs)]
     with report.timed("inner"):
         if options.inner == "eager":
             run: Callable[..., Any] = gm.forward
         else:
             salt = f"{compat.source_hash()}:{sorted(options.to_dict().items())}"
             run = compat.inductor(gm, inputs, config, decompositions, salt)
+    return run if ctx is None else _wrapped(run, whole, ctx)
+
+
+def _on_cpu(inputs: Sequence[Any]) -> bool:
+    return all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
+
+
+def _kept(inputs: Sequence[Any], ctx: PassContext) -> list[int]:
+    return [i for i in range(len(inputs)) if i not in ctx.dropped_inputs]
+
+
+def _wrapped(run: Callable[..., Any], inputs: Sequence[Any], ctx: PassContext) -> Callable[..., Any]:
+    """``run`` behind what gives it the inputs that passes added, without those they dropped."""
+    extra = ctx.extra_inputs
     if not extra:
         return run
+    kept = _kept(inputs, ctx)
 
     def call(*args: Any) -> Any:
         return run(*(args[i] for i in kept), *(item.value(args) for item in extra))

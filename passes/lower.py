@@ -48,8 +48,11 @@ def _inline(node: fx.Node, name: str, ctx: PassContext) -> None:
     graph.erase_node(node)
 
 
-def lower(module: fx.GraphModule, ctx: PassContext) -> set[Any]:
-    """Lower ``module`` in place; returns the ops that its inner compiler decomposes."""
+def lower(module: fx.GraphModule, ctx: PassContext, *, native: bool = False) -> set[Any]:
+    """Lower ``module`` in place; returns the ops that its inner compiler decomposes.
+
+    With ``native`` every op is a stage of one native call already, and only said to be.
+    """
     options, report = ctx.options, ctx.report
     decompositions: set[Any] = {OPS["quantize_kv"].overload}
     chosen: dict[str, tuple[str, str]] = {}
@@ -60,6 +63,9 @@ def lower(module: fx.GraphModule, ctx: PassContext) -> set[Any]:
             continue
         name = node.target._schema.name.split("::")[1]
         report.ops[name] = report.ops.get(name, 0) + 1
+        if native:
+            chosen[node.name] = ("native", "")
+            continue
         refused = ""
         for candidate in implementations(name, options.kernels, _device(node)):
             reason = candidate.supports(node)

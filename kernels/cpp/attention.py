@@ -110,6 +110,18 @@ def attention_call(
     return call, out.transpose(1, 2)
 
 
+def call_of(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Call, Tensor]:
+    """`attention_call` of a dialect op's own arguments."""
+    if name == "attention":
+        query, key, value, *rest = args
+        given = [query, key, None, value, None]
+    else:
+        given, rest = list(args[:5]), list(args[5:])
+    rest += [None, None, (), ()][len(rest) :]
+    numbers = (kwargs["scale"], kwargs.get("mask", ""), kwargs.get("softcap", 0.0))
+    return attention_call(*given, *rest, *numbers, kwargs.get("mask_value"))
+
+
 def _attention(query: Tensor, key: Tensor, key_scale: Tensor | None, *args: Any) -> Tensor:
     batch, heads, count, _ = query.shape
     if query.numel() == 0 or args[0].shape[3] == 0:

@@ -104,6 +104,14 @@ def prepare_call(
     return call, out
 
 
+def prepare_of(name: str, args: Sequence[Any]) -> tuple[Call, Tensor]:
+    """`prepare_call` of a dialect op's own arguments."""
+    if name == "qk_norm_rope_append_":
+        *front, key_cache, value_cache = args[:9]
+        args = (*front, key_cache, None, value_cache, None, *args[9:])
+    return prepare_call(*args[:18])
+
+
 def _prepare(query: Tensor, *args: Any) -> Tensor:
     if query.numel() == 0:
         return query.new_empty(query.shape)

@@ -1,0 +1,452 @@
+"""From a graph of dialect ops to the stages of a native program.
+
+One stage for each kernel, with its neighbours taken in:
+
+    linears that share an input            one product over all their weights
+    a norm in front of products            the product's prologue
+    a residual addition behind a product   its epilogue
+    ATen nodes between kernels             printed loops (`glue`)
+
+Views are not stages: they are evaluated on fake tensors, and a kernel reads its operand where that
+says it lies. What has to be copied is copied by a printed loop.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dspark_compile.codegen.cpp import emit, glue
+from dspark_compile.codegen.cpp.program import PlanError, Program
+from dspark_compile.kernels import cpp
+from dspark_compile.kernels.cpp import attention as attention_kernels
+from dspark_compile.kernels.cpp import cache as cache_kernels
+from dspark_compile.kernels.cpp import linear as linear_kernels
+from dspark_compile.kernels.cpp import norm as norm_kernels
+from dspark_compile.kernels.cpp import rope as rope_kernels
+from dspark_compile.kernels.cpp._launch import Call
+from dspark_compile.passes.graph import argument, aten, is_dialect_op, is_op
+
+VIEWS = frozenset(
+    {
+        aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.permute.default,
+        aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.dim,
+        aten.squeeze.dims, aten.squeeze.default, aten.expand.default, aten.slice.Tensor,
+        aten.select.int, aten.alias.default, aten.detach.default, aten.unbind.int,
+        aten.split.Tensor, aten.split_with_sizes.default, aten.lift_fresh_copy.default,
+    }
+)  # fmt: skip
+_LINEARS = ("linear", "merged_linear")
+_MLPS = ("mlp", "gated_mlp", "gated_mlp_merged")
+_NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
+_OTHERS = (
+    "rope", "cache_append_", "cache_append_int8_", "qk_norm_rope_append_",
+    "qk_norm_rope_append_int8_", "attention", "attention_int8",
+)  # fmt: skip
+
+
+def reason(node: fx.Node) -> str | None:
+    """Why ``node`` cannot be part of a native program; None if it can."""
+    if node.op != "call_function":
+        return f"{node.op} {node.target}"
+    if node.target is operator.getitem or node.target in VIEWS:
+        return None
+    if is_dialect_op(node):
+        name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+        if name not in (*_LINEARS, *_MLPS, *_NORMS, *_OTHERS):
+            return f"{name} has no stage"
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with emit.deferred():
+            return cpp.supports(name, *args, **kwargs)
+    return glue.reason(node)
+
+
+def _name(node: fx.Node) -> str:
+    return node.target._schema.name.split("::")[1] if is_dialect_op(node) else ""  # type: ignore[union-attr]
+
+
+class Planner:
+    """Plans ``nodes``, which read ``inputs`` and each other.
+
+    Raises:
+        PlanError: a stage would need what it cannot get.
+    """
+
+    def __init__(self, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]):
+        self.program = Program()
+        self.nodes = list(nodes)
+        self.order = {node: i for i, node in enumerate(self.nodes)}
+        self.values: dict[fx.Node, Any] = {}
+        for number, node in enumerate(inputs):
+            value = node.meta["val"]
+            self.values[node] = value
+            if isinstance(value, Tensor):
+                self.program.add_input(value, number)
+        self.inputs = set(inputs)
+        self.done: set[fx.Node] = set()
+        # product -> what is added to its result; total node -> the product that computes it
+        self.residuals: dict[fx.Node, fx.Node] = {}
+        self.totals: dict[fx.Node, fx.Node] = {}
+        # the node a product reads -> the norm in front
+        self.prologues: dict[fx.Node, fx.Node] = {}
+        self._glue: glue.Glue | None = None
+        self._glue_names: list[str] = []
+
+    # ------------------------------------------------------------------------ finding fusions
+
+    def _source(self, node: Any) -> Any:
+        """``node`` with views that keep the last dimension taken off."""
+        while (
+            isinstance(node, fx.Node)
+            and is_op(node, aten.view.default, aten.reshape.default, aten._unsafe_view.default,
+                      aten.unsqueeze.default, aten.squeeze.dim)
+            and node in self.order
+            and node.args[0].meta["val"].shape[-1] == node.meta["val"].shape[-1]
+        ):  # fmt: skip
+            node = node.args[0]
+        return node
+
+    def _leaves(self, node: fx.Node) -> list[fx.Node] | None:
+        """Users of ``node`` behind views that keep the last dimension; None if one is outside."""
+        found: list[fx.Node] = []
+        for user in node.users:
+            if user not in self.order:
+                return None
+            if self._source(user) is not user:
+                below = self._leaves(user)
+                if below is None:
+                    return None
+                found += below
+            else:
+                found.append(user)
+        return found
+
+    def find_residuals(self) -> None:
+        """Additions whose one operand is a product that nothing else reads."""
+        for node in self.nodes:
+            if _name(node) in ("add_rms_norm", "add_layer_norm"):
+                operands = (node.args[0], node.args[1])
+            elif is_op(node, aten.add.Tensor) and node.kwargs.get("alpha", 1) == 1:
+                operands = (node.args[0], node.args[1])
+            else:
+                continue
+            for product, other in (operands, operands[::-1]):
+                source = self._source(product)
+                if not isinstance(other, fx.Node) or not isinstance(source, fx.Node):
+                    continue
+                if _name(source) not in ("linear", *_MLPS) or source in self.residuals:
+                    continue
+                leaves = self._leaves(source)
+                if leaves is None or len(leaves) != 1 or leaves[0] is not node:
+                    continue
+                a, b = product.meta["val"], other.meta["val"]
+                if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+                    continue
+                base = self._source(other)
+                if base in self.order and self.order[base] > self.order[source]:
+                    continue
+                if any(s is not source and s in self.order and _name(s) == "linear"
+                       and s.args[0] is source.args[0] for s in source.args[0].users):  # type: ignore[union-attr]
+                    continue  # one of several products on one input
+                self.residuals[source] = other
+                self.totals[node] = source
+                break
+
+    def find_prologues(self) -> None:
+        """Norms that only products read."""
+        for node in self.nodes:
+            name = _name(node)
+            if name not in _NORMS:
+                continue
+            added = name.startswith("add_")
+            if added and node not in self.totals:
+                continue
+            result = node
+            if added:
+                parts = {u.args[1]: u for u in node.users if u.target is operator.getitem}
+                if 0 not in parts or len(parts) != len(node.users):
+                    continue
+                result = parts[0]
+            value = result.meta["val"]
+            source = node.args[0].meta["val"]  # type: ignore[union-attr]
+            if value.dtype != source.dtype or not isinstance(value.shape[-1], int):
+                continue
+            leaves = self._leaves(result)
+            if not leaves or any(_name(leaf) not in (*_LINEARS, *_MLPS) for leaf in leaves):
+                continue
+            if any(self._source(leaf.args[0]) is not result for leaf in leaves):
+                continue
+            products = {self._source(x.args[0]) if _name(x) in _LINEARS else x for x in leaves}
+            if value.numel() > value.shape[-1] and len(products) > 1:
+                continue  # several rows, several readers: once is cheaper
+            self.prologues[result] = node
+
+    # -------------------------------------------------------------------------------- planning
+
+    def plan(self) -> None:
+        """Fill ``program`` with the stages of every node."""
+        self.find_residuals()
+        self.find_prologues()
+        for node in self.nodes:
+            if node in self.done:
+                continue
+            name = _name(node)
+            if name in _LINEARS:
+                self._linears(node)
+            elif name in _MLPS:
+                self._mlp(node)
+            elif name in _NORMS:
+                self._norm(node)
+            elif name:
+                self._other(node, name)
+            elif node.target is operator.getitem:
+                base = self.values.get(node.args[0])  # type: ignore[arg-type]
+                self.values[node] = None if base is None else base[node.args[1]]  # type: ignore[index]
+            elif node.target in VIEWS:
+                self._view(node)
+            else:
+                self._loops(node)
+        self.flush()
+
+    def get(self, x: Any) -> Any:
+        """The value of a node, or of what is no node."""
+        if not isinstance(x, fx.Node):
+            return x
+        if self.values.get(x) is None:
+            raise PlanError(f"{x.name} is read and was not computed")
+        return self.values[x]
+
+    def add(self, call: Call, name: str) -> None:
+        """A stage, behind the loops that are pending."""
+        self.flush()
+        self.program.add(call, name)
+
+    def flush(self) -> None:
+        """Make a stage of the pending loops."""
+        if self._glue is None:
+            return
+        pending, self._glue = self._glue, None
+        nbytes = sum(x.numel() * x.element_size() for x in pending.outs)
+        call = Call(pending.source(), tuple(pending.tensors), nbytes, tuple(pending.outs))
+        self.program.add(call, "+".join(self._glue_names[:3]))
+        self._glue_names = []
+
+    def _loops(self, node: fx.Node) -> None:
+        value = node.meta["val"]
+        if is_op(node, aten.copy_.default):
+            out = self.get(node.args[0])
+        else:
+            out = value.new_empty(value.shape)
+        large = out.numel() > glue.SMALL
+        if self._glue is not None and (large or self._glue.elements > glue.SMALL):
+            self.flush()
+        self._glue = self._glue or glue.Glue()
+        try:
+            self._glue.add(node, self.get, out)
+        except glue.NotGlue as error:
+            raise PlanError(str(error)) from None
+        self._glue_names.append(node.name)
+        self.values[node] = out
+
+    def _copied(self, x: Tensor, shape: Sequence[int], name: str) -> Tensor:
+        """A contiguous copy of ``x``, in another shape."""
+        out = x.new_empty(x.shape)
+        graph = fx.Graph()
+        node = graph.call_function(aten.clone.default, (x,))
+        node.name = f"{name}_copy"
+        node.meta["val"] = out
+        if self._glue is not None and max(out.numel(), self._glue.elements) > glue.SMALL:
+            self.flush()
+        self._glue = self._glue or glue.Glue()
+        try:
+            self._glue.add(node, lambda y: y, out)
+        except glue.NotGlue as error:
+            raise PlanError(str(error)) from None
+        self._glue_names.append(node.name)
+        return out.reshape(shape)
+
+    def _known(self, x: Tensor) -> bool:
+        pending = self._glue.outs if self._glue is not None else []
+        key = x.untyped_storage()._cdata
+        return self.program.knows(x) or any(p.untyped_storage()._cdata == key for p in pending)
+
+    def _view(self, node: fx.Node) -> None:
+        if self._source(node) in self.prologues:
+            # Only products read it, and they look through it.
+            self.values[node] = node.meta["val"]
+            return
+        args = fx.node.map_arg(node.args, self.get)
+        kwargs = fx.node.map_arg(node.kwargs, self.get)
+        base = args[0]
+        if node.target is aten._unsafe_view.default or node.target is aten.view.default:
+            result = aten.reshape.default(*args, **kwargs)
+        elif node.target is aten.lift_fresh_copy.default:
+            result = base
+        else:
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
+        first = result[0] if isinstance(result, (list, tuple)) else result
+        if not self._known(first):
+            result = self._copied(base, first.shape, node.name)
+        self.values[node] = result
+
+    def rows(self, x: Tensor, name: str) -> Tensor:
+        """``x [..., K]`` as ``[M, K]`` with contiguous rows."""
+        flat = x.reshape(-1, x.shape[-1])
+        if not self._known(flat):
+            flat = self._copied(x, flat.shape, name)
+        if flat.stride(-1) != 1 and flat.shape[-1] != 1:
+            flat = self._copied(flat, flat.shape, name)
+        return flat
+
+    def contiguous(self, x: Any, name: str) -> Any:
+        """``x``, copied where it is not contiguous."""
+        if not isinstance(x, Tensor) or x.is_contiguous():
+            return x
+        return self._copied(x, x.shape, name)
+
+    def _operand(self, x: fx.Node) -> tuple[Tensor, linear_kernels.Norm | None]:
+        """What a product reads: rows, and the norm in front of them."""
+        norm_node = self.prologues.get(self._source(x))
+        if norm_node is None:
+            return self.rows(self.get(x), x.name), None
+        name = _name(norm_node)
+        if name.startswith("add_"):
+            value = self.values[self.totals[norm_node]]
+        else:
+            value = self.get(norm_node.args[0])
+        weight, bias, eps, offset, in_compute = _norm_arguments(norm_node)
+        weight, bias = self.get(weight), self.get(bias)
+        other = weight if weight is not None else bias
+        prologue = emit.Prologue(
+            value.dtype if other is None else other.dtype,
+            centre="layer" in name,
+            first=not in_compute and value.dtype != torch.float32,
+        )
+        rows = self.rows(value, x.name)
+        return rows, linear_kernels.Norm(prologue, weight, bias, eps, offset)
+
+    def _residual(self, node: fx.Node, out: Tensor) -> Tensor | None:
+        other = self.residuals.get(node)
+        if other is None:
+            return None
+        value = self.contiguous(self.get(other), node.name)
+        return value.reshape(-1, out.shape[-1])
+
+    def _linears(self, node: fx.Node) -> None:
+        """``node`` with every other linear on its input."""
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        group = [node]
+        if node not in self.residuals:
+            group = [
+                user
+                for user in self.nodes
+                if user in x.users
+                and user not in self.done
+                and _name(user) in _LINEARS
+                and user.args[0] is x
+                and user not in self.residuals
+                and all(w is None or w in self.values for w in user.args[1:3])
+            ]
+        rows, norm = self._operand(x)
+        lead = x.meta["val"].shape[:-1]
+        parts: list[tuple[Tensor, Tensor | None, Tensor]] = []
+        for user in group:
+            weight = self.get(user.args[1])
+            bias = self.contiguous(self.get(argument(user, 2, "bias")), user.name)
+            if _name(user) == "merged_linear":
+                sizes = user.args[3]
+                outs = [rows.new_empty((*lead, n)) for n in sizes]  # type: ignore[union-attr]
+                parts += linear_kernels.merged_parts(weight, bias, sizes, outs)  # type: ignore[arg-type]
+                self.values[user] = outs
+            else:
+                out = rows.new_empty((*lead, weight.shape[0]))
+                parts.append((weight, bias, out))
+                self.values[user] = out
+            self.done.add(user)
+        residual = self._residual(node, self.values[node]) if len(parts) == 1 else None
+        call = linear_kernels.linear_call(rows, parts, residual=residual, norm=norm)
+        self.add(call, "+".join(user.name for user in group))
+
+    def _mlp(self, node: fx.Node) -> None:
+        name = _name(node)
+        rows, norm = self._operand(node.args[0])  # type: ignore[arg-type]
+        args = [self.get(a) for a in node.args[1:]]
+        if name == "gated_mlp":
+            gate, up, down, *biases, activation = args[:7]
+        elif name == "gated_mlp_merged":
+            gate, up = args[0].chunk(2)
+            down, both, last, activation = args[1:5]
+            biases = [*((None, None) if both is None else both.chunk(2)), last]
+        else:
+            gate, up, down = None, args[0], args[1]
+            biases, activation = [None, *args[2:4]], args[4]
+        biases = [self.contiguous(b, node.name) for b in biases]
+        lead = node.args[0].meta["val"].shape[:-1]  # type: ignore[union-attr]
+        out = rows.new_empty((*lead, down.shape[0]))
+        call = linear_kernels.mlp_call(
+            rows, gate, up, down, tuple(biases), activation, out,  # type: ignore[arg-type]
+            residual=self._residual(node, out), norm=norm,
+        )  # fmt: skip
+        self.values[node] = out
+        self.add(call, node.name)
+
+    def _norm(self, node: fx.Node) -> None:
+        name = _name(node)
+        added = name.startswith("add_")
+        fused = node in self.totals
+        parts = {u.args[1]: u for u in node.users if u.target is operator.getitem} if added else {}
+        result = parts.get(0) if added else node
+        total = self.values[self.totals[node]] if fused else None
+        if total is not None:
+            total = total.reshape(node.meta["val"][1].shape)
+        if result is not None and result in self.prologues:
+            # The products do it; those of ``add_`` are only here if the sum is a product's.
+            self.values[node] = (result.meta["val"], total) if added else node.meta["val"]
+            return
+        weight, bias, eps, offset, in_compute = _norm_arguments(node)
+        out_dtype = node.args[-1] if isinstance(node.args[-1], torch.dtype) else None
+        x = self.get(node.args[0]) if total is None else total
+        residual = self.get(node.args[1]) if added and total is None else None
+        x = self.contiguous(x, node.name) if x.stride(-1) != 1 else x
+        call, y, summed = norm_kernels.norm_call(
+            x, residual, self.get(weight), self.get(bias), eps, offset, in_compute, out_dtype,
+            "layer" in name,
+        )  # fmt: skip
+        if call is None:
+            raise PlanError(f"{node.name} has no rows")
+        self.add(call, node.name)
+        self.values[node] = (y, summed if total is None else total) if added else y
+
+    def _other(self, node: fx.Node, name: str) -> None:
+        args = fx.node.map_arg(node.args, self.get)
+        kwargs = dict(node.kwargs)
+        if name == "rope":
+            made = rope_kernels.rope_call(*args, **kwargs)
+            if made is None:
+                raise PlanError(f"{node.name}: its rows have too many strides")
+            call, self.values[node] = made
+        elif name == "cache_append_":
+            call = cache_kernels.append_call(args[0], None, args[1], args[2])
+        elif name == "cache_append_int8_":
+            call = cache_kernels.append_call(*args)
+        elif name in ("qk_norm_rope_append_", "qk_norm_rope_append_int8_"):
+            call, self.values[node] = cache_kernels.prepare_of(name, args)
+        else:
+            call, self.values[node] = attention_kernels.call_of(name, args, kwargs)
+        self.add(call, node.name)
+
+
+def _norm_arguments(node: fx.Node) -> tuple[Any, Any, float, float, bool]:
+    """(weight, bias, eps, weight offset, whether the weight joins before the rounding)."""
+    name = _name(node)
+    rest = list(node.args[2:] if name.startswith("add_") else node.args[1:])
+    weight = rest.pop(0)
+    bias = rest.pop(0) if "layer" in name else None
+    defaults: list[Any] = [None, 0.0, False]
+    eps, offset, in_compute = [*rest, *defaults[len(rest) :]][:3]
+    return weight, bias, eps, offset, in_compute
