@@ -32,6 +32,10 @@ for _name in (
     "gated_mlp_merged",
     "mlp",
     "merged_linear",
+    "dequantize_weight",
+    "linear_int4",
+    "gated_mlp_int8",
+    "gated_mlp_int4",
     "quantize_kv",
     "dequantize_kv",
     "cache_append",
@@ -59,6 +63,23 @@ def _form(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """ATen's linear."""
     return F.linear(x, weight, bias)
+
+
+@_form("linear_int8")
+def linear_int8(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """A product with the numbers themselves where a row has one scale; float16 could not hold
+    its sums."""
+    if zero_point is not None or scale.numel() != weight.shape[0] or x.dtype == torch.float16:
+        return OPS["linear_int8"].reference(x, weight, scale, zero_point, bias)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = F.linear(x, weight.to(x.dtype)).to(wide) * scale.reshape(-1).to(wide)
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 @_form("matmul")

@@ -224,6 +224,31 @@ def _mlp(x: T, up: T, down: T, *rest: Any) -> Cost:
     return Cost(_bytes(x, up, down, *biases), out.bytes, flops, x.dtype)
 
 
+# -- products with quantised weights: the result's features are the weight's rows, K is x's
+
+
+@_formula("dequantize_weight")
+def _dequantize_weight(weight: T, scale: T, zero_point: T | None, dtype: torch.dtype) -> Cost:
+    read = _bytes(weight, scale, zero_point)
+    return Cost(read, _like(weight, dtype).bytes, weight.numel, torch.float32)
+
+
+@_formula("linear_int8", "linear_int4")
+def _linear_int(x: T, weight: T, scale: T, zero_point: T | None, bias: T | None) -> Cost:
+    n, out = weight.shape[0], T((*x.shape[:-1], weight.shape[0]), x.dtype)
+    read = _bytes(x, weight, scale, zero_point, bias)
+    return Cost(read, out.bytes, _product(x, n, x.shape[-1]), x.dtype)
+
+
+@_formula("gated_mlp_int8", "gated_mlp_int4")
+def _gated_mlp_int(x: T, gate: Sequence[T], up: Sequence[T], down: Sequence[T], *rest: Any) -> Cost:
+    inner, n, k = up[0].shape[0], down[0].shape[0], x.shape[-1]
+    biases = [b for b in rest[:3] if b is not None]
+    flops = 2 * _product(x, inner, k) + _product(x, n, inner) + 8 * _rows(x) * inner
+    out = T((*x.shape[:-1], n), x.dtype)
+    return Cost(_bytes(x, *gate, *up, *down, *biases), out.bytes, flops, x.dtype)
+
+
 # -- norms and RoPE: float32 arithmetic beside the matrix units
 
 

@@ -137,7 +137,7 @@ def _compile(
     if options.keep_programs:
         report.programs["lowered"] = str(traced.graph)
     if native is not None:
-        return _wrapped(native, inputs, ctx)
+        return wrap(_wrapped(native, inputs, ctx))
     return wrap(_inner(traced, inputs, options, config, decompositions, report, ctx))
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from dspark_compile import ops as _dialect  # noqa: F401 - registers the ops named below
+from dspark_compile._torch_compat import is_subclass
 from dspark_compile.diagnostics.report import GraphReport
 from dspark_compile.passes import einsum, raise_flex
 
@@ -26,9 +27,13 @@ _SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _plain(*tensors: Tensor | None) -> bool:
-    """Whether every tensor has the same floating dtype that the dialect takes."""
+    """Whether every tensor has the same floating dtype that the dialect takes, and is no wrapper
+    subclass, whose own rules are to be traced."""
     present = [t for t in tensors if t is not None]
-    return all(t.dtype == present[0].dtype and t.dtype in _SUPPORTED for t in present)
+    return all(
+        t.dtype == present[0].dtype and t.dtype in _SUPPORTED and not is_subclass(t)
+        for t in present
+    )
 
 
 def sdpa(

@@ -46,7 +46,7 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule
     old = [n for n in module.graph.nodes if n.op == "placeholder"]
     new = [n for n in traced.graph.nodes if n.op == "placeholder"]
     for source, node, fake in zip(old, new, fakes, strict=True):
-        for key in ("tensor_dict", "grapharg"):
+        for key in ("tensor_dict", "grapharg", "dspark_bits"):
             if key in source.meta:
                 node.meta[key] = source.meta[key]
         if hasattr(source, "_dynamo_source"):

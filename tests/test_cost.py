@@ -67,6 +67,8 @@ def test_in_place_appends_do_not_move_the_cache():
 
 def test_every_formula_takes_real_arguments():
     x, w = torch.zeros(2, 8), torch.zeros(6, 8)
+    weight = torch.zeros(6, 8, dtype=torch.int8)
+    packed = torch.zeros(6, 32, dtype=torch.uint8)
     heads = torch.zeros(1, 2, 3, 8)
     cos = torch.zeros(1, 1, 3, 8)
     cache, positions = torch.zeros(1, 2, 9, 8), torch.arange(3)
@@ -81,6 +83,11 @@ def test_every_formula_takes_real_arguments():
         "gated_mlp": (x, w, w, w.t(), None, None, None, "silu"),
         "gated_mlp_merged": (x, w, torch.zeros(8, 3), None, None, "silu"),
         "mlp": (x, w, w.t(), None, None, "silu"),
+        "dequantize_weight": (weight, torch.zeros(6), None, torch.float32),
+        "linear_int8": (x, weight, torch.zeros(6, 2), torch.zeros(6, 2), None),
+        "linear_int4": (x, packed, torch.zeros(6), None, None),
+        "gated_mlp_int8": (x, *[(weight, torch.zeros(6))] * 3, None, None, None, "silu"),
+        "gated_mlp_int4": (x, *[(packed, torch.zeros(6))] * 3, None, None, None, "silu"),
         "rms_norm": (x, None, 1e-6),
         "layer_norm": (x, None, None, 1e-6),
         "add_rms_norm": (x, x, None, 1e-6),

@@ -3,7 +3,7 @@
 Importing this package registers every op. ``OPS`` maps names to their `OpSpec`.
 """
 
-from . import attention, cache, linear, mlp, norm, rope, token
+from . import attention, cache, linear, mlp, norm, quantized, rope, token
 from ._define import OPS, OpSpec, is_dialect
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "linear",
     "mlp",
     "norm",
+    "quantized",
     "rope",
     "token",
 ]
