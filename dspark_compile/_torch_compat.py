@@ -212,6 +212,43 @@ def graph_breaks() -> Counter[str]:
     return Counter(counters["graph_break"])
 
 
+def restart_with_constant_floats(gm: fx.GraphModule) -> None:
+    """Have Dynamo trace again with the floats of modules (eps, scales, thresholds) as constants.
+
+    Under ``dynamic=True`` they come as 0-dim tensors, and no norm has a known eps any more. Dynamo
+    itself takes a module's integers as constants; a changed value recompiles.
+
+    Raises:
+        TensorifyScalarRestartAnalysis: Dynamo's own, where there are such floats.
+    """
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+    from torch._dynamo.symbolic_convert import TensorifyState
+
+    names = set()
+    for node in gm.graph.find_nodes(op="placeholder"):
+        source = getattr(node, "_dynamo_source", None)
+        scalar = getattr(node.meta.get("example_value"), "item_memo", None)
+        if source is None or not isinstance(scalar, torch.SymFloat):
+            continue
+        in_module = source.guard_source.is_unspecialized_nn_module()
+        name = getattr(scalar.node._expr, "name", None)
+        if in_module and name and all(user.target == "item" for user in node.users):
+            names.add(name)
+    asked = {name for name in names if not TensorifyState.should_specialize(name)}
+    for name in asked:
+        TensorifyState.specialize(name)
+    if asked:
+        raise TensorifyScalarRestartAnalysis
+
+
+@functools.cache
+def restarts() -> tuple[type[Exception], ...]:
+    """What a back end raises to have Dynamo trace again: no failure, to be let through."""
+    from torch._dynamo.exc import RestartAnalysis
+
+    return (RestartAnalysis,)
+
+
 def cxx_compiler() -> str | None:
     """The C++ compiler that Inductor would take: ``$CXX``, else g++ (clang++ on macOS).
 

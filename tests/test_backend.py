@@ -141,6 +141,32 @@ class TestWholeModel:
             got = run(ids, use_cache=False).logits
             assert relative(got, model(ids, use_cache=False).logits) < 1e-5
         assert len(last_report().graphs) == 1
+        last_report().assert_fused("norm", n=5)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+    def test_dynamic_floats_of_modules_are_constants(self, inner):
+        """``dynamic=True`` makes inputs of them, and an eps that is a tensor is in no norm."""
+
+        class Scaled(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.eps, self.weight = 1e-3, nn.Parameter(torch.randn(8))
+
+            def forward(self, x, factor):
+                y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+                return y * self.weight * factor
+
+        model, x = Scaled(), torch.randn(3, 8)
+        run = torch.compile(
+            model, backend="dspark", dynamic=True, options={**STRICT, "inner": inner}
+        )
+        for factor in (2.0, 3.0):
+            torch.testing.assert_close(run(x, factor), model(x, factor))
+        assert len(last_report().graphs) == 1  # an argument is as dynamic as it was
+        last_report().assert_fused("norm", n=1)
+        model.eps = 0.5
+        torch.testing.assert_close(run(x, 2.0), model(x, 2.0))
 
     @torch.no_grad()
     @pytest.mark.slow
