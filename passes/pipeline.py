@@ -10,6 +10,7 @@ from dspark_compile.passes.absorb_mla import AbsorbMLA
 from dspark_compile.passes.add_norm import AddNorm
 from dspark_compile.passes.audit import Audit
 from dspark_compile.passes.base import Pass, PassContext
+from dspark_compile.passes.fuse_dequantize_weight import FuseDequantizeWeight
 from dspark_compile.passes.join_writes import JoinWrites
 from dspark_compile.passes.kv_int8 import FuseDequantize, KVInt8
 from dspark_compile.passes.merge_linears import MergeLinears
@@ -21,6 +22,7 @@ from dspark_compile.passes.raise_cache import RaiseCache
 from dspark_compile.passes.raise_linear import RaiseLinear
 from dspark_compile.passes.raise_mlp import RaiseMLP
 from dspark_compile.passes.raise_norm import RaiseNorm
+from dspark_compile.passes.raise_quantized import RaiseQuantized
 from dspark_compile.passes.raise_rope import RaiseRope
 from dspark_compile.passes.repeat_kv import RepeatKV
 from dspark_compile.passes.verifier import verify
@@ -30,6 +32,7 @@ from dspark_compile.passes.write_in_place import WriteInPlace
 RAISE: list[type[Pass]] = [
     Normalize,
     JoinWrites,
+    RaiseQuantized,
     RaiseLinear,
     RaiseNorm,
     RaiseRope,
@@ -44,6 +47,7 @@ OPTIMISE: list[type[Pass]] = [
     AddNorm,
     AbsorbMLA,
     FuseDequantize,
+    FuseDequantizeWeight,
     MergeLinears,
 ]
 # Finish: write caches in place, compress them if asked, and say what was missed.

@@ -72,8 +72,9 @@ class RaiseLinear(Pass):
 
 
 def is_parameter(node: Any) -> bool:
-    """Whether ``node`` is an input of the graph, at most cast, transposed or viewed."""
+    """Whether ``node`` is an input of the graph, cast, transposed, viewed, dequantised or not."""
     kinds = (aten.permute.default, aten._to_copy.default, aten.select.int, *VIEWS)
+    kinds = (*kinds, dialect("dequantize_weight"))
     while is_op(node, *kinds):
         node = node.args[0]
     return isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr")
