@@ -188,8 +188,9 @@ def linear_cases(target: Target) -> Iterator[Case]:
         yield from _linear(target, "layer norm, gelu", rows, n, activation="gelu", norm=shift)
         yield from _linear(target, "residual", rows, residual=_meta(rows, 4096))
         yield from _linear(target, "3 outputs", rows, 6144, sizes=[4096, 1024, 1024])
-        split = Tiles(16, 128, 8, 4, 1 if rows == 1 else 3)
-        yield from _linear(target, "split", rows, n, gated=True, tiles=split)
+        stages = 1 if rows == 1 else 3 if target.backend == "cuda" else 2
+        halves, split = Tiles(16, 128, 8, 4, stages), Tiles(16, 256, 8, 4, stages)
+        yield from _linear(target, "split", rows, n, gated=True, tiles=halves)
         yield from _linear(target, "split", rows, residual=_meta(rows, 4096), tiles=split)
 
 

@@ -63,16 +63,20 @@ def _one_row(shape: Shape, target: Target) -> Iterator[Tiles]:
             k = min(widest, sums // n // shape.weights)
             if k < 128:
                 continue
-            yield Tiles(n, k, 1, 4, 1)
+            staged = target.backend == "cuda" and sums == 4096
+            # ptxas spills a register of float32 loads where it could do with fewer programs.
+            if not (staged and shape.itemsize == 4):
+                yield Tiles(n, k, 1, 4, 1)
             # Through shared memory, asynchronously; AMD has enough registers for plain loads.
-            if target.backend == "cuda" and sums == 4096:
+            if staged:
                 yield Tiles(n, k, 1, 4, 3)
 
 
 def _some_rows(shape: Shape, target: Target) -> Iterator[Tiles]:
     """Tiles for matrix units: two programs' stages fit the shared memory of a multiprocessor."""
     depths = (2,) if target.backend == "hip" else (3, 4, 5)
-    widths = (64, 128, 256) if shape.itemsize == 2 else (32, 64)
+    # Each float32 product is three tf32 ones: two weights' halves in wide tiles would spill.
+    widths = (64, 128, 256) if shape.itemsize == 2 else (32, 64)[: 3 - shape.weights]
     for n in (16, 32, 64):
         for k in widths:
             if k > max(next_power_of_2(shape.k), widths[0]):

@@ -45,8 +45,8 @@ def gated_mlp_merged(
 ) -> Tensor:
     """`gated_mlp` with the gate's rows above the up's in one ``gate_up [2 I, K]``."""
     gate, up = gate_up.chunk(2)
-    biases = (None, None) if gate_up_bias is None else gate_up_bias.chunk(2)
-    return gated_mlp(x, gate, up, down, *biases, down_bias, activation, compute_fp32)
+    gate_bias, up_bias = (None, None) if gate_up_bias is None else gate_up_bias.chunk(2)
+    return gated_mlp(x, gate, up, down, gate_bias, up_bias, down_bias, activation, compute_fp32)
 
 
 def mlp(
