@@ -26,7 +26,7 @@ from .passes.capture import capture
 from .passes.lower import lower
 from .passes.native_step import native_step
 from .passes.pipeline import run_pipeline
-from .passes.subclasses import CannotDesugar, desugar
+from .passes.subclasses import CannotDesugar, desugar, naming
 from .passes.trace import trace
 from .passes.verifier import VerifyError
 
@@ -118,8 +118,9 @@ def _compile(
     config: dict[str, Any],
     report: GraphReport,
 ) -> Callable[..., Any]:
-    gm, inputs, wrap = desugar(gm, inputs)
-    with report.timed("trace"):
+    given = inputs
+    gm, inputs, wrap = desugar(gm, given)
+    with report.timed("trace"), naming(given):
         traced, mode = trace(capture(gm, report), inputs)
     if options.keep_programs:
         report.programs["dynamo"] = str(gm.graph)

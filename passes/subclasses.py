@@ -15,7 +15,8 @@ sizes, and graphs that return a subclass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -134,6 +135,27 @@ def desugar(
     made = fx.GraphModule(module, graph)
     made.meta.update(module.meta)
     return made, flat, _wrapper(paths)
+
+
+@contextlib.contextmanager
+def naming(inputs: Sequence[Any]) -> Iterator[None]:
+    """Failures to trace a graph with subclasses among its ``inputs`` name them: their own rules
+    are what tracing runs.
+
+    Raises:
+        CannotDesugar: tracing failed, and there are subclasses.
+    """
+    names = sorted({type(x).__name__ for x in inputs if compat.is_subclass(x)})
+    try:
+        yield
+    except CannotDesugar:
+        raise
+    except Exception as error:
+        if not names:
+            raise
+        text = (str(error).strip().splitlines() or [""])[0]
+        what = f"an input is a {' and a '.join(names)}, which could not be traced"
+        raise CannotDesugar(f"{what}: {type(error).__name__}: {text}") from error
 
 
 def _wrapper(
