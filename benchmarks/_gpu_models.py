@@ -126,7 +126,7 @@ def contenders(model: Any, bench: Bench) -> dict[str, Call]:
 
 
 def decode(bench: Bench, name: str, batch: int, layers: int) -> Iterator[dict[str, Any]]:
-    """A row for each contender as soon as it is compiled, and a last one measured in turns."""
+    """A row for each contender alone, once compiled, then one of all so far, in turns."""
     torch._dynamo.config.recompile_limit = 64  # one entry for every contender
     model, what = build(name, layers, bench)
     context = 8 if bench.smoke else CONTEXT
@@ -161,9 +161,11 @@ def decode(bench: Bench, name: str, batch: int, layers: int) -> Iterator[dict[st
                 continue
             runs[contender] = steps
             yield {**what, "contender": contender, "alone": True, **row}
-        times = bench.turns(runs)
-        count = 2 if bench.smoke else STEPS
-        yield {**what, "in_turns": True, "steps": count, "step_s": _per_step(times, count)}
+            if len(runs) > 1:
+                # Again with every newcomer: the next one's compilation may not end in time.
+                count = 2 if bench.smoke else STEPS
+                times = _per_step(bench.turns(runs, rounds=7), count)
+                yield {**what, "in_turns": True, "steps": count, "step_s": times}
 
 
 def _per_step(times: dict[str, dict[str, Any]], count: int) -> dict[str, dict[str, Any]]:
@@ -187,9 +189,12 @@ def kernels(steps: Call, bench: Bench) -> dict[str, Any]:
         return {}
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        steps(count=4)
-        torch.cuda.synchronize()
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            steps(count=4)
+            torch.cuda.synchronize()
+    except Exception as error:
+        return {"profiler": describe(error)}
     events = [e for e in profiler.key_averages() if e.self_device_time_total > 0]
     longest = sorted(events, key=lambda e: -e.self_device_time_total)[:12]
     return {

@@ -137,7 +137,7 @@ def run_all(options: argparse.Namespace) -> dict[str, Any]:
 
     started = time.monotonic()
     end = started + 60 * options.minutes
-    planned = [(name, 60.0) for name in SMOKE_SECTIONS] if options.smoke else list(SECTIONS)
+    planned = [(name, 600.0) for name in SMOKE_SECTIONS] if options.smoke else list(SECTIONS)
     known: dict[str, float] = {}
     done: list[dict[str, Any]] = []
     payload: dict[str, Any] = {}

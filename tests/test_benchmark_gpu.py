@@ -29,7 +29,7 @@ def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_smoke(tmp_path: Path) -> None:
     """Every section gives rows; the machine's comes from a process of its own."""
     file = tmp_path / "gpu.json"
-    result = run(tmp_path, "--smoke", "--write-to", str(file))
+    result = run(tmp_path, "--smoke", "--minutes", "60", "--write-to", str(file))
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     document = json.loads(file.read_text())
     assert document["conditions"]["torch"]

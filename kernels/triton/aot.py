@@ -192,6 +192,26 @@ def write_rows(path: Path, rows: Mapping[tuple[str, str], Row]) -> None:
     write_source(path, json.dumps(document, indent=1) + "\n")
 
 
+def summary(rows: Iterable[Row]) -> str:
+    """A table by target, as Markdown."""
+    lines = [
+        "| target | compiled | failed | spill | most registers | most shared memory (limit) |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    by_target: dict[str, list[Row]] = {}
+    for row in rows:
+        by_target.setdefault(row.target, []).append(row)
+    for target, own in by_target.items():
+        done = [row for row in own if not row.error]
+        lines.append(
+            f"| {target} | {len(done)} | {len(own) - len(done)} "
+            f"| {sum(row.spills > 0 for row in done)} "
+            f"| {max((row.registers for row in done), default=0)} "
+            f"| {max((row.shared for row in done), default=0)} ({own[0].shared_limit}) |"
+        )
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; exit status 1 if anything failed, spilled or asked for too much."""
     parser = argparse.ArgumentParser(prog="aot", description=__doc__.splitlines()[0])
@@ -219,6 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
             flush=True,
         )
     bad = [row for row in rows if not row.good]
+    print(summary(rows))
     print(f"{len(rows)} compiled, {len(bad)} failed, spilled or over their shared memory")
     return 1 if bad else 0
 

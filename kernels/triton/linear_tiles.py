@@ -61,7 +61,7 @@ def _one_row(shape: Shape, target: Target) -> Iterator[Tiles]:
     for sums in (4096, 8192):
         for n in (2, 4, 8, 16):
             k = min(widest, sums // n // shape.weights)
-            if k < 128:
+            if k < 128 or (sums == 8192 and k * n * shape.weights <= 4096):
                 continue
             staged = target.backend == "cuda" and sums == 4096
             # ptxas spills a register of float32 loads where it could do with fewer programs.
