@@ -80,7 +80,7 @@ def choose_tiles(
     if height <= 32 and wide <= 64:
         keys = 128
     warps = 8 if height * wide >= 128 * 64 and height > 32 else 4
-    if int8 and target.arch == 100 and wide > 64:
+    if int8 and target.arch == 100 and 64 < wide <= 128:
         warps = 8  # with 4, ptxas holds to 128 registers and spills one
     stage = keys * (block_d + block_dv) * (1 if int8 else compute_bytes)
     stages = 3 if 3 * stage + height * block_d * compute_bytes <= target.shared // 2 else 2

@@ -63,6 +63,8 @@ def _one_row(shape: Shape, target: Target) -> Iterator[Tiles]:
             k = min(widest, sums // n // shape.weights)
             if k < 128 or (sums == 8192 and k * n * shape.weights <= 4096):
                 continue
+            if sums == 8192 and shape.weights == 2 and n < 8:
+                continue  # long rows of two weights: a register spills on sm_120
             staged = target.backend == "cuda" and sums == 4096
             # ptxas spills a register of float32 loads where it could do with fewer programs.
             if not (staged and shape.itemsize == 4):
@@ -81,6 +83,8 @@ def _some_rows(shape: Shape, target: Target) -> Iterator[Tiles]:
         for k in widths:
             if k > max(next_power_of_2(shape.k), widths[0]):
                 continue
+            if k > 128 and shape.k % k:
+                continue  # a wide tile's mask spills on sm_120, and most of its tail is idle
             stage = (n * shape.weights + MAX_ROWS) * k * shape.itemsize
             for stages in depths:
                 buffers = stages if target.backend == "cuda" else 1
