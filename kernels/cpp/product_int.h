@@ -5,11 +5,13 @@
 // one value for each row, or for each group of a multiple of 32 in a row. x is never quantised.
 //
 //   Fused    float lanes: q widened to float                          any type, any CPU
-//   Dot      dpbf16ps on q as bf16, which holds it exactly            int4, bf16, AVX-512-BF16, M < 5
 //   Tiles    a block of rows widened to bf16 in L1, then tdpbf16ps    bf16, AMX, M >= 5
 //
-// A row's scale multiplies its sum, a group's the widened weights (Fused), the 32 products of a
-// step (Dot), or the weights before they are rounded to bf16 (Tiles), as code does that dequantises.
+// (dpbf16ps would need q as bf16: to make that costs more than the instruction saves.)
+//
+// A row's scale multiplies its sum; a group's the sum over 32 products (Fused, M = 1), the widened
+// weights (Fused), or the weights before they are rounded to bf16 (Tiles), as code does that
+// dequantises.
 // Zero points cost a correction: the sum of (q - z) s x is that of q s x less z s times x's own sum
 // over the group, which is computed once for all rows of W.
 #pragma once
@@ -50,9 +52,6 @@ constexpr Form int_form() {
   if (!std::is_same<T, bf16>::value) return Form::Fused;
 #if defined(DSPARK_TILES)
   if (M >= 5) return Form::Tiles;
-#endif
-#if defined(DSPARK_DOT)
-  if (Q::BITS == 4) return Form::Dot;
 #endif
   return Form::Fused;
 }
@@ -107,10 +106,6 @@ class IntStaged {
       // [K / 2][M][2], as tiles take their right operand.
       for (int64_t k = first; k < last; ++k)
         to[k / 2 * (2 * M) + 2 * m + k % 2] = k < K ? row[k] : bf16{0};
-    } else if constexpr (FORM == Form::Dot) {
-      const int64_t inside = std::max<int64_t>(std::min(last, K) - first, 0);
-      std::memcpy(to + m * ldx + first, row + first, sizeof(bf16) * inside);
-      std::memset(to + m * ldx + first + inside, 0, sizeof(bf16) * (last - first - inside));
     } else {
       for (int64_t k = first; k < last; k += Vec::W)
         store(to + m * ldx + k, k < K ? load(row + k, int(std::min<int64_t>(Vec::W, K - k))) : zero());
@@ -153,29 +148,13 @@ inline void numbers(const uint8_t* q, int j, bool whole, int left, Vec& low, Vec
 #endif
 }
 
-#if defined(DSPARK_DOT)
-
-// The 16 values of a nibble as bf16, twice: an index of 5 bits finds the low 4 bits' either way.
-inline __m512i nibbles(Vec values) {
-  const __m256i half = (__m256i)_mm512_cvtneps_pbh(values.v);
-  return _mm512_broadcast_i64x4(half);
-}
-inline Vec nibble_values() {
-  return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)};
-}
-inline __m512i widen_bytes(const uint8_t* q) {
-  return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)q));
-}
-
-#endif
-
 // -- rows that share one pass over x
 
 // The products of R rows of W with MT rows of x; result r, m goes to out[m * BLOCK + r]. With
 // GROUPED, scales[r * lds + p] multiplies plane p of row r. `next` is where the rows read after
 // these start, in bytes from these.
-template <class Q, int R, int MT, Form FORM, bool GROUPED>
-inline void int_tile(const uint8_t* w, int64_t ldw, int64_t next, const void* packed, int64_t ldx,
+template <class Q, int R, int MT, bool GROUPED>
+inline void int_tile(const uint8_t* w, int64_t ldw, int64_t next, const float* packed, int64_t ldx,
                      int64_t K, const float* scales, int64_t lds, float* out) {
   constexpr int W = Vec::W;
   constexpr int COUNT = (R * MT + W - 1) / W * W;
@@ -188,40 +167,20 @@ inline void int_tile(const uint8_t* w, int64_t ldw, int64_t next, const void* pa
       const uint8_t* q = w + s * BYTES;
       if (BYTES == 64 || s % 2 == 0)
         for (int r = 0; r < R; ++r) __builtin_prefetch(q + r * ldw + ahead, 0, 3);
-      if constexpr (FORM == Form::Dot) {
-#if defined(DSPARK_DOT)
-        const bf16* x = static_cast<const bf16*>(packed) + s * PAIR;
-        const __m512i table = nibbles(nibble_values());
-        __m512bh b[2][MT];
+      const float* x = packed + s * PAIR;
+      Vec part[2][R];
+      for (int j = 0; j < PLANE; j += W) {
+        Vec b[2][MT];
         for (int m = 0; m < MT; ++m)
-          for (int p : {0, 1}) b[p][m] = (__m512bh)_mm512_loadu_si512(x + m * ldx + p * PLANE);
+          for (int p : {0, 1}) b[p][m] = load(x + m * ldx + p * PLANE + j);
         for (int r = 0; r < R; ++r) {
-          const __m512i both = widen_bytes(q + r * ldw);
-          const __m512bh c[2] = {
-              (__m512bh)_mm512_permutexvar_epi16(both, table),
-              (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(both, 4), table)};
-          for (int p : {0, 1})
-            for (int m = 0; m < MT; ++m) {
-              Vec& sum = a[r * MT + m];
-              if constexpr (GROUPED) {
-                const Vec part = {_mm512_dpbf16_ps(zero().v, c[p], b[p][m])};
-                sum = fma(part, all(scales[r * lds + 2 * s + p]), sum);
-              } else {
-                sum.v = _mm512_dpbf16_ps(sum.v, c[p], b[p][m]);
-              }
-            }
-        }
-#endif
-      } else {
-        const float* x = static_cast<const float*>(packed) + s * PAIR;
-        for (int j = 0; j < PLANE; j += W) {
-          Vec b[2][MT];
-          for (int m = 0; m < MT; ++m)
-            for (int p : {0, 1}) b[p][m] = load(x + m * ldx + p * PLANE + j);
-          for (int r = 0; r < R; ++r) {
-            Vec c[2];
-            numbers<Q>(q + r * ldw, j, whole, int(K - s * PAIR), c[0], c[1]);
-            for (int p : {0, 1}) {
+          Vec c[2];
+          numbers<Q>(q + r * ldw, j, whole, int(K - s * PAIR), c[0], c[1]);
+          for (int p : {0, 1}) {
+            if constexpr (GROUPED && MT == 1) {
+              part[p][r] = j == 0 ? c[p] * b[p][0] : fma(c[p], b[p][0], part[p][r]);
+              if (j + W == PLANE) a[r] = fma(part[p][r], all(scales[r * lds + 2 * s + p]), a[r]);
+            } else {
               if constexpr (GROUPED) c[p] = c[p] * all(scales[r * lds + 2 * s + p]);
               for (int m = 0; m < MT; ++m) a[r * MT + m] = fma(c[p], b[p][m], a[r * MT + m]);
             }
@@ -242,17 +201,14 @@ inline void int_tile(const uint8_t* w, int64_t ldw, int64_t next, const void* pa
 }
 
 // All M for R rows, a few at a time; q comes from memory the first time, from cache after.
-template <class Q, int R, int M, int MT, Form FORM, bool GROUPED>
-inline void int_tiles_of(const uint8_t* w, int64_t ldw, int64_t next, const void* packed,
+template <class Q, int R, int M, int MT, bool GROUPED>
+inline void int_tiles_of(const uint8_t* w, int64_t ldw, int64_t next, const float* packed,
                          int64_t ldx, int64_t K, const float* scales, int64_t lds, float* out) {
   constexpr int NOW = M < MT ? M : MT;
-  int_tile<Q, R, NOW, FORM, GROUPED>(w, ldw, next, packed, ldx, K, scales, lds, out);
-  if constexpr (M > MT) {
-    const size_t element = FORM == Form::Fused ? sizeof(float) : sizeof(bf16);
-    int_tiles_of<Q, R, M - MT, MT, FORM, GROUPED>(
-        w, ldw, next, static_cast<const char*>(packed) + element * MT * ldx, ldx, K, scales, lds,
-        out + MT * BLOCK);
-  }
+  int_tile<Q, R, NOW, GROUPED>(w, ldw, next, packed, ldx, K, scales, lds, out);
+  if constexpr (M > MT)
+    int_tiles_of<Q, R, M - MT, MT, GROUPED>(w, ldw, next, packed + MT * ldx, ldx, K, scales, lds,
+                                            out + MT * BLOCK);
 }
 
 // How many scales a row takes as floats, one for each plane of whole steps.
@@ -280,23 +236,41 @@ inline void spread_scales(const Weight& w, int64_t n, int64_t K, int64_t G, floa
 
 // Takes the zero points of `count` rows out of results, where each group has its own.
 template <int M, class Weight>
-inline void correct(const Weight& w, int64_t n, int count, int64_t G, const float* sums,
+inline void correct(const Weight& w, int64_t n, int count, int64_t G, const float* sums_of_x,
                     float (*results)[BLOCK]) {
-  for (int r = 0; r < count; ++r)
+  constexpr int W = Vec::W;
+  for (int r = 0; r < count; r += W) {
+    const int rows = std::min(W, count - r);
     for (int m = 0; m < M; ++m) {
-      Vec a = zero();
-      for (int64_t g = 0; g < G; g += Vec::W) {
-        const int lanes = int(std::min<int64_t>(Vec::W, G - g));
-        const int64_t i = (n + r) * G + g;
-        a = fma(load(w.scale + i, lanes) * load(w.zero + i, lanes), load(sums + m * G + g, lanes), a);
+      Vec a[W];
+      for (int i = 0; i < W; ++i) a[i] = zero();
+      for (int64_t g = 0; g < G; g += W) {
+        const int lanes = int(std::min<int64_t>(W, G - g));
+        const Vec x = load(sums_of_x + m * G + g, lanes);
+        const int64_t at = (n + r) * G + g;
+        for (int i = 0; i < rows; ++i)
+          a[i] = fma(load(w.scale + at + i * G, lanes) * load(w.zero + at + i * G, lanes), x, a[i]);
       }
-      results[m][r] -= sum(a);
+      store(results[m] + r, load(results[m] + r, rows) - sums(a), rows);
     }
+  }
 }
 
 // -- tiles
 
 #if defined(DSPARK_TILES)
+
+// The 16 values of a nibble as bf16, twice: an index of 5 bits finds the low 4 bits' either way.
+inline __m512i nibbles(Vec values) {
+  const __m256i half = (__m256i)_mm512_cvtneps_pbh(values.v);
+  return _mm512_broadcast_i64x4(half);
+}
+inline Vec nibble_values() {
+  return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)};
+}
+inline __m512i widen_bytes(const uint8_t* q) {
+  return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)q));
+}
 
 constexpr int CHUNK = 16;  // planes of 32 rows that are widened together: 32 KiB
 
@@ -329,16 +303,21 @@ inline void int_tile_block(const Weight& w, int64_t n, int count, int64_t K, int
     // What is read next: these rows' next chunk, or the first of the rows that follow.
     const int64_t ahead =
         to < planes ? CHUNK * STEP_BYTES<Q> / 2 : BLOCK * w.ld - from * STEP_BYTES<Q> / 2;
+    // The group of the first plane, and the first plane of the next.
+    const int64_t group = from / each, until = (group + 1) * each;
     for (int r = 0; r < count; ++r) {
       const uint8_t* row = w.q + (n + r) * w.ld;
       for (int64_t i = from * STEP_BYTES<Q> / 2; i < to * STEP_BYTES<Q> / 2; i += 64)
         __builtin_prefetch(row + i + ahead, 0, 3);
       float s = 1, z = 0;
+      int64_t i = (n + r) * G + group, change = from;
       for (int64_t p = from; p < to; ++p) {
         if constexpr (GROUPED) {
-          if (p == from || p % each == 0) {
-            s = to_float(w.scale[(n + r) * G + p / each]);
-            if constexpr (Weight::ZEROS) z = to_float(w.zero[(n + r) * G + p / each]);
+          if (p == change) {
+            s = to_float(w.scale[i]);
+            if constexpr (Weight::ZEROS) z = to_float(w.zero[i]);
+            change = p == from ? until : change + each;
+            ++i;
           }
         }
         _mm512_store_si512(wide + ((p - from) * BLOCK + r) * PLANE,
@@ -405,12 +384,12 @@ void product_int(int64_t first, int64_t last, const Weight (&w)[MATS], int64_t K
         int r = 0;
         for (; r + R <= count; r += R) {
           if constexpr (GROUPED) spread_scales<R>(w[i], n + r, K, G, scales);
-          int_tiles_of<Q, R, M, MT, FORM, GROUPED>(w[i].q + (n + r) * ld, ld, R * ld, x.x, x.ldx, K,
+          int_tiles_of<Q, R, M, MT, GROUPED>(w[i].q + (n + r) * ld, ld, R * ld, x.x, x.ldx, K,
                                                    scales, lds, &results[i][0][r]);
         }
         for (; r < count; ++r) {
           if constexpr (GROUPED) spread_scales<1>(w[i], n + r, K, G, scales);
-          int_tiles_of<Q, 1, M, MT, FORM, GROUPED>(w[i].q + (n + r) * ld, ld, ld, x.x, x.ldx, K,
+          int_tiles_of<Q, 1, M, MT, GROUPED>(w[i].q + (n + r) * ld, ld, ld, x.x, x.ldx, K,
                                                    scales, lds, &results[i][0][r]);
         }
         if constexpr (GROUPED && Weight::ZEROS)

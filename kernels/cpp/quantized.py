@@ -7,6 +7,7 @@ Weights are read where they lie: int8 rows any stride apart, or what `ops.quanti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,6 +177,23 @@ def gated_mlp_int4(x: Tensor, *args: object) -> Tensor:
     return _gated_mlp(4, x, *args)  # type: ignore[arg-type]
 
 
+def call_of(name: str, args: Sequence[Any]) -> tuple[Call, Tensor]:
+    """What a stage of a native program needs: the call of dialect op ``name`` and its result.
+
+    ``args`` are the op's, in its schema's order, all contiguous but for the weights' rows.
+    """
+    bits = int(name[-1])
+    x = args[0]
+    rows = x.reshape(-1, x.shape[-1])
+    if name.startswith("linear"):
+        weight, bias = [t for t in args[1:4] if t is not None], (*args[4:], None)[0]
+        out = x.new_empty((*x.shape[:-1], weight[0].shape[0]))
+        return linear_call(bits, rows, weight, bias, out), out
+    _, gate, up, down, *biases, activation = args[:8]
+    out = x.new_empty((*x.shape[:-1], down[0].shape[0]))
+    return gated_mlp_call(bits, rows, gate, up, down, tuple(biases), activation, out), out  # type: ignore[arg-type]
+
+
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
@@ -223,6 +241,8 @@ def _weight_reason(bits: int, size: int, name: str, tensors: Sequence[Tensor]) -
     if zero is not None and zero.dtype not in (torch.int8, *FLOATS):
         return f"{name}'s zero points are {name_of(zero.dtype)}"
     groups = _groups(tensors)
+    if not scale.is_contiguous() or not (zero is None or zero.is_contiguous()):
+        return f"{name}'s scales or zero points are not contiguous"
     if scale.numel() != weight.shape[0] * groups or (
         zero is not None and zero.shape != scale.shape
     ):
