@@ -58,6 +58,25 @@ def _cpp(op: str) -> Implementation | None:
     return None if entry is None else Implementation("cpp", op, entry.supports, entry.target)
 
 
+# What a step of few rows spends its time on: the C++ kernels are made for these.
+_READ_BOUND = frozenset(
+    {
+        "linear", "merged_linear", "mlp", "gated_mlp", "gated_mlp_merged", "linear_int8",
+        "linear_int4", "gated_mlp_int8", "gated_mlp_int4", "attention", "attention_int8",
+    }
+)  # fmt: skip
+
+
+def _vector_cpu() -> bool:
+    """Whether the C++ kernels are written for this CPU: elsewhere ATen's may be better."""
+    from dspark_compile.codegen.cpp import isa
+
+    try:
+        return isa.detect() != "portable"
+    except ValueError:
+        return False
+
+
 def implementations(op: str, kernels: str, device: torch.device) -> list[Implementation]:
     """Candidates for ``op`` in order of preference under ``Options(kernels=...)``."""
     aten = Implementation("aten", op, _always, FORMS[op]) if op in FORMS else None
@@ -65,7 +84,13 @@ def implementations(op: str, kernels: str, device: torch.device) -> list[Impleme
     triton = None
     if kernels == "triton" or (kernels == "auto" and device.type == "cuda"):
         triton = _triton(op)
-    cpp = _cpp(op) if kernels == "cpp" and device.type == "cpu" else None
+    cpp = None
+    if device.type == "cpu" and (kernels == "cpp" or (kernels == "auto" and _vector_cpu())):
+        cpp = _cpp(op)
     if kernels == "reference":
         return [reference]
-    return [item for item in (triton, cpp, aten, reference) if item is not None]
+    order = (triton, cpp, aten, reference)
+    if kernels == "auto" and op not in _READ_BOUND:
+        # Between products of many rows the inner compiler fuses what a kernel would stand alone for.
+        order = (triton, aten, cpp, reference)
+    return [item for item in order if item is not None]

@@ -129,7 +129,7 @@ def _compile(
     with report.timed("passes"):
         run_pipeline(traced, ctx)
     native = None
-    if options.kernels == "cpp" and options.inner == "inductor" and _on_cpu(inputs):
+    if options.kernels in ("auto", "cpp") and options.inner == "inductor" and _on_cpu(inputs):
         with report.timed("native"):
             native = native_step(traced, ctx)
     with report.timed("passes"):
@@ -173,7 +173,9 @@ def _kept(inputs: Sequence[Any], ctx: PassContext) -> list[int]:
     return [i for i in range(len(inputs)) if i not in ctx.dropped_inputs]
 
 
-def _wrapped(run: Callable[..., Any], inputs: Sequence[Any], ctx: PassContext) -> Callable[..., Any]:
+def _wrapped(
+    run: Callable[..., Any], inputs: Sequence[Any], ctx: PassContext
+) -> Callable[..., Any]:
     """``run`` behind what gives it the inputs that passes added, without those they dropped."""
     extra = ctx.extra_inputs
     if not extra:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +19,13 @@ class OptionsError(ValueError):
     """An option's name or value is not legal."""
 
 
-def _option(default: Any, doc: str, choices: tuple[Any, ...] | None = None) -> Any:
-    return field(default=default, metadata={"doc": doc, "choices": choices})
+def _option(
+    default: Any, doc: str, choices: tuple[Any, ...] | None = None, variable: str | None = None
+) -> Any:
+    metadata = {"doc": doc, "choices": choices}
+    if variable is None:
+        return field(default=default, metadata=metadata)
+    return field(default_factory=lambda: os.environ.get(variable, default), metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,10 @@ class Options:
     kernels: str = _option(
         "auto",
         "Which kernels dialect ops become: the best for the device, ATen forms that the "
-        "inner compiler fuses, Triton, emitted C++ (CPU only), or the plain-torch reference.",
+        "inner compiler fuses, Triton, emitted C++ (CPU only), or the plain-torch reference. "
+        "$DSPARK_KERNELS, if set, is the default.",
         ("auto", "aten", "triton", "cpp", "reference"),
+        variable="DSPARK_KERNELS",
     )
     kv_cache: str = _option(
         "model",

@@ -18,7 +18,7 @@ in front as they are.
 
 Worth, for each layer and step, four or five launches and a round trip of q, k and v through
 memory: at one token a step that is most of what stands between the products. Only a kernel
-can do it, so the pass runs where lowering has one for the op (Triton) and changes nothing
+can do it, so the pass runs where lowering has one for the op (Triton, C++) and changes nothing
 elsewhere: there Inductor fuses the parts.
 """
 
@@ -46,6 +46,10 @@ from dspark_compile.passes.graph import (
     shape,
     val,
 )
+
+
+# The implementations that are one kernel.
+_FUSED = ("triton", "cpp")
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,8 @@ class QKRopeAppend(Pass):
             if query is None and key is None:
                 continue
             op = "qk_norm_rope_append_" if parts == 1 else "qk_norm_rope_append_int8_"
-            if not self.without_kernel and not _kernel(op, ctx, val(caches[0]).device):  # type: ignore[arg-type]
+            rows = shape(node.args[0])[2]  # type: ignore[arg-type]
+            if not self.without_kernel and not _kernel(op, ctx, val(caches[0]).device, rows):  # type: ignore[arg-type]
                 continue
             yield Match(
                 writes[0],
@@ -152,7 +157,7 @@ class QKRopeAppend(Pass):
         reasons = [
             item.supports(node)
             for item in implementations(match["op"], ctx.options.kernels, _device(match))
-            if item.name == "triton"
+            if item.name in _FUSED
         ]
         while place.prev is not last:
             graph.erase_node(place.prev)
@@ -256,9 +261,18 @@ def _write(cache: Any) -> fx.Node | None:
     return writes[0] if len(writes) == 1 else None
 
 
-def _kernel(op: str, ctx: PassContext, device: torch.device) -> bool:
-    """Whether lowering has a kernel for ``op`` on ``device`` under the options."""
-    return any(i.name == "triton" for i in implementations(op, ctx.options.kernels, device))
+def _kernel(op: str, ctx: PassContext, device: torch.device, rows: Any) -> bool:
+    """Whether lowering has a kernel for ``op`` on ``device`` under the options.
+
+    On a CPU it is worth its call for the few rows of a decode step.
+    """
+    if device.type == "cpu" and ctx.options.kernels == "auto" and not _few(rows):
+        return False
+    return any(i.name in _FUSED for i in implementations(op, ctx.options.kernels, device))
+
+
+def _few(rows: Any) -> bool:
+    return isinstance(rows, int) and rows <= 16
 
 
 def _device(match: Match) -> torch.device:

@@ -8,6 +8,12 @@ import pytest
 import torch
 
 
+if not torch.cuda.is_available():
+    # Most tests are about graphs: they need no compiled kernels, whose building takes seconds each.
+    # Those that are about kernels say so in their options.
+    os.environ.setdefault("DSPARK_KERNELS", "aten")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # Under xdist the workers share the cores.
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)

@@ -64,6 +64,8 @@ _BINARY: dict[Any, str] = {
     aten.maximum.default: "({0} != {0} || {0} > {1} ? {0} : {1})",
     aten.minimum.default: "({0} != {0} || {0} < {1} ? {0} : {1})",
     aten.pow.Tensor_Scalar: "std::pow({0}, {1})",
+    aten.pow.Tensor_Tensor: "std::pow({0}, {1})",
+    aten.pow.Scalar: "std::pow({0}, {1})",
     aten.logical_and.default: "({0} && {1})",
     aten.logical_or.default: "({0} || {1})",
 }
@@ -72,8 +74,12 @@ for _name, _sign in {
 }.items():  # fmt: skip
     for _overload in ("Tensor", "Scalar"):
         _BINARY[getattr(getattr(aten, _name), _overload)] = f"{{0}} {_sign} {{1}}"
+_COMPARISONS = frozenset(
+    k for k in _BINARY if str(k).split(".")[1] in ("eq", "ne", "lt", "le", "gt", "ge")
+)
 _LOGICAL = {aten.bitwise_and.Tensor: "&", aten.bitwise_or.Tensor: "|"}
-_MAKERS = (aten.arange.default, aten.arange.start, aten.arange.start_step, aten.full.default)
+_CONSTANTS = {aten.zeros.default: 0, aten.ones.default: 1, aten.full.default: None}
+_MAKERS = (aten.arange.default, aten.arange.start, aten.arange.start_step, *_CONSTANTS)
 
 
 class NotGlue(Exception):
@@ -159,11 +165,16 @@ def _print(
         return _embedding(args, out, pointer)
     if target is aten.cat.default:
         return _cat(args, out, pointer)
+    if target is aten.roll.default:
+        return _roll(args, out, pointer)
     if target in _MAKERS:
         return _made(node, args, out, pointer)
     if target is aten.argmax.default:
         return _argmax(args, node.kwargs, out, pointer)
     compute, text = _expression(node, args, out)
+    if target in _COMPARISONS and len(tensors) == 1 and isinstance(args[1], float):
+        # As ATen does: the number takes the tensor's dtype first.
+        args[1] = torch.tensor(args[1], dtype=torch.result_type(tensors[0], args[1])).item()
     operands = [x for x in args if isinstance(x, Tensor)]
     views = [x.expand(out.shape) if x.shape != out.shape else x for x in operands]
     reads = [f"C({_read(pointer(x), x.dtype, '{' + str(i) + '}')})" for i, x in enumerate(operands)]
@@ -234,6 +245,8 @@ def _expression(node: fx.Node, args: list[Any], out: Tensor) -> tuple[str, str]:
         return _compute(args[1:2]), "{1}"
     if target in _UNARY and len(args) == 1:
         return _compute(args, out.dtype if out.dtype != torch.bool else None), _UNARY[target]
+    if target is aten.pow.Scalar:
+        return _compute(args[1:], out.dtype), _BINARY[target]
     if target in _BINARY:
         alpha = kwargs.get("alpha", 1)
         text = _BINARY[target]
@@ -331,7 +344,7 @@ def _embedding(args: list[Any], out: Tensor, pointer: Callable[[Tensor], str]) -
 
 def _cat(args: list[Any], out: Tensor, pointer: Callable[[Tensor], str]) -> list[str]:
     parts, axis = args[0], args[1] if len(args) > 1 else 0
-    lines, start = [], 0
+    pieces, start = [], 0
     for part in parts:
         if not isinstance(part, Tensor) or part.dtype != out.dtype:
             raise NotGlue("a cat of several dtypes")
@@ -339,21 +352,37 @@ def _cat(args: list[Any], out: Tensor, pointer: Callable[[Tensor], str]) -> list
             raise NotGlue("a cat with an empty part")
         if not all(isinstance(n, int) for n in part.shape):
             raise NotGlue("a cat of a dynamic size")
-        size = part.shape[axis]
-        to = out.narrow(axis, start, size)
-        offset = start * out.stride(axis)
-        start += size
-        kind = _TYPES[out.dtype]
-        y, x = pointer(out), pointer(part)
-        copy = f"(({kind}*){y})[{offset} + {{out}}] = ((const {kind}*){x})[{{0}}];"
-        copy = copy.replace(f"[{offset} + {{out}}]", "[{out}]") if offset == 0 else copy
-        body = copy if offset == 0 else copy.replace("{out}", "{out}")
-        if offset:
-            # The offset is part of the pointer, so that the loops print plain strides.
-            body = f"(({kind}*){y} + {offset})[{{out}}] = ((const {kind}*){x})[{{0}}];"
-        lines += ["{", *_loops(to, [part], [body]), "}"]
-    if out.numel() > SMALL:
-        raise NotGlue(f"a cat of {out.numel()} elements")
+        pieces.append((part, start, 0, part.shape[axis]))
+        start += part.shape[axis]
+    return _pieces(pieces, axis, out, pointer)
+
+
+def _roll(args: list[Any], out: Tensor, pointer: Callable[[Tensor], str]) -> list[str]:
+    x, shifts, axes = [*args, []][:3]
+    if len(shifts) != 1 or len(axes) != 1 or not isinstance(shifts[0], int):
+        raise NotGlue("a roll of several dimensions")
+    size = x.shape[axes[0]]
+    shift = shifts[0] % max(size, 1)
+    pieces = [(x, shift, 0, size - shift), (x, 0, size - shift, shift)]
+    return _pieces(pieces, axes[0], out, pointer)
+
+
+def _pieces(
+    pieces: Sequence[tuple[Tensor, int, int, int]],
+    axis: int,
+    out: Tensor,
+    pointer: Callable[[Tensor], str],
+) -> list[str]:
+    """Copies of ``size`` slices of a tensor from ``begin`` on to ``start`` in ``out``."""
+    lines: list[str] = []
+    kind = _TYPES[out.dtype]
+    for part, start, begin, size in pieces:
+        if size == 0:
+            continue
+        to, source = out.narrow(axis, start, size), part.narrow(axis, begin, size)
+        y = f"((({kind}*){pointer(out)}) + {start * out.stride(axis)})"
+        x = f"(((const {kind}*){pointer(part)}) + {begin * part.stride(axis)})"
+        lines += ["{", *_loops(to, [source], [f"{y}[{{out}}] = {x}[{{0}}];"]), "}"]
     return lines
 
 
@@ -363,9 +392,11 @@ def _made(
     if not all(isinstance(x, (int, float, bool)) for x in args if not isinstance(x, list)):
         raise NotGlue(f"{node.target} of a dynamic value")
     kind = _TYPES[out.dtype]
-    if node.target is aten.full.default:
+    if node.target in _CONSTANTS:
+        constant = _CONSTANTS[node.target]
         compute = "double" if out.dtype.is_floating_point else "int64_t"
-        value = _constant(args[1], compute).replace("C(", f"{compute}(")
+        value = _constant(args[1] if constant is None else constant, compute)
+        value = value.replace("C(", f"{compute}(")
     else:
         start, step = 0, 1
         if node.target is not aten.arange.default:

@@ -78,7 +78,7 @@ class Planner:
 
     def __init__(self, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]):
         self.program = Program()
-        self.nodes = list(nodes)
+        self.nodes = _early_first(nodes, inputs)
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.values: dict[fx.Node, Any] = {}
         for number, node in enumerate(inputs):
@@ -128,12 +128,10 @@ class Planner:
     def find_residuals(self) -> None:
         """Additions whose one operand is a product that nothing else reads."""
         for node in self.nodes:
-            if _name(node) in ("add_rms_norm", "add_layer_norm"):
-                operands = (node.args[0], node.args[1])
-            elif is_op(node, aten.add.Tensor) and node.kwargs.get("alpha", 1) == 1:
-                operands = (node.args[0], node.args[1])
-            else:
+            plain = is_op(node, aten.add.Tensor) and node.kwargs.get("alpha", 1) == 1
+            if not plain and _name(node) not in ("add_rms_norm", "add_layer_norm"):
                 continue
+            operands = (node.args[0], node.args[1])
             for product, other in (operands, operands[::-1]):
                 source = self._source(product)
                 if not isinstance(other, fx.Node) or not isinstance(source, fx.Node):
@@ -149,8 +147,13 @@ class Planner:
                 base = self._source(other)
                 if base in self.order and self.order[base] > self.order[source]:
                     continue
-                if any(s is not source and s in self.order and _name(s) == "linear"
-                       and s.args[0] is source.args[0] for s in source.args[0].users):  # type: ignore[union-attr]
+                if any(
+                    s is not source
+                    and s in self.order
+                    and _name(s) == "linear"
+                    and s.args[0] is source.args[0]
+                    for s in source.args[0].users
+                ):  # type: ignore[union-attr]
                     continue  # one of several products on one input
                 self.residuals[source] = other
                 self.totals[node] = source
@@ -203,6 +206,8 @@ class Planner:
                 self._norm(node)
             elif name:
                 self._other(node, name)
+            elif node in self.totals:
+                self.values[node] = self.values[self.totals[node]].reshape(node.meta["val"].shape)
             elif node.target is operator.getitem:
                 base = self.values.get(node.args[0])  # type: ignore[arg-type]
                 self.values[node] = None if base is None else base[node.args[1]]  # type: ignore[index]
@@ -439,6 +444,30 @@ class Planner:
         else:
             call, self.values[node] = attention_kernels.call_of(name, args, kwargs)
         self.add(call, node.name)
+
+
+def _early_first(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> list[fx.Node]:
+    """Loops and views that only need inputs go first, into one stage.
+
+    Not those of an input that a kernel writes: they may want the new value. (One that ``copy_``
+    writes is read before, wherever the reader stands: the graph is functional but for caches.)
+    """
+    ready = set(inputs)
+    for node in nodes:
+        if is_dialect_op(node):
+            schema = node.target._schema  # type: ignore[union-attr]
+            for argument_, value in zip(schema.arguments, node.args):
+                if argument_.alias_info is not None and argument_.alias_info.is_write:
+                    ready.discard(value)  # type: ignore[arg-type]
+    early = []
+    for node in nodes:
+        if is_dialect_op(node) or is_op(node, aten.copy_.default):
+            continue
+        if all(x in ready for x in node.all_input_nodes):
+            ready.add(node)
+            early.append(node)
+    chosen = set(early)
+    return [*early, *(n for n in nodes if n not in chosen)]
 
 
 def _norm_arguments(node: fx.Node) -> tuple[Any, Any, float, float, bool]:

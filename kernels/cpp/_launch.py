@@ -73,6 +73,8 @@ def raise_for(status: int, name: str) -> None:
         raise MemoryError(f"{name}: no memory for its scratch")
     if status == 2:
         raise IndexError(f"{name}: a position lies outside of the cache")
+    if status == 3:
+        raise IndexError(f"{name}: a token lies outside of the vocabulary")
 
 
 def threads_for(nbytes: int) -> int:

@@ -1,7 +1,7 @@
 // Decode attention: up to 16 query rows over a cache, grouped heads, online softmax in float.
 //
 // A unit of work is one key/value head of one batch row, with all query rows that read it. Its
-// keys, as far as the mask's bounds can allow them, are cut into blocks of 64; the blocks of all
+// keys, as far as the mask's bounds can allow them, are cut into blocks of 128; the blocks of all
 // units, one after another, are dealt out evenly, so a thread may begin and end inside a unit.
 // Such pieces leave (max, sum, output) in a slot and are joined after one barrier.
 //
@@ -20,7 +20,7 @@
 
 namespace dspark {
 
-constexpr int KEYS = 64;
+constexpr int KEYS = 128;
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
 // Sizes and strides, in elements. The last dimension of q, k and v is contiguous.
@@ -118,24 +118,36 @@ size_t attention_bytes(int threads) {
   return sizeof(Room<C>) * threads;
 }
 
-// scores[r][j] = q[r] . k[j] for KR keys and RR rows, one register each.
+// Memory gives more to several readers that are pages apart than to one, so a block's keys are read
+// as KR runs side by side, and its values as RUNS.
+constexpr int RUNS = 4;
+
+// Whether a row's element `d`, or one of the `step` behind it, begins a cache line: the rows of the
+// next block are asked for a line at a time, between the instructions that work on this one.
+template <class K>
+constexpr bool begins_line(int d, int step) {
+  constexpr int LINE = 64 / int(sizeof(K));
+  return step >= LINE || d % LINE == 0;
+}
+
+
+// scores[r][i * run] = q[r] . k[i * run] for i < KR keys and RR rows, one register each.
 template <class C, int RR>
 inline void score_tile(const typename C::Staged (*q)[C::DP], int rows, const typename C::K* k,
-                       int64_t ldk, int keys, float* scores, const typename C::K* soon) {
+                       int64_t ldk, int64_t run, int keys, float* scores,
+                       const typename C::K* soon) {
   constexpr int W = Vec::W, KR = W / RR;
   Vec a[W];
   for (int i = 0; i < W; ++i) a[i] = zero();
   const typename C::K* key[KR];
   const typename C::Staged* row[RR];
-  for (int i = 0; i < KR; ++i) key[i] = k + (i < keys ? i : keys - 1) * ldk;
+  for (int i = 0; i < KR; ++i) key[i] = k + (i * run < keys ? i * run : 0) * ldk;
   for (int r = 0; r < RR; ++r) row[r] = q[r < rows ? r : rows - 1];
-  if (soon != nullptr)
-    for (int i = 0; i < KR; ++i)
-      for (size_t at = 0; at < sizeof(typename C::K) * C::DV; at += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(soon + i * ldk) + at, 0, 3);
 #pragma GCC unroll 8
   for (int d = 0; d < C::D; d += C::STEP) {
     constexpr int LAST = C::D % C::STEP;
+    if (soon != nullptr && d < C::DV && begins_line<typename C::K>(d, C::STEP))
+      for (int i = 0; i < KR; ++i) __builtin_prefetch(soon + i * run * ldk + d, 0, 2);
     const bool whole = LAST == 0 || d + C::STEP <= C::D;
     if constexpr (C::DOT) {
 #if defined(DSPARK_DOT)
@@ -159,18 +171,20 @@ inline void score_tile(const typename C::Staged (*q)[C::DP], int rows, const typ
   }
   float flat[W];
   store(flat, sums(a));
-  for (int r = 0; r < RR && r < rows; ++r)
-    std::memcpy(scores + r * KEYS, flat + r * KR, sizeof(float) * KR);
+  for (int i = 0; i < KR && i * run < keys; ++i)
+    for (int r = 0; r < RR && r < rows; ++r) scores[r * KEYS + i * run] = flat[r * KR + i];
 }
 
+// `v`, if not null, is where the values lie that come next.
 template <class C>
 inline void score_block(const Room<C>& room, const typename C::K* k, int64_t ldk, int keys,
                         float (*scores)[KEYS], const typename C::K* v, int64_t ldv) {
   constexpr int RR = C::R >= 4 ? 4 : C::R >= 2 ? 2 : 1;
   constexpr int KR = Vec::W / RR;
-  for (int j = 0; j < keys; j += KR)
+  const int64_t run = (keys + KR - 1) / KR;
+  for (int64_t j = 0; j < run; ++j)
     for (int r = 0; r < C::R; r += RR)
-      score_tile<C, RR>(room.q + r, C::R - r, k + j * ldk, ldk, keys - j, scores[r] + j,
+      score_tile<C, RR>(room.q + r, C::R - r, k + j * ldk, ldk, run, keys - int(j), scores[r] + j,
                         r == 0 && ldv == ldk ? v + j * ldv : nullptr);
 }
 
@@ -185,19 +199,21 @@ inline void value_tile(const float (*p)[KEYS], int rows, const typename C::K* v,
     row[r] = p[r < rows ? r : rows - 1];
     for (int i = 0; i < DT; ++i) a[r][i] = load(out[r < rows ? r : rows - 1] + d + i * W);
   }
-  for (int j = 0; j < keys; ++j) {
-    const typename C::K* from = v + j * ldv + d;
-    if (soon != nullptr)
-      for (size_t at = 0; at < sizeof(typename C::K) * DT * W; at += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(soon + j * ldv + d) + at, 0, 3);
-    Vec c[DT];
-    for (int i = 0; i < DT; ++i)
-      c[i] = d + (i + 1) * W <= C::DV ? load(from + i * W) : load(from + i * W, C::DV - d - i * W);
-    for (int r = 0; r < RR; ++r) {
-      const Vec b = all(row[r][j]);
-      for (int i = 0; i < DT; ++i) a[r][i] = fma(b, c[i], a[r][i]);
+  const int run = (keys + RUNS - 1) / RUNS;
+  for (int from = 0; from < run; ++from)
+    for (int j = from; j < keys; j += run) {
+      const typename C::K* at = v + j * ldv + d;
+      Vec c[DT];
+      for (int i = 0; i < DT; ++i) {
+        if (soon != nullptr && begins_line<typename C::K>(d + i * W, W))
+          __builtin_prefetch(soon + j * ldv + d + i * W, 0, 2);
+        c[i] = d + (i + 1) * W <= C::DV ? load(at + i * W) : load(at + i * W, C::DV - d - i * W);
+      }
+      for (int r = 0; r < RR; ++r) {
+        const Vec b = all(row[r][j]);
+        for (int i = 0; i < DT; ++i) a[r][i] = fma(b, c[i], a[r][i]);
+      }
     }
-  }
   for (int r = 0; r < RR && r < rows; ++r)
     for (int i = 0; i < DT; ++i) store(out[r] + d + i * W, a[r][i]);
 }
@@ -247,7 +263,13 @@ class Attention {
         stage(u, room);
         for (int64_t block = from - at; block < to - at; ++block) {
           const int64_t k = keys.first + block * KEYS;
-          step(u, k, int(std::min<int64_t>(KEYS, keys.last - k)), keys.last, room, state);
+          const K* next = nullptr;
+          if (block + 1 < to - at) {
+            next = keys_of(u) + (k + KEYS) * s.k_n;
+          } else if (u + 1 < units) {
+            next = keys_of(u + 1) + range(u + 1).first * s.k_n;
+          }
+          step(u, k, int(std::min<int64_t>(KEYS, keys.last - k)), next, room, state);
         }
         if (starts && ends) finish(u, room, state);
         if (starts && !ends) begun = u;
@@ -349,7 +371,8 @@ class Attention {
   }
 
   // One block of keys into the running softmax.
-  void step(int64_t u, int64_t k, int keys, int64_t end, Room<C>& room, State<C>& state) const {
+  // `next` is where the keys lie that come after these, if any do.
+  void step(int64_t u, int64_t k, int keys, const K* next, Room<C>& room, State<C>& state) const {
     constexpr int W = Vec::W;
     const bool tested = !Mask::EXACT || C::ALLOWS || !bounded();
     if (keys <= 0) return;
@@ -386,9 +409,7 @@ class Attention {
       for (int j = keys; j < KEYS && (j % W != 0 || j == keys); ++j) x[j] = NEVER;
       soften(r, keys, room, state);
     }
-    const int64_t next = k + KEYS;
-    value_block<C>(room.scores, vp, s.v_n, keys, state.out,
-                   next + KEYS <= end ? kp + KEYS * s.k_n : nullptr, s.k_n);
+    value_block<C>(room.scores, vp, s.v_n, keys, state.out, next, s.k_n);
   }
 
   // scores[r] become weights relative to the row's new maximum.

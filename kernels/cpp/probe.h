@@ -5,20 +5,22 @@
 
 namespace dspark {
 
-// The sum of n floats, only so that they are read.
+// The sum of n floats, only so that they are read: each thread reads several streams side by side,
+// which is what memory is fastest at.
 inline void probe_read(Team team, const float* x, float* out, int64_t n) {
-  constexpr int W = Vec::W;
-  const auto [first, last] = team.share(n, 8 * W);
-  Vec a[8];
+  constexpr int W = Vec::W, STREAMS = 8, LINES = 2;
+  const auto [first, last] = team.share(n, 16 * LINES * STREAMS);
+  const int64_t each = (last - first) / STREAMS / (16 * LINES) * (16 * LINES);
+  Vec a[STREAMS];
   for (auto& v : a) v = zero();
-  int64_t i = first;
-  for (; i + 8 * W <= last; i += 8 * W)
-    for (int j = 0; j < 8; ++j) {
-      if (j * W % 16 == 0) __builtin_prefetch(x + i + j * W + 1024, 0, 3);
-      a[j] = a[j] + load(x + i + j * W);
+  for (int64_t i = 0; i < each; i += 16 * LINES)
+    for (int s = 0; s < STREAMS; ++s) {
+      const float* from = x + first + s * each + i;
+      for (int line = 0; line < LINES; ++line) __builtin_prefetch(from + 16 * line + 256, 0, 3);
+      for (int j = 0; j < 16 * LINES; j += W) a[s] = a[s] + load(from + j);
     }
   float total = 0;
-  for (; i < last; ++i) total += x[i];
+  for (int64_t i = first + STREAMS * each; i < last; ++i) total += x[i];
   for (auto& v : a) total += sum(v);
   // Never true of what the probe is given; keeps the loop.
   if (total == -1.0f) *out = total;

@@ -1,15 +1,16 @@
 // Skinny matrix products: y[M, N] = x[M, K] W[N, K]^T for M = 1 ... 16, W row-major as it lies.
 //
 // The weights are read once, from memory, and everything else follows from that. A thread takes a
-// contiguous share of W's rows in blocks of 32. In a block each tile of a few rows runs over K in
-// registers; x stays in cache as a packed copy. Three forms of the inner loop:
+// contiguous share of W's rows, and reads it as several streams or, for tiles, in blocks of 32 rows;
+// a few rows at a time run over K in registers. x stays in cache as a packed copy. Three forms of
+// the inner loop:
 //
 //   Fused    float lanes: W and x widened to float                    any type, any CPU
 //   Dot      dpbf16ps: 32 products an instruction                     bf16, AVX-512-BF16, M < 5
 //   Tiles    tdpbf16ps: W's rows as the left tile, x as the right     bf16, AMX, M >= 5
 //
 // A software prefetch runs 2 KiB ahead in each row and, at a row's end, on into the next tile:
-// the hardware's own stops at every page, and with K = 1024 a row is over in 2 KiB.
+// the hardware's own stops at every page.
 #pragma once
 #include <type_traits>
 
@@ -81,11 +82,11 @@ void pack(const T* x, int64_t ldx, int64_t K, int64_t first, int64_t last,
   }
 }
 
-// The products of R rows of W with MT rows of x; result r, m goes to out[m * BLOCK + r].
-// `next` is where the tile read after this one starts, in elements from this one.
+// The products of R rows of W with MT rows of x; result r, m goes to out[r][m * BLOCK].
+// The prefetch runs AHEAD in each row, and from a row's end on into the one `next` elements on.
 template <class T, int R, int MT, Form FORM>
-inline void tile(const T* w, int64_t ldw, int64_t next, const void* packed, int64_t ldx, int64_t K,
-                 float* out) {
+inline void tile(const T* const (&w)[R], int64_t next, const void* packed, int64_t ldx, int64_t K,
+                 float* const (&out)[R]) {
   constexpr int W = Vec::W;
   constexpr int COUNT = (R * MT + W - 1) / W * W;
   constexpr int STEP = FORM == Form::Fused ? W : 32;
@@ -96,13 +97,13 @@ inline void tile(const T* w, int64_t ldw, int64_t next, const void* packed, int6
     for (int64_t k = from; k < to; k += STEP) {
       const bool whole = k + STEP <= K;
       if (LINE == STEP || k % LINE == 0)
-        for (int r = 0; r < R; ++r) __builtin_prefetch(w + r * ldw + k + ahead, 0, 3);
+        for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + k + ahead, 0, 3);
       if constexpr (FORM == Form::Fused) {
         const float* x = static_cast<const float*>(packed) + k;
         Vec b[MT];
         for (int m = 0; m < MT; ++m) b[m] = load(x + m * ldx);
         for (int r = 0; r < R; ++r) {
-          const Vec c = whole ? load(w + r * ldw + k) : load(w + r * ldw + k, int(K - k));
+          const Vec c = whole ? load(w[r] + k) : load(w[r] + k, int(K - k));
           for (int m = 0; m < MT; ++m) a[r * MT + m] = fma(c, b[m], a[r * MT + m]);
         }
       } else {
@@ -112,8 +113,8 @@ inline void tile(const T* w, int64_t ldw, int64_t next, const void* packed, int6
         for (int m = 0; m < MT; ++m) b[m] = (__m512bh)_mm512_loadu_si512(x + m * ldx);
         const __mmask32 lanes = whole ? 0xffffffffu : (1u << (K - k)) - 1;
         for (int r = 0; r < R; ++r) {
-          const __m512bh c = (__m512bh)(whole ? _mm512_loadu_si512(w + r * ldw + k)
-                                              : _mm512_maskz_loadu_epi16(lanes, w + r * ldw + k));
+          const __m512bh c = (__m512bh)(whole ? _mm512_loadu_si512(w[r] + k)
+                                              : _mm512_maskz_loadu_epi16(lanes, w[r] + k));
           for (int m = 0; m < MT; ++m)
             a[r * MT + m].v = _mm512_dpbf16_ps(a[r * MT + m].v, c, b[m]);
         }
@@ -129,20 +130,59 @@ inline void tile(const T* w, int64_t ldw, int64_t next, const void* packed, int6
   float flat[COUNT];
   for (int i = 0; i < COUNT; i += W) store(flat + i, sums(a + i));
   for (int r = 0; r < R; ++r)
-    for (int m = 0; m < MT; ++m) out[m * BLOCK + r] = flat[r * MT + m];
+    for (int m = 0; m < MT; ++m) out[r][m * BLOCK] = flat[r * MT + m];
 }
 
 // All M for R rows, a few at a time; W comes from memory the first time, from cache after.
 template <class T, int R, int M, int MT, Form FORM>
-inline void tiles_of(const T* w, int64_t ldw, int64_t next, const void* packed, int64_t ldx,
-                     int64_t K, float* out) {
+inline void tiles_of(const T* const (&w)[R], int64_t next, const void* packed, int64_t ldx,
+                     int64_t K, float* const (&out)[R]) {
   constexpr int NOW = M < MT ? M : MT;
-  tile<T, R, NOW, FORM>(w, ldw, next, packed, ldx, K, out);
+  tile<T, R, NOW, FORM>(w, next, packed, ldx, K, out);
   if constexpr (M > MT) {
     const size_t element = FORM == Form::Fused ? sizeof(float) : sizeof(bf16);
-    tiles_of<T, R, M - MT, MT, FORM>(w, ldw, next,
-                                     static_cast<const char*>(packed) + element * MT * ldx, ldx, K,
-                                     out + MT * BLOCK);
+    float* below[R];
+    for (int r = 0; r < R; ++r) below[r] = out[r] + MT * BLOCK;
+    tiles_of<T, R, M - MT, MT, FORM>(
+        w, next, static_cast<const char*>(packed) + element * MT * ldx, ldx, K, below);
+  }
+}
+
+// Rows [first, last) of MATS weights as STREAMS runs of rows that are read side by side: memory
+// gives more to several sequential readers than to one, and each stays sequential to its end.
+template <class T, int M, int MATS, Form FORM, class Done>
+inline void streams(int64_t first, int64_t last, const T* const (&w)[MATS], int64_t ldw, int64_t K,
+                    const void* packed, int64_t ldx, Done&& done) {
+  // Accumulators: 16 of AVX-512's 32 registers, 8 of the 16 elsewhere.
+  constexpr bool WIDE = Vec::W == 16;
+  constexpr int MT = WIDE ? (M < 4 ? M : 4) : (M < 2 ? M : 2);
+  constexpr int R = WIDE && M <= 2 ? 8 : 4;
+  constexpr int STREAMS = R / MATS, STRIP = 16;
+  alignas(64) float results[STREAMS][MATS][M][BLOCK];
+  const int64_t each = (last - first + STREAMS - 1) / STREAMS;
+  for (int64_t from = 0; from < each; from += STRIP) {
+    const int strip = int(std::min<int64_t>(STRIP, each - from));
+    for (int j = 0; j < strip; ++j) {
+      const T* rows[R];
+      float* out[R];
+      for (int s = 0; s < STREAMS; ++s) {
+        // The last stream may be shorter; what it reads again is not used.
+        const int64_t n = std::min(first + s * each + from + j, last - 1);
+        for (int i = 0; i < MATS; ++i) {
+          rows[s * MATS + i] = w[i] + n * ldw;
+          out[s * MATS + i] = &results[s][i][0][j];
+        }
+      }
+      const T* const(&read)[R] = rows;
+      float* const(&written)[R] = out;
+      tiles_of<T, R, M, MT, FORM>(read, ldw, packed, ldx, K, written);
+    }
+    for (int s = 0; s < STREAMS; ++s) {
+      const int64_t n = first + s * each + from;
+      const int64_t end = std::min(first + (s + 1) * each, last);
+      const int count = int(std::min<int64_t>(strip, end - n));
+      if (count > 0) done(n, count, results[s]);
+    }
   }
 }
 
@@ -225,14 +265,14 @@ void product(int64_t first, int64_t last, const T* const (&w)[MATS], int64_t ldw
              Done&& done) {
   using P = Packed<T, M>;
   if (first >= last) return;
-  alignas(64) float results[MATS][M][BLOCK];
+  if constexpr (P::FORM != Form::Tiles) {
+    streams<T, M, MATS, P::FORM>(first, last, w, ldw, K, packed, ldx, done);
+  } else {
 #if defined(DSPARK_TILES)
-  if constexpr (P::FORM == Form::Tiles) configure_tiles<M>();
-#endif
-  for (int64_t n = first; n < last; n += BLOCK) {
-    const int count = int(std::min<int64_t>(BLOCK, last - n));
-    if constexpr (P::FORM == Form::Tiles) {
-#if defined(DSPARK_TILES)
+    alignas(64) float results[MATS][M][BLOCK];
+    configure_tiles<M>();
+    for (int64_t n = first; n < last; n += BLOCK) {
+      const int count = int(std::min<int64_t>(BLOCK, last - n));
       if constexpr (MATS == 1) {
         const bf16* wa = w[0] + n * ldw;
         tile_pair<M>(wa, std::min(count, 16), wa + 16 * ldw, std::max(count - 16, 0), ldw,
@@ -244,26 +284,11 @@ void product(int64_t first, int64_t last, const T* const (&w)[MATS], int64_t ldw
                        std::min(count - r, 16), ldw, 16 * ldw, packed, K, &results[0][0][r],
                        &results[1][0][r]);
       }
-#endif
-    } else {
-      // Accumulators: 16 of AVX-512's 32 registers, 8 of the 16 elsewhere.
-      constexpr int MT = Vec::W == 16 ? (M < 4 ? M : 4) : (M < 2 ? M : 2);
-      constexpr int R = 4;
-      int r = 0;
-      for (; r + R <= count; r += R)
-        for (int i = 0; i < MATS; ++i)
-          tiles_of<T, R, M, MT, P::FORM>(w[i] + (n + r) * ldw, ldw, R * ldw, packed, ldx, K,
-                                         &results[i][0][r]);
-      for (; r < count; ++r)
-        for (int i = 0; i < MATS; ++i)
-          tiles_of<T, 1, M, MT, P::FORM>(w[i] + (n + r) * ldw, ldw, ldw, packed, ldx, K,
-                                         &results[i][0][r]);
+      done(n, count, results);
     }
-    done(n, count, results);
-  }
-#if defined(DSPARK_TILES)
-  if constexpr (P::FORM == Form::Tiles) _tile_release();
+    _tile_release();
 #endif
+  }
 }
 
 }  // namespace dspark
