@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks._gpu_timing import Bench, Call, Skip, describe, memory
+from benchmarks._gpu_timing import Bench, Call, Skip, describe, memory, relative
 
 CONTEXT, CAPACITY, STEPS = 1024, 1280, 20
 
@@ -135,12 +135,13 @@ def decode(bench: Bench, name: str, batch: int, layers: int) -> Iterator[dict[st
         cache = filled_cache(model, batch, bench)
         ids = torch.randint(0, 97, (batch, 1), device=bench.device)
         runs: dict[str, Call] = {}
+        exact: torch.Tensor | None = None
         for contender, run in contenders(model, bench).items():
             if bench.left < 15 and runs:
                 yield {**what, "contender": contender, "skipped": "no time left to compile"}
                 continue
 
-            def steps(run: Call = run, count: int = 2 if bench.smoke else STEPS) -> None:
+            def steps(run: Call = run, count: int = 1 if bench.smoke else STEPS) -> None:
                 rewind(cache, context)
                 for _ in range(count):
                     torch.compiler.cudagraph_mark_step_begin()
@@ -150,20 +151,25 @@ def decode(bench: Bench, name: str, batch: int, layers: int) -> Iterator[dict[st
             try:
                 # No reset: the contenders in front stay compiled, to be run in turns.
                 torch._dynamo.utils.counters.clear()
-                steps(count=3)
+                steps(count=1 if bench.smoke else 3)
                 _synchronise(bench)
                 compiled = time.perf_counter() - start
-                row = {"compile_and_3_steps_s": compiled, **kernels(steps, bench)}
+                row = {"first_steps_s": compiled, **kernels(steps, bench)}
                 row |= {"wall": bench.turns({contender: steps}, rounds=3)[contender]}
                 row |= facts(contender)
+                rewind(cache, context)
+                torch.compiler.cudagraph_mark_step_begin()
+                logits = run(ids, past_key_values=cache).logits.clone()
+                exact = logits if exact is None else exact
+                row["difference_to_eager"] = relative(logits, exact)
             except Exception as error:
                 yield {**what, "contender": contender, "failed": describe(error)}
                 continue
             runs[contender] = steps
             yield {**what, "contender": contender, "alone": True, **row}
-            if len(runs) > 1:
+            if len(runs) > (2 if bench.smoke else 1):
                 # Again with every newcomer: the next one's compilation may not end in time.
-                count = 2 if bench.smoke else STEPS
+                count = 1 if bench.smoke else STEPS
                 times = _per_step(bench.turns(runs, rounds=7), count)
                 yield {**what, "in_turns": True, "steps": count, "step_s": times}
 

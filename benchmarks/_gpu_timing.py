@@ -71,10 +71,17 @@ class Bench:
         count = max(1, math.ceil(512 * 2**20 / nbytes))
         return max(1, min(count, 128, int(0.8 * free / nbytes)))
 
-    def measure(self, contenders: dict[str, Call], operands: Sequence[Any]) -> dict[str, Any]:
+    def measure(
+        self,
+        contenders: dict[str, Call],
+        operands: Sequence[Any],
+        reference: torch.Tensor | None = None,
+    ) -> dict[str, Any]:
         """Times of every contender over ``operands``, and why some have none.
 
-        A contender is a function of one operand.
+        A contender is a function of one operand. ``difference`` is the largest one of its first
+        result from ``reference`` (default: the first contender's that is not ours), over the
+        largest magnitude there.
         """
         graphs: dict[str, Call] = {}
         failed: dict[str, str] = {}
@@ -85,11 +92,17 @@ class Bench:
                 failed[name] = describe(error)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
+        difference: dict[str, float] = {}
+        for name in sorted(graphs, key=lambda name: name.startswith("dspark")):
+            result = contenders[name](operands[0])
+            reference = result if reference is None else reference
+            difference[name] = relative(result, reference)
         times = self.turns(graphs)
         for t in times.values():
             for key in ("median_s", "min_s", "max_s"):
                 t[key] /= len(operands)
-        return {"times": times, **({"failed": failed} if failed else {})}
+        row = {"times": times, "difference": difference}
+        return {**row, **({"failed": failed} if failed else {})}
 
     def graph(self, call: Call, operands: Sequence[Any]) -> Call:
         """One function that makes all the calls: a captured graph where there is a GPU."""
@@ -138,6 +151,12 @@ class Bench:
         after.record()
         after.synchronize()
         return before.elapsed_time(after) * 1e-3
+
+
+def relative(result: torch.Tensor, reference: torch.Tensor) -> float:
+    """The largest difference over the largest magnitude of the reference."""
+    scale = reference.float().abs().max().clamp(min=1e-30)
+    return ((result.float() - reference.float()).abs().max() / scale).item()
 
 
 def describe(error: BaseException) -> str:

@@ -41,8 +41,11 @@ def test_smoke(tmp_path: Path) -> None:
         assert "skipped" not in section, section
         for row in section["rows"]:
             assert "failed" not in row, row
+            for name, difference in row.get("difference", {}).items():
+                assert difference < (3e-2 if "int8" in name else 1e-4), row
+            assert row.get("difference_to_eager", 0.0) < 1e-4, row
     product = sections["products"]["rows"][0]
-    assert set(product["times"]) == {"dspark", "cublas"}
+    assert set(product["times"]) == {"dspark", "dspark no pdl", "cublas"}
     assert product["speedup"]["dspark"] > 0
     assert product["of_roofline"]["dspark"] > 0
     last = sections["decode llama-1b 2"]["rows"][-1]

@@ -9,6 +9,7 @@ front, an activation, a second weight as in a gated MLP, a residual behind.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,6 +92,7 @@ def plan(
     sizes: Sequence[int] = (),
     target: Target | None = None,
     tiles: Tiles | None = None,
+    pdl: bool | None = None,
 ) -> Plan:
     """What to launch for ``act(z @ weight^T + bias) * (z @ up^T + up_bias) + residual``.
 
@@ -103,6 +105,8 @@ def plan(
         compute_fp32: whether activation and gating are rounded to float32, not to x's dtype.
         sizes: widths of the outputs that the columns go to, at most four; default one output.
         tiles: default the measured choice, or else the model's.
+        pdl: programmatic dependent launch; default where the target has it, unless
+            ``DSPARK_PDL=0``.
 
     Returns:
         The plan; its outputs are contiguous ``[..., n]``, in x's dtype.
@@ -122,7 +126,7 @@ def plan(
             return plan(
                 x, weight, bias, up=up, up_bias=up_bias, activation=activation,
                 compute_fp32=compute_fp32, norm=norm, residual=residual, sizes=sizes,
-                target=target, tiles=tiles,
+                target=target, tiles=tiles, pdl=pdl,
             )  # fmt: skip
 
         tiles = tune.pick(
@@ -137,7 +141,10 @@ def plan(
     block_m = shape.m
     steps = cdiv(cdiv(features, tiles.k), tiles.splits)
     splits = cdiv(features, steps * tiles.k)
-    dtype, pdl = TL_DTYPE[x.dtype], pdl_ready(target)
+    dtype = TL_DTYPE[x.dtype]
+    if pdl is None:
+        pdl = os.environ.get("DSPARK_PDL", "1") != "0"
+    pdl = pdl and pdl_ready(target)
     compute = torch.float32 if compute_fp32 else x.dtype
     ends = [sum(sizes[: i + 1]) for i in range(MAX_PARTS - 1)]
     part = None
