@@ -146,7 +146,7 @@ def good(entry: dict[str, Any]) -> bool:
 
 def document(results: dict[str, Any]) -> None:
     """Write docs/zoo.md."""
-    from zoo.gaps import KNOWN_GAPS
+    from zoo.gaps import GUARDED_BY_TRACING, KNOWN_GAPS
 
     runs = results["runs"]
     ours = runs.get("dspark-eager/float32", {})
@@ -201,6 +201,8 @@ def document(results: dict[str, Any]) -> None:
             for (other, condition, line), count in reasons(ours[family]).items():
                 if other == kind:
                     lines.append(f"    - {count} × {condition} (`{line}`)")
+    lines += ["", "## Compared with AOTAutograd, not Dynamo alone", ""]
+    lines += [f"- {family}: {why}" for family, why in GUARDED_BY_TRACING.items()]
     lines += ["", "## What eager mode cannot do", ""]
     for family in sorted(ours):
         for mode, entry in ours[family].get("modes", {}).items():

@@ -1,4 +1,5 @@
-"""Where fewer than 95 % of a family's sites are raised, and why."""
+"""Where fewer than 95 % of a family's sites are raised, or more graphs are made than Dynamo alone
+makes, and why."""
 
 from __future__ import annotations
 
@@ -25,3 +26,12 @@ KNOWN_GAPS: dict[tuple[str, str], str] = {
     ("zaya", "norm"): "the q/k norm clamps the root of the squares, in place of an eps under it",
 }
 """(family, kind) -> reason. An entry that is no longer needed fails the test that would use it."""
+
+GUARDED_BY_TRACING: dict[str, str] = {
+    "jetmoe": (
+        "sizes of the experts' batches are Python ints between graphs; index_add and views of such "
+        "sizes guard on them when they are traced to ATen"
+    ),
+}
+"""family -> why tracing to ATen adds guards. Its graphs are compared with those of AOTAutograd
+(``backend="aot_eager"``), which adds the same ones, in place of Dynamo alone."""

@@ -32,6 +32,7 @@ import transformers
 from transformers import DynamicCache, StaticCache
 
 from . import families
+from .gaps import GUARDED_BY_TRACING
 from .sites import KINDS, counting
 
 MODES = ("prefill", "static", "dynamic")
@@ -303,13 +304,17 @@ def keep_counts() -> None:
 
 
 def reference_counts(family: str, mode: str, entry: Result, dtype: Any) -> list[int]:
-    """Graphs, recompiles and breaks of Dynamo alone; those of ``entry`` if there are no fewer."""
+    """Graphs, recompiles and breaks of Dynamo alone; those of ``entry`` if there are no fewer.
+
+    Of AOTAutograd where tracing itself is known to add guards.
+    """
     mine = [entry[name] for name in COUNTS]
     if mine == [1, 0, 0]:
         return mine
     kept = kept_counts().get(family, {}).get(mode)
     if kept is None:
-        result = run_guarded(family, 300, backend="eager", modes=(mode,), dtype=dtype)
+        backend = "aot_eager" if family in GUARDED_BY_TRACING else "eager"
+        result = run_guarded(family, 300, backend=backend, modes=(mode,), dtype=dtype)
         other = result.get("modes", {}).get(mode, {})
         if other.get("status") != "ran":
             return mine
