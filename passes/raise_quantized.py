@@ -8,8 +8,8 @@
 
 ``q`` is an int8 matrix ``[N, K]``; scale and zero point are inputs of the graph with one value for
 each row or for each group of a row. Casts of scales between floating types are dropped: the dialect
-rounds at most as often as eager code. Views of views are joined afterwards, since torchao leaves
-several behind a product and the passes that follow look for one.
+rounds at most as often as eager code. torchao leaves views behind a product that flatten it and
+restore it; they go, since the passes that follow look for the product itself.
 
 Worth nothing by itself: `raise_mlp` sees ordinary linears, and `fuse_dequantize_weight` then joins
 weights and products so that only the numbers are read.
@@ -130,7 +130,7 @@ class RaiseQuantized(Pass):
     def run(self, graph: fx.Graph, ctx: PassContext) -> Any:
         record = super().run(graph, ctx)
         if record.rewritten:
-            join_views(graph)
+            drop_round_trips(graph)
             graph.eliminate_dead_code()
         return record
 
@@ -279,15 +279,15 @@ def _leads(node: Any, product: fx.Node) -> bool:
     return node is product
 
 
-def join_views(graph: fx.Graph) -> None:
-    """A view of a view becomes one view of what is below; one that changes nothing goes."""
+def drop_round_trips(graph: fx.Graph) -> None:
+    """Views that lead back to the shape of a value they began with become that value."""
     for node in list(graph.nodes):
-        if not is_op(node, *VIEWS):
-            continue
-        while is_op(node.args[0], *VIEWS):
-            node.update_arg(0, node.args[0].args[0])
-        if same_shape(shape(node), shape(node.args[0])) and not _returned(node):
-            node.replace_all_uses_with(node.args[0])
+        below = node
+        while is_op(below, *VIEWS):
+            below = below.args[0]
+            if same_shape(shape(node), shape(below)) and not _returned(node):
+                node.replace_all_uses_with(below)
+                break
 
 
 def _returned(node: fx.Node) -> bool:

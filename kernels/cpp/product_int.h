@@ -108,7 +108,8 @@ class IntStaged {
         to[k / 2 * (2 * M) + 2 * m + k % 2] = k < K ? row[k] : bf16{0};
     } else {
       for (int64_t k = first; k < last; k += Vec::W)
-        store(to + m * ldx + k, k < K ? load(row + k, int(std::min<int64_t>(Vec::W, K - k))) : zero());
+        store(to + m * ldx + k,
+              k < K ? load(row + k, int(std::min<int64_t>(Vec::W, K - k))) : zero());
     }
   }
 };
