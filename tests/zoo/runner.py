@@ -249,12 +249,16 @@ def site_summary(report: Any) -> Result:
         }
         for r in report.rejections
     ]
-    fallbacks = sorted({f"{f.where}: {f.reason}"[:300] for f in report.fallbacks})
+    # A graph that was handed on unchanged is a failure; an op that a kernel does not take, for
+    # its sizes or dtype, runs as ATen.
+    whole = {f.reason[:300] for f in report.fallbacks if f.where == "graph"}
+    single = {f"{f.where}: {f.reason}"[:300] for f in report.fallbacks if f.where != "graph"}
     return {
         "raised": dict(raised),
         "rejected": dict(rejected),
         "rejections": rejections,
-        "fallbacks": fallbacks,
+        "fallbacks": sorted(whole),
+        "plain_ops": sorted(single),
     }
 
 
