@@ -25,13 +25,11 @@ from dspark_compile.codegen.cpp.program import NativeProgram, PlanError, Program
 from dspark_compile.passes.base import PassContext
 from dspark_compile.passes.graph import is_dialect_op
 
-_PRODUCTS = ("linear", "merged_linear", "mlp", "gated_mlp", "gated_mlp_merged")
-
 
 def why_not(module: fx.GraphModule) -> str | None:
     """What keeps the graph from being one native call; None if nothing does."""
     calls = [n for n in module.graph.nodes if n.op == "call_function"]
-    if not any(is_dialect_op(n, *_PRODUCTS) for n in calls):
+    if not any(is_dialect_op(n, *plan.PRODUCTS) for n in calls):
         return "it has no linear layer"
     for node in module.graph.nodes:
         if node.op in ("placeholder", "output"):

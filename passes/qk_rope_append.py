@@ -47,7 +47,6 @@ from dspark_compile.passes.graph import (
     val,
 )
 
-
 # The implementations that are one kernel.
 _FUSED = ("triton", "cpp")
 

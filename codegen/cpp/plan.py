@@ -27,6 +27,7 @@ from dspark_compile.kernels.cpp import attention as attention_kernels
 from dspark_compile.kernels.cpp import cache as cache_kernels
 from dspark_compile.kernels.cpp import linear as linear_kernels
 from dspark_compile.kernels.cpp import norm as norm_kernels
+from dspark_compile.kernels.cpp import quantized as quantized_kernels
 from dspark_compile.kernels.cpp import rope as rope_kernels
 from dspark_compile.kernels.cpp._launch import Call
 from dspark_compile.passes.graph import argument, aten, is_dialect_op, is_op
@@ -47,6 +48,8 @@ _OTHERS = (
     "rope", "cache_append_", "cache_append_int8_", "qk_norm_rope_append_",
     "qk_norm_rope_append_int8_", "attention", "attention_int8",
 )  # fmt: skip
+QUANTIZED = ("linear_int8", "linear_int4", "gated_mlp_int8", "gated_mlp_int4")
+PRODUCTS = (*_LINEARS, *_MLPS, *QUANTIZED)
 
 
 def reason(node: fx.Node) -> str | None:
@@ -57,7 +60,7 @@ def reason(node: fx.Node) -> str | None:
         return None
     if is_dialect_op(node):
         name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
-        if name not in (*_LINEARS, *_MLPS, *_NORMS, *_OTHERS):
+        if name not in (*PRODUCTS, *_NORMS, *_OTHERS):
             return f"{name} has no stage"
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         with emit.deferred():
@@ -198,6 +201,8 @@ class Planner:
             if node in self.done:
                 continue
             name = _name(node)
+            if name:
+                self._check(node)
             if name in _LINEARS:
                 self._linears(node)
             elif name in _MLPS:
@@ -225,6 +230,18 @@ class Planner:
             raise PlanError(f"{x.name} is read and was not computed")
         return self.values[x]
 
+    def _check(self, node: fx.Node) -> None:
+        """`reason` went by the graph's strides; here are the real ones.
+
+        A norm that was taken in has no value: its product reads rows, which are made to fit.
+        """
+        known = lambda x: self.values.get(x, x.meta["val"])  # noqa: E731
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), known)
+        with emit.deferred():
+            why = cpp.supports(_name(node), *args, **kwargs)
+        if why is not None:
+            raise PlanError(f"{node.name}: {why}")
+
     def add(self, call: Call, name: str) -> None:
         """A stage, behind the loops that are pending."""
         self.flush()
@@ -245,7 +262,7 @@ class Planner:
         if is_op(node, aten.copy_.default):
             out = self.get(node.args[0])
         else:
-            out = value.new_empty(value.shape)
+            out = _like(value)
         large = out.numel() > glue.SMALL
         if self._glue is not None and (large or self._glue.elements > glue.SMALL):
             self.flush()
@@ -361,6 +378,7 @@ class Planner:
         lead = x.meta["val"].shape[:-1]
         parts: list[tuple[Tensor, Tensor | None, Tensor]] = []
         for user in group:
+            self._check(user)
             weight = self.get(user.args[1])
             bias = self.contiguous(self.get(argument(user, 2, "bias")), user.name)
             if _name(user) == "merged_linear":
@@ -430,7 +448,12 @@ class Planner:
     def _other(self, node: fx.Node, name: str) -> None:
         args = fx.node.map_arg(node.args, self.get)
         kwargs = dict(node.kwargs)
-        if name == "rope":
+        if name in QUANTIZED:
+            x = args[0]
+            rows = self.rows(x, node.name).reshape(x.shape)
+            flat = [self.contiguous(a, node.name) for a in args[1:]]
+            call, self.values[node] = quantized_kernels.call_of(name, (rows, *flat))
+        elif name == "rope":
             made = rope_kernels.rope_call(*args, **kwargs)
             if made is None:
                 raise PlanError(f"{node.name}: its rows have too many strides")
@@ -444,6 +467,16 @@ class Planner:
         else:
             call, self.values[node] = attention_kernels.call_of(name, args, kwargs)
         self.add(call, node.name)
+
+
+def _like(value: Tensor) -> Tensor:
+    """Memory with the strides of ``value``, if each of its elements has a place of its own."""
+    size = 1
+    for stride, length in sorted(zip(value.stride(), value.shape)):
+        if length != 1 and stride != size:
+            return value.new_empty(value.shape)
+        size *= length
+    return value.new_empty_strided(value.shape, value.stride())
 
 
 def _early_first(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> list[fx.Node]:

@@ -201,8 +201,8 @@ extern "C" __attribute__((visibility("default"))) int dspark_program(
     block[fixes[i].where] = bases[fixes[i].which] + fixes[i].offset;
   const Stage* table = (const Stage*)block;
   if (spent != nullptr)
-    return time_program(table, stages, (char*)memory, int(threads), ahead, spent);
-  return run_program(table, stages, (char*)memory, int(threads), ahead);
+    return run_program<true>(table, stages, (char*)memory, int(threads), ahead, spent);
+  return run_program<false>(table, stages, (char*)memory, int(threads), ahead, nullptr);
 }
 """
 

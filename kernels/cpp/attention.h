@@ -12,6 +12,7 @@
 
 #include "parallel.h"
 #include "predicate.h"
+#include "tiles.h"
 #include "vec.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
@@ -58,6 +59,15 @@ struct Config {
 #else
   static constexpr bool DOT = false;
 #endif
+#if defined(DSPARK_TILES)
+  // For fewer rows vectors do as well: memory is the limit.
+  static constexpr bool TILES = R >= 4 && std::is_same<Q, bf16>::value && D % 32 == 0 &&
+                                DV % 32 == 0 &&
+                                (DOT || std::is_same<K, int8_t>::value);
+#else
+  static constexpr bool TILES = false;
+#endif
+  static constexpr int RP = TILES ? (R + 15) / 16 * 16 : R;  // rows of sums, padded for tiles
   static constexpr int STEP = DOT ? 32 : Vec::W;
   static constexpr int DP = (D + STEP - 1) / STEP * STEP;
   static constexpr int DVP = (DV + Vec::W - 1) / Vec::W * Vec::W;
@@ -82,7 +92,7 @@ template <class C>
 struct alignas(64) State {
   float top[(C::R + 15) / 16 * 16];
   float total[(C::R + 15) / 16 * 16];
-  float out[C::R][C::DVP];
+  float out[C::RP][C::DVP];
 
   void clear() {
     for (int r = 0; r < C::R; ++r) top[r] = NEVER, total[r] = 0;
@@ -102,9 +112,18 @@ struct alignas(64) State {
   }
 };
 
+#if defined(DSPARK_TILES)
+template <class C>
+using Tiled = typename std::conditional<C::TILES, TileRoom<C::R, C::D, C::DV, KEYS>, None>::type;
+#else
+template <class C>
+using Tiled = None;
+#endif
+
 // What a thread works with in one unit.
 template <class C>
 struct alignas(64) Room {
+  Tiled<C> tiled;
   State<C> state;
   State<C> slot[2];  // pieces of units: [0] one that another thread began, [1] one begun here
   typename C::Staged q[C::R][C::DP];
@@ -247,6 +266,9 @@ class Attention {
   void run(Team team, char* memory) {
     Room<C>* rooms = reinterpret_cast<Room<C>*>(memory);
     Room<C>& room = rooms[team.thread];
+#if defined(DSPARK_TILES)
+    if constexpr (C::TILES) configure_square_tiles();
+#endif
     const int64_t units = s.batch * s.kv_heads;
     int64_t blocks = 0;
     for (int64_t u = 0; u < units; ++u) blocks += range(u).blocks();
@@ -276,6 +298,9 @@ class Attention {
       }
       at += keys.blocks();
     }
+#if defined(DSPARK_TILES)
+    if constexpr (C::TILES) _tile_release();
+#endif
     team.barrier();
     if (begun < 0) return;
     // The pieces that follow lie with the next threads, up to the unit's end.
@@ -301,6 +326,13 @@ class Attention {
   const Shape& s;
   const Mask& mask;
 
+  // Where column d of the values lies in the sums.
+  static int place([[maybe_unused]] int d) {
+#if defined(DSPARK_TILES)
+    if constexpr (C::TILES) return column(d);
+#endif
+    return d;
+  }
   bool bounded() const { return !C::ADD || t.absorbing; }
   int64_t batch(int64_t u) const { return u / s.kv_heads; }
   int64_t head(int64_t u, int r) const { return u % s.kv_heads * G + r / M; }
@@ -330,6 +362,15 @@ class Attention {
   const K* values_of(int64_t u) const { return t.v + batch(u) * s.v_b + u % s.kv_heads * s.v_h; }
 
   void stage(int64_t u, Room<C>& room) const {
+    if constexpr (C::TILES) {
+      std::memset(room.tiled.q, 0, sizeof(room.tiled.q));
+      std::memset(room.tiled.p, 0, sizeof(room.tiled.p));
+      for (int r = 0; r < R; ++r) {
+        const Q* from = query(u, r);
+        for (int d = 0; d < C::D; ++d) room.tiled.q[r / 16][d / 2][r % 16][d % 2] = from[d];
+      }
+      return;
+    }
     for (int r = 0; r < R; ++r) {
       const Q* from = query(u, r);
       for (int d = 0; d < C::DP; ++d) {
@@ -379,7 +420,13 @@ class Attention {
     if (tested && !test(u, k, keys, room) && bounded()) return;
     const K* kp = keys_of(u) + k * s.k_n;
     const K* vp = values_of(u) + k * s.v_n;
-    score_block<C>(room, kp, s.k_n, keys, room.scores, vp, s.v_n);
+    if constexpr (C::TILES) {
+#if defined(DSPARK_TILES)
+      tile_scores<K>(room.tiled, kp, s.k_n, keys, room.scores, vp, s.v_n);
+#endif
+    } else {
+      score_block<C>(room, kp, s.k_n, keys, room.scores, vp, s.v_n);
+    }
     if constexpr (C::SCALED) {
       const int64_t b = batch(u), h = u % s.kv_heads;
       for (int j = 0; j < keys; ++j) {
@@ -409,7 +456,15 @@ class Attention {
       for (int j = keys; j < KEYS && (j % W != 0 || j == keys); ++j) x[j] = NEVER;
       soften(r, keys, room, state);
     }
-    value_block<C>(room.scores, vp, s.v_n, keys, state.out, next, s.k_n);
+    if constexpr (C::TILES) {
+#if defined(DSPARK_TILES)
+      for (int r = 0; r < R; ++r)
+        for (int j = keys; j % 16 != 0; ++j) room.scores[r][j] = 0;
+      tile_values<K>(room.tiled, room.scores, vp, s.v_n, keys, state.out, next, s.k_n);
+#endif
+    } else {
+      value_block<C>(room.scores, vp, s.v_n, keys, state.out, next, s.k_n);
+    }
   }
 
   // scores[r] become weights relative to the row's new maximum.
@@ -456,8 +511,15 @@ class Attention {
       const Vec by = all(total == 0 ? 0 : shrink / total);
       const int64_t heads = s.kv_heads * G;
       Q* out = t.out + ((batch(u) * M + r % M) * heads + head(u, r)) * C::DV;
-      for (int d = 0; d < C::DV; d += Vec::W)
-        store(out + d, load(state.out[r] + d) * by, C::DV - d);
+      const float* from = state.out[r];
+#if defined(DSPARK_TILES)
+      float ordered[C::DVP];
+      if constexpr (C::TILES) {
+        for (int d = 0; d < C::DV; ++d) ordered[d] = from[column(d)];
+        from = ordered;
+      }
+#endif
+      for (int d = 0; d < C::DV; d += Vec::W) store(out + d, load(from + d) * by, C::DV - d);
     }
   }
 
@@ -484,7 +546,7 @@ class Attention {
       soften(r, keys, room, state);
       for (int j = 0; j < keys; ++j) {
         const K* vp = values_of(u) + (k + j) * s.v_n;
-        for (int d = 0; d < C::DV; ++d) state.out[r][d] += room.scores[r][j] * to_float(vp[d]);
+        for (int d = 0; d < C::DV; ++d) state.out[r][place(d)] += room.scores[r][j] * to_float(vp[d]);
       }
     }
   }

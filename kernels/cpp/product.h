@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "parallel.h"
+#include "tiles.h"
 #include "vec.h"
 
 namespace dspark {
@@ -22,9 +23,6 @@ namespace dspark {
 constexpr int BLOCK = 32;  // rows of W whose results are finished together
 constexpr int AHEAD = 2048;  // bytes
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
-#define DSPARK_TILES 1
-#endif
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 #define DSPARK_DOT 1
 #endif

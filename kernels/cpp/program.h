@@ -4,6 +4,8 @@
 // a thread waits there it asks for the beginning of its share of the weights that come next, so that
 // memory is never idle: the step reads one long stream.
 #pragma once
+#include <ctime>
+
 #include "parallel.h"
 
 namespace dspark {
@@ -34,41 +36,34 @@ inline void fetch_ahead(Team team, const Stage& stage, int64_t bytes) {
   }
 }
 
-// Returns the first status that is not 0; what comes behind the stage that gave it is not run.
-inline int run_program(const Stage* stages, int64_t count, char* memory, int threads,
-                       int64_t ahead_bytes) {
-  std::atomic<int> status{0};
-  parallel(threads, [&](Team team) {
-    for (int64_t i = 0; i < count; ++i) {
-      const int mine = stages[i].run(&team, stages[i].arguments, memory);
-      if (mine != 0) status.store(mine, std::memory_order_relaxed);
-      fetch_ahead(team, stages[i], ahead_bytes);
-      team.barrier();
-      if (status.load(std::memory_order_relaxed) != 0) return;
-    }
-  });
-  return status.load();
-}
-
-// Measures: the nanoseconds that thread 0 spends in each stage, with the wait for the others.
+// Measures: the time in nanoseconds.
 inline int64_t now() {
   timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
 }
 
-inline int time_program(const Stage* stages, int64_t count, char* memory, int threads,
-                        int64_t ahead_bytes, int64_t* spent) {
+// Returns the first status that is not 0; what comes behind the stage that gave it is not run.
+// With TIMED, spent[i] gains the nanoseconds that thread 0 spends in stage i, waiting included.
+template <bool TIMED>
+inline int run_program(const Stage* stages, int64_t count, char* memory, int threads,
+                       int64_t ahead_bytes, int64_t* spent) {
   std::atomic<int> status{0};
+  // The stage that failed: a thread may see it while it still leaves the stage before, and must
+  // then go on to where the others will wait for it.
+  std::atomic<int64_t> failed{count};
   parallel(threads, [&](Team team) {
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t start = now();
+      const int64_t start = TIMED ? now() : 0;
       const int mine = stages[i].run(&team, stages[i].arguments, memory);
-      if (mine != 0) status.store(mine, std::memory_order_relaxed);
+      if (mine != 0) {
+        status.store(mine, std::memory_order_relaxed);
+        failed.store(i, std::memory_order_relaxed);
+      }
       fetch_ahead(team, stages[i], ahead_bytes);
       team.barrier();
-      if (team.thread == 0) spent[i] += now() - start;
-      if (status.load(std::memory_order_relaxed) != 0) return;
+      if (TIMED && team.thread == 0) spent[i] += now() - start;
+      if (failed.load(std::memory_order_relaxed) <= i) return;
     }
   });
   return status.load();

@@ -129,6 +129,32 @@ def test_strided_cache_and_query():
     check("attention", q, k[:, :, ::2], v[:, :, 70:], None, None, [], [])
 
 
+@pytest.mark.parametrize("rows,heads,features", [(5, 4, 64), (16, 4, 32), (8, 10, 96)])
+@pytest.mark.parametrize("int8", [False, True])
+def test_many_rows_in_bfloat16(rows, heads, features, int8):
+    """Enough query rows for a head that matrix tiles are used where the CPU has them."""
+    n, filled = 300, 257
+    q = torch.randn(2, heads, rows, features).bfloat16()
+    k, v = (torch.randn(2, 2, n, features).bfloat16() for _ in range(2))
+    mask = (None, None, [], [filled])
+    attributes = {"scale": 0.2, "mask": "(k <= q + n0) & (k > q + n0 - 200)"}
+    if int8:
+        k8, ks = quantize_kv(k, torch.float32)
+        v8, vs = quantize_kv(v, torch.float32)
+        reason = cpp.supports("attention_int8", q, k8, ks, v8, vs, *mask, **attributes)
+        assert reason is None
+        got = torch.ops.dspark_cpu.attention_int8(q, k8, ks, v8, vs, *mask, **attributes)
+        k, v = k8.double() * ks.double()[..., None], v8.double() * vs.double()[..., None]
+    else:
+        assert cpp.supports("attention", q, k, v, *mask, **attributes) is None
+        got = torch.ops.dspark_cpu.attention(q, k, v, *mask, **attributes)
+    want = OPS["attention"].reference(q.double(), k.double(), v.double(), *mask, **attributes)
+    eager = OPS["attention"].reference(q, k.bfloat16(), v.bfloat16(), *mask, **attributes)
+    scale = want.abs().max()
+    mine, theirs = ((x.double() - want).abs().max() / scale for x in (got, eager))
+    assert mine < 1.2 * theirs + 2e-3
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_work_is_cut_anywhere(threads):
     q, k, v = make(torch.float32, b=1, h=6, hk=3, n=500)

@@ -101,7 +101,7 @@ def test_families(family, rows, batch):
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 8])
 def test_bfloat16_is_no_further_from_float32_than_eager(rows):
-    errors, report = decode("qwen3", dtype=torch.bfloat16, rows=rows, steps=4)
+    errors, report = decode("qwen3", dtype=torch.bfloat16, rows=rows)
     assert report.graphs[0].notes[-1].startswith("one native call")
     mine, eager = (sum(e[i] for e in errors) for i in (0, 1))
     assert mine < 1.3 * eager
@@ -112,6 +112,57 @@ def test_int8_cache():
     errors, report = decode("qwen3", options={"kv_cache": "int8"})
     assert max(mine for mine, _ in errors) < 2e-2
     assert report.graphs[-1].notes[-1].startswith("one native call")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_weights(bits):
+    """torchao's weight-only models decode as one native call too."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model = model_of("llama")
+    if bits == 8:
+        config = quantization.Int8WeightOnlyConfig()
+    else:
+        from torchao.quantization.granularity import PerGroup
+
+        config = quantization.IntxWeightOnlyConfig(torch.int4, granularity=PerGroup(16))
+    # Sizes that are multiples of 32 only: 112 is none.
+    chosen = lambda m, name: isinstance(m, torch.nn.Linear) and "self_attn" in name  # noqa: E731
+    quantization.quantize_(model, config, filter_fn=chosen)
+    compiled = torch.compile(
+        model, backend="dspark", dynamic=False, options={"kernels": "auto", "verify": True}
+    )
+    caches = [tf.StaticCache(model.config, max_cache_len=16) for _ in range(2)]
+    with torch.no_grad():
+        for _ in range(3):
+            ids = torch.randint(3, 199, (2, 1))
+            got, want = (
+                run(ids, past_key_values=cache).logits
+                for run, cache in zip((compiled, model), caches)
+            )
+            assert (got - want).abs().max() < 1e-5 * want.abs().max()
+    # The first graph also makes the cache.
+    notes = state.last_report().graphs[1].notes
+    assert notes[-1].startswith("one native call"), notes
+
+
+def test_a_weight_that_is_cast_and_turned_keeps_its_strides():
+    """The result of a cast has the strides of what was cast; a product reads rows."""
+
+    class Turned(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Buffer(torch.randint(-9, 9, (24, 8), dtype=torch.int8))
+            self.last = torch.nn.Linear(24, 8)
+
+        def forward(self, x):
+            weight = self.weight.T.to(x.dtype).T
+            return self.last(torch.nn.functional.linear(x, weight))
+
+    module, x = Turned().eval(), torch.randn(2, 8)
+    compiled = torch.compile(module, backend="dspark", options={"kernels": "auto"})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), module(x))
 
 
 def test_what_has_no_stage_is_said():
@@ -208,11 +259,14 @@ def test_a_failing_stage_stops_the_program():
     sets = emit.source("sets", "A test.", "parallel.h", ["p x"], "*(float*)x = 1; return 0;")
     program = Program()
     program.add_input(touched, 0)
+    first = emit.source("passes", "A test.", "parallel.h", ["p x"], "return 0;")
+    program.add(Call(first, (touched,), 0, (touched,)), "passes")
     program.add(Call(fails, (touched,), 0, (touched,)), "fails")
     program.add(Call(sets, (touched,), 0, (touched,)), "sets")
     native = NativeProgram(program, [], {})
-    with pytest.raises(IndexError):
-        native([touched])
+    for _ in range(2000):  # one thread may leave the stage before when the other fails
+        with pytest.raises(IndexError):
+            native([touched])
     assert touched.item() == 0
 
 
