@@ -72,9 +72,11 @@ class Engine:
         if name == "eager":
             self.forward = model.forward
         elif name in ("inductor", "freezing"):
-            self.forward = torch.compile(model.forward, dynamic=False)
+            # Options of its own: Dynamo would share one compilation among equal backends.
+            options = {"freezing": True} if self.freezing else None
+            self.forward = torch.compile(model.forward, dynamic=False, options=options)
         else:
-            options = {"kernels": kernels}
+            options: dict[str, Any] = {"kernels": kernels}
             if name == "dspark_int8":
                 options["kv_cache"] = "int8"
             self.forward = torch.compile(

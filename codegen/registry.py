@@ -91,6 +91,6 @@ def implementations(op: str, kernels: str, device: torch.device) -> list[Impleme
         return [reference]
     order = (triton, cpp, aten, reference)
     if kernels == "auto" and op not in _READ_BOUND:
-        # Between products of many rows the inner compiler fuses what a kernel would stand alone for.
+        # Between products of many rows the inner compiler fuses what a kernel would do alone.
         order = (triton, aten, cpp, reference)
     return [item for item in order if item is not None]

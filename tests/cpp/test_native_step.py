@@ -125,7 +125,7 @@ def test_quantised_weights(bits):
     else:
         from torchao.quantization.granularity import PerGroup
 
-        config = quantization.IntxWeightOnlyConfig(torch.int4, granularity=PerGroup(16))
+        config = quantization.IntxWeightOnlyConfig(torch.int4, granularity=PerGroup(32))
     # Sizes that are multiples of 32 only: 112 is none.
     chosen = lambda m, name: isinstance(m, torch.nn.Linear) and "self_attn" in name  # noqa: E731
     quantization.quantize_(model, config, filter_fn=chosen)
