@@ -7,6 +7,7 @@ the bytes of weights and cache were read.
 
     python -m benchmarks.decode
     python -m benchmarks.decode --context 8192 --name decode_8k
+    python -m benchmarks.decode --rows 512 --context 0 --layers 8 --name prefill_512
     python -m benchmarks.decode --engines dspark,dspark_int8 --context 8192
 """
 
@@ -41,10 +42,13 @@ PROBE_BYTES = 512 * 2**20
 ENGINES = ("eager", "inductor", "freezing", "dspark", "dspark_int8")
 
 
-def make(shape: str, dtype: torch.dtype) -> Qwen3ForCausalLM:
+def make(shape: str, dtype: torch.dtype, layers: int = 0) -> Qwen3ForCausalLM:
     """The model, its weights drawn at random."""
     torch.manual_seed(0)
     config = Qwen3Config(**SHAPES[shape])
+    if layers:
+        config.num_hidden_layers = layers
+        config.layer_types = config.layer_types[:layers]
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -64,10 +68,13 @@ def make(shape: str, dtype: torch.dtype) -> Qwen3ForCausalLM:
 class Engine:
     """One way to run a decode step, with its own cache."""
 
-    def __init__(self, name: str, model: Any, context: int, length: int, kernels: str):
+    def __init__(
+        self, name: str, model: Any, context: int, length: int, kernels: str, rows: int = 1
+    ):
         self.name = name
+        self.context = context
         self.cache = StaticCache(model.config, max_cache_len=length)
-        self.token = torch.zeros(1, 1, dtype=torch.long)
+        self.token = torch.zeros(1, rows, dtype=torch.long)
         self.freezing = name == "freezing"
         if name == "eager":
             self.forward = model.forward
@@ -100,7 +107,11 @@ class Engine:
     def step(self) -> torch.Tensor:
         """One decode step; the logits."""
         with torch._inductor.config.patch(freezing=self.freezing):
-            out = self.forward(input_ids=self.token, past_key_values=self.cache, use_cache=True)
+            out = self.forward(
+                input_ids=self.token, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            )
+        for layer in self.cache.layers:  # the next step finds the same context
+            layer.cumulative_length.fill_(self.context)
         return out.logits
 
 
@@ -124,6 +135,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-0.6b")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=1, help="tokens a step; many are a prefill")
+    parser.add_argument("--layers", type=int, default=0, help="fewer layers; 0: the shape's own")
     parser.add_argument("--engines", default="eager,inductor,freezing,dspark")
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--rounds", type=int, default=15)
@@ -135,7 +148,7 @@ def main() -> None:
     unknown = set(names) - set(ENGINES)
     if unknown:
         raise SystemExit(f"unknown engines {sorted(unknown)}; known: {', '.join(ENGINES)}")
-    model = make(args.shape, dtype)
+    model = make(args.shape, dtype, args.layers)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     config = model.config
     row = 2 * config.num_hidden_layers * config.num_key_value_heads
@@ -145,8 +158,8 @@ def main() -> None:
         for name in names
     }  # fmt: skip
     load = os.getloadavg()[0]
-    length = args.context + 64
-    engines = {n: Engine(n, model, args.context, length, args.kernels) for n in names}
+    length = args.context + max(64, args.rows)
+    engines = {n: Engine(n, model, args.context, length, args.kernels, args.rows) for n in names}
     checked = compile_and_check(engines)
     probes, buffer = _probes(), torch.ones(PROBE_BYTES // 4)
     threads = torch.get_num_threads()
@@ -160,13 +173,13 @@ def main() -> None:
         seconds = times[name]["median_s"]
         nbytes = weights + cache[name]
         results[name] = {
-            "tokens_per_s": 1 / seconds,
+            "tokens_per_s": args.rows / seconds,
             "of_bandwidth": nbytes / seconds / bandwidth,
             "bytes": nbytes,
             **times[name],
         }
         print(
-            f"{name:12} {1 / seconds:6.2f} tok/s  {nbytes / seconds / bandwidth:.0%} of"
+            f"{name:12} {args.rows / seconds:7.2f} tok/s  {nbytes / seconds / bandwidth:.0%} of"
             f" {bandwidth / 1e9:.1f} GB/s",
             flush=True,
         )

@@ -71,7 +71,9 @@ def lower(module: fx.GraphModule, ctx: PassContext, *, native: bool = False) -> 
             reason = candidate.supports(node)
             if reason is not None:
                 refused = f"{candidate.name}: {reason}"
-                report.add_fallback(f"{name} at {node.name}", refused)
+                if options.kernels != "auto":
+                    # Asked for and not given; under "auto" it is a choice, told with the site.
+                    report.add_fallback(f"{name} at {node.name}", refused)
                 continue
             chosen[node.name] = (candidate.name, refused)
             if candidate.name in ("triton", "cpp") or options.inner == "eager":

@@ -19,8 +19,8 @@ _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 # Best first: name -> (CPU flags that must be there, compiler flags).
 LEVELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "amx": (
-        ("avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"),
-        (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+        ("avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"),
+        (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     ),
     "avx512_bf16": (
         ("avx512f", "avx512bw", "avx512vl", "avx512_bf16"),

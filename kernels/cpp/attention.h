@@ -13,6 +13,7 @@
 #include "parallel.h"
 #include "predicate.h"
 #include "tiles.h"
+#include "tiles_int8.h"
 #include "vec.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
@@ -59,9 +60,15 @@ struct Config {
 #else
   static constexpr bool DOT = false;
 #endif
+#if defined(DSPARK_BYTE_TILES)
+  static constexpr bool BYTES = R <= 8 && !std::is_same<Q, float>::value &&
+                                std::is_same<K, int8_t>::value && D % 64 == 0 && DV % 64 == 0;
+#else
+  static constexpr bool BYTES = false;
+#endif
 #if defined(DSPARK_TILES)
   // For fewer rows vectors do as well: memory is the limit.
-  static constexpr bool TILES = R >= 4 && std::is_same<Q, bf16>::value && D % 32 == 0 &&
+  static constexpr bool TILES = R >= 4 && !BYTES && std::is_same<Q, bf16>::value && D % 32 == 0 &&
                                 DV % 32 == 0 &&
                                 (DOT || std::is_same<K, int8_t>::value);
 #else
@@ -119,11 +126,19 @@ using Tiled = typename std::conditional<C::TILES, TileRoom<C::R, C::D, C::DV, KE
 template <class C>
 using Tiled = None;
 #endif
+#if defined(DSPARK_BYTE_TILES)
+template <class C>
+using Bytes = typename std::conditional<C::BYTES, ByteRoom<C::R, C::D, C::DV, KEYS>, None>::type;
+#else
+template <class C>
+using Bytes = None;
+#endif
 
 // What a thread works with in one unit.
 template <class C>
 struct alignas(64) Room {
   Tiled<C> tiled;
+  Bytes<C> bytes;
   State<C> state;
   State<C> slot[2];  // pieces of units: [0] one that another thread began, [1] one begun here
   typename C::Staged q[C::R][C::DP];
@@ -267,7 +282,7 @@ class Attention {
     Room<C>* rooms = reinterpret_cast<Room<C>*>(memory);
     Room<C>& room = rooms[team.thread];
 #if defined(DSPARK_TILES)
-    if constexpr (C::TILES) configure_square_tiles();
+    if constexpr (C::TILES || C::BYTES) configure_square_tiles();
 #endif
     const int64_t units = s.batch * s.kv_heads;
     int64_t blocks = 0;
@@ -285,11 +300,12 @@ class Attention {
         stage(u, room);
         for (int64_t block = from - at; block < to - at; ++block) {
           const int64_t k = keys.first + block * KEYS;
-          const K* next = nullptr;
+          Next next{nullptr, nullptr};
           if (block + 1 < to - at) {
-            next = keys_of(u) + (k + KEYS) * s.k_n;
+            next = {keys_of(u) + (k + KEYS) * s.k_n, values_of(u) + (k + KEYS) * s.v_n};
           } else if (u + 1 < units) {
-            next = keys_of(u + 1) + range(u + 1).first * s.k_n;
+            const int64_t begin = range(u + 1).first;
+            next = {keys_of(u + 1) + begin * s.k_n, values_of(u + 1) + begin * s.v_n};
           }
           step(u, k, int(std::min<int64_t>(KEYS, keys.last - k)), next, room, state);
         }
@@ -299,7 +315,7 @@ class Attention {
       at += keys.blocks();
     }
 #if defined(DSPARK_TILES)
-    if constexpr (C::TILES) _tile_release();
+    if constexpr (C::TILES || C::BYTES) _tile_release();
 #endif
     team.barrier();
     if (begun < 0) return;
@@ -316,6 +332,10 @@ class Attention {
   }
 
  private:
+  // Where the keys and values lie that come next, if any do.
+  struct Next {
+    const K *k, *v;
+  };
   struct Range {
     int64_t first, last;
     // At least one, so that some thread writes the unit's output.
@@ -328,6 +348,9 @@ class Attention {
 
   // Where column d of the values lies in the sums.
   static int place([[maybe_unused]] int d) {
+#if defined(DSPARK_BYTE_TILES)
+    if constexpr (C::BYTES) return column8(d);
+#endif
 #if defined(DSPARK_TILES)
     if constexpr (C::TILES) return column(d);
 #endif
@@ -362,6 +385,17 @@ class Attention {
   const K* values_of(int64_t u) const { return t.v + batch(u) * s.v_b + u % s.kv_heads * s.v_h; }
 
   void stage(int64_t u, Room<C>& room) const {
+#if defined(DSPARK_BYTE_TILES)
+    if constexpr (C::BYTES) {
+      std::memset(room.bytes.q, 0, sizeof(room.bytes.q));
+      std::memset(room.bytes.p, 0, sizeof(room.bytes.p));
+      for (int r = 0; r < R; ++r) {
+        const Q* from = query(u, r);
+        split_query(room.bytes, r, C::D, [&](int d) { return to_float(from[d]); });
+      }
+      return;
+    }
+#endif
     if constexpr (C::TILES) {
       std::memset(room.tiled.q, 0, sizeof(room.tiled.q));
       std::memset(room.tiled.p, 0, sizeof(room.tiled.p));
@@ -412,17 +446,23 @@ class Attention {
   }
 
   // One block of keys into the running softmax.
-  // `next` is where the keys lie that come after these, if any do.
-  void step(int64_t u, int64_t k, int keys, const K* next, Room<C>& room, State<C>& state) const {
+  void step(int64_t u, int64_t k, int keys, Next next, Room<C>& room, State<C>& state) const {
     constexpr int W = Vec::W;
     const bool tested = !Mask::EXACT || C::ALLOWS || !bounded();
     if (keys <= 0) return;
     if (tested && !test(u, k, keys, room) && bounded()) return;
     const K* kp = keys_of(u) + k * s.k_n;
     const K* vp = values_of(u) + k * s.v_n;
-    if constexpr (C::TILES) {
 #if defined(DSPARK_TILES)
-      tile_scores<K>(room.tiled, kp, s.k_n, keys, room.scores, vp, s.v_n);
+    Follow<K, C::D, C::DV, KEYS> follow{next.k, next.v, s.k_n, s.v_n};
+#endif
+    if constexpr (C::BYTES) {
+#if defined(DSPARK_BYTE_TILES)
+      byte_scores(room.bytes, kp, s.k_n, keys, room.scores, follow);
+#endif
+    } else if constexpr (C::TILES) {
+#if defined(DSPARK_TILES)
+      tile_scores<K>(room.tiled, kp, s.k_n, keys, room.scores, follow);
 #endif
     } else {
       score_block<C>(room, kp, s.k_n, keys, room.scores, vp, s.v_n);
@@ -456,14 +496,19 @@ class Attention {
       for (int j = keys; j < KEYS && (j % W != 0 || j == keys); ++j) x[j] = NEVER;
       soften(r, keys, room, state);
     }
-    if constexpr (C::TILES) {
-#if defined(DSPARK_TILES)
+    if constexpr (C::BYTES || C::TILES)
       for (int r = 0; r < R; ++r)
         for (int j = keys; j % 16 != 0; ++j) room.scores[r][j] = 0;
-      tile_values<K>(room.tiled, room.scores, vp, s.v_n, keys, state.out, next, s.k_n);
+    if constexpr (C::BYTES) {
+#if defined(DSPARK_BYTE_TILES)
+      byte_values(room.bytes, room.scores, vp, s.v_n, keys, state.out, follow);
+#endif
+    } else if constexpr (C::TILES) {
+#if defined(DSPARK_TILES)
+      tile_values<K>(room.tiled, room.scores, vp, s.v_n, keys, state.out, follow);
 #endif
     } else {
-      value_block<C>(room.scores, vp, s.v_n, keys, state.out, next, s.k_n);
+      value_block<C>(room.scores, vp, s.v_n, keys, state.out, next.k, s.k_n);
     }
   }
 
@@ -514,8 +559,8 @@ class Attention {
       const float* from = state.out[r];
 #if defined(DSPARK_TILES)
       float ordered[C::DVP];
-      if constexpr (C::TILES) {
-        for (int d = 0; d < C::DV; ++d) ordered[d] = from[column(d)];
+      if constexpr (C::TILES || C::BYTES) {
+        for (int d = 0; d < C::DV; ++d) ordered[d] = from[place(d)];
         from = ordered;
       }
 #endif

@@ -53,14 +53,32 @@ inline __m512i load_bf16(const int8_t* x) {
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-// Part `part` of `PARTS` of a fetch of ROWS rows into the second cache: rows spread over all, since
-// memory gives more to several readers than to one.
-template <class K, int ROWS, int PARTS, int FEATURES>
-inline __attribute__((always_inline)) void fetch_part(const K* soon, int64_t ld, int part) {
-  constexpr int LINE = 64 / int(sizeof(K));
-  for (int j = part; j < ROWS; j += PARTS)
-    for (int d = 0; d < FEATURES; d += LINE) __builtin_prefetch(soon + j * ld + d, 0, 2);
-}
+// Asks for the next block's keys and values while this one is worked on, a line of each page at a
+// time: memory gives more to several readers that are pages apart than to one, and the hardware
+// follows each of them. All of it takes STEPS steps.
+template <class K, int D, int DV, int KEYS>
+struct Follow {
+  static constexpr int STEPS = 64, LINE = 64 / int(sizeof(K));
+  const K *k, *v;  // null: nothing comes next
+  int64_t ldk, ldv;
+  int step = 0;
+
+  template <int FEATURES>
+  static inline __attribute__((always_inline)) void line(const K* from, int64_t ld, int step) {
+    constexpr int LINES = (FEATURES + LINE - 1) / LINE;
+    constexpr int ROWS = LINES < STEPS ? STEPS / LINES : 1;  // of one run
+    const int row = step / LINES, at = step % LINES * LINE;
+    if (row >= ROWS) return;
+    for (int j = row; j < KEYS; j += ROWS) __builtin_prefetch(from + j * ld + at, 0, 2);
+  }
+  inline __attribute__((always_inline)) void go(int steps) {
+    if (k == nullptr) return;
+    for (int i = 0; i < steps; ++i, ++step) {
+      line<D>(k, ldk, step);
+      line<DV>(v, ldv, step);
+    }
+  }
+};
 
 // A 16 by 16 block of floats, transposed; the rows of `to` are `ld` apart.
 inline void transpose(const float (*from)[16], float* to, int64_t ld, int rows) {
@@ -90,12 +108,14 @@ inline void transpose(const float (*from)[16], float* to, int64_t ld, int rows) 
 }
 
 // scores[r][j] = q[r] . k[j] for `keys` keys; what lies behind them up to a multiple of 64 is
-// whatever. Lines of `soon` are asked for on the way.
+// whatever.
 template <class K, int R, int D, int DV, int KEYS>
 inline void tile_scores(TileRoom<R, D, DV, KEYS>& room, const K* k, int64_t ldk, int keys,
-                        float (*scores)[KEYS], const K* soon, int64_t lds) {
+                        float (*scores)[KEYS], Follow<K, D, DV, KEYS>& next) {
   using Room = TileRoom<R, D, DV, KEYS>;
-  constexpr int PARTS = 4 * D / 32;
+  // Half of the steps in here, over all strips and features.
+  constexpr int SHARE = (Follow<K, D, DV, KEYS>::STEPS / 2 + KEYS / Room::STRIP * D / 8 - 1) /
+                        (KEYS / Room::STRIP * D / 8);
   for (int from = 0; from < keys; from += Room::STRIP) {
     const int strip = std::min(Room::STRIP, keys - from);
     const bf16* left = reinterpret_cast<const bf16*>(k + from * ldk);
@@ -114,24 +134,21 @@ inline void tile_scores(TileRoom<R, D, DV, KEYS>& room, const K* k, int64_t ldk,
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
-      auto fetch = [&](int part) __attribute__((always_inline)) {
-        if (soon != nullptr && rows == 0)
-          fetch_part<K, Room::STRIP, PARTS, DV>(soon + from * lds, lds, part);
-      };
+      const int steps = rows == 0 ? SHARE : 0;
       for (int d = 0; d < D; d += 32) {
         _tile_loadd(5, room.q[rows][d / 2], 64);
         _tile_loadd(4, left + d, 2 * ld);
         _tile_dpbf16ps(0, 4, 5);
-        fetch(d / 8);
+        next.go(steps);
         _tile_loadd(6, left + 16 * ld + d, 2 * ld);
         _tile_dpbf16ps(1, 6, 5);
-        fetch(d / 8 + 1);
+        next.go(steps);
         _tile_loadd(4, left + 32 * ld + d, 2 * ld);
         _tile_dpbf16ps(2, 4, 5);
-        fetch(d / 8 + 2);
+        next.go(steps);
         _tile_loadd(6, left + 48 * ld + d, 2 * ld);
         _tile_dpbf16ps(3, 6, 5);
-        fetch(d / 8 + 3);
+        next.go(steps);
       }
       _tile_stored(0, room.s[0], 64);
       _tile_stored(1, room.s[1], 64);
@@ -149,9 +166,9 @@ inline void tile_scores(TileRoom<R, D, DV, KEYS>& room, const K* k, int64_t ldk,
 // of 16. A few columns at a time, so that what is interleaved stays in the nearest cache.
 template <class K, int R, int D, int DV, int KEYS>
 inline void tile_values(TileRoom<R, D, DV, KEYS>& room, const float (*p)[KEYS], const K* v,
-                        int64_t ldv, int keys, float (*out)[DV], const K* soon, int64_t lds) {
+                        int64_t ldv, int keys, float (*out)[DV], Follow<K, D, DV, KEYS>& next) {
   using Room = TileRoom<R, D, DV, KEYS>;
-  constexpr int PARTS = DV / 32 * (KEYS / 32);
+  constexpr int PARTS = DV / 32 * (KEYS / 32), SHARE = (Follow<K, D, DV, KEYS>::STEPS / 2 + PARTS - 1) / PARTS;
   const int whole = (keys + 31) / 32 * 32;
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < whole; j += 32) {
@@ -181,8 +198,7 @@ inline void tile_values(TileRoom<R, D, DV, KEYS>& room, const float (*p)[KEYS], 
       }
       for (int j = 0; j < whole; j += 32) {
         const int turn = j / 32 % 2 * 2;
-        if (soon != nullptr && rows == 0)
-          fetch_part<K, KEYS, PARTS, D>(soon, lds, d / 32 * (KEYS / 32) + j / 32);
+        next.go(rows == 0 ? SHARE : 0);
         interleave(j, d, turn);
         __asm__ volatile("" : : "r"(&room) : "memory");
         _tile_loadd(5, room.v[turn], 64);

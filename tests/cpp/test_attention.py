@@ -129,10 +129,12 @@ def test_strided_cache_and_query():
     check("attention", q, k[:, :, ::2], v[:, :, 70:], None, None, [], [])
 
 
-@pytest.mark.parametrize("rows,heads,features", [(5, 4, 64), (16, 4, 32), (8, 10, 96)])
+@pytest.mark.parametrize(
+    "rows,heads,features", [(1, 4, 128), (4, 4, 64), (5, 4, 64), (16, 4, 32), (8, 10, 96)]
+)
 @pytest.mark.parametrize("int8", [False, True])
-def test_many_rows_in_bfloat16(rows, heads, features, int8):
-    """Enough query rows for a head that matrix tiles are used where the CPU has them."""
+def test_matrix_tiles_in_bfloat16(rows, heads, features, int8):
+    """Shapes for which matrix tiles are used where the CPU has them."""
     n, filled = 300, 257
     q = torch.randn(2, heads, rows, features).bfloat16()
     k, v = (torch.randn(2, 2, n, features).bfloat16() for _ in range(2))

@@ -74,6 +74,19 @@ def test_long_prompts_keep_aten():
 
 
 @torch.no_grad()
+def test_under_auto_a_declined_kernel_is_a_choice():
+    """Not a fallback: the site tells who took it instead, and why."""
+    model = tiny()
+    ids = torch.randint(0, 130, (1, 30))
+    run = torch.compile(model, backend="dspark", options={**STRICT, "kernels": "auto"})
+    assert relative(run(ids, use_cache=False).logits, model(ids, use_cache=False).logits) < 1e-5
+    graph = last_report().graphs[-1]
+    assert not graph.fallbacks
+    (site, *_) = [s for s in graph.sites if s.kind == "mlp"]
+    assert site.impl == "aten" and "30 rows, more than 16" in site.reason
+
+
+@torch.no_grad()
 def test_under_inductor():
     model = torch.nn.Sequential(torch.nn.RMSNorm(32), torch.nn.Linear(32, 48)).eval()
     x = torch.randn(2, 32)
