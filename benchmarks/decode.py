@@ -1,9 +1,9 @@
 """Decode steps of a Hugging Face model on the CPU: ours against eager, Inductor and its freezing.
 
 A model with random weights (by default of Qwen3-0.6B's shape), a static cache that holds
-``context`` tokens, one new token a step. The engines take turns, one step each, in one run with a probe that
-only reads memory; figures are medians, tokens/s, and the share of the probe's bandwidth at which
-the bytes of weights and cache were read.
+``context`` tokens, one new token a step. The engines take turns, one step each, in one run with a
+probe that only reads memory; figures are medians, tokens/s, and the share of the probe's bandwidth
+at which the bytes of weights and cache were read.
 
     python -m benchmarks.decode
     python -m benchmarks.decode --context 8192 --name decode_8k
