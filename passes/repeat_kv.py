@@ -56,7 +56,8 @@ class Copied:
 
 def _copied(node: fx.Node) -> Copied | None:
     """The copy of heads (dimension 1) that ``node`` comes from."""
-    dim, steps = 1, []
+    dim = 1
+    steps: list[fx.Node] = []
     while True:
         found = _source(node, dim)
         if found is not None:

@@ -7,7 +7,6 @@ import os
 import pytest
 import torch
 
-
 if not torch.cuda.is_available():
     # Most tests are about graphs: they need no compiled kernels, whose building takes seconds each.
     # Those that are about kernels say so in their options.

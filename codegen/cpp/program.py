@@ -271,7 +271,7 @@ class NativeProgram:
                     arrays.append((len(words), value))
                     words.append(0)
                 else:
-                    put(float(value) if kind == "f" else value)
+                    put(float(value) if kind == "f" else value)  # type: ignore[arg-type]
             for where, values in arrays:
                 inner.append((where, len(words)))
                 for value in values:

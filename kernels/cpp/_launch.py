@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ SERIAL_BYTES = 32 * 1024
 
 # What a kernel's parameter may get: a pointer (a tensor, None), a number, or a pointer to an array
 # of 8-byte values that are pointers and integers.
-Value = Tensor | int | float | Sequence["Tensor | int | None"] | None
+Value: TypeAlias = Tensor | int | float | Sequence[Tensor | int | None] | None
 
 
 @dataclass(frozen=True)

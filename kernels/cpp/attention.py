@@ -119,7 +119,8 @@ def call_of(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Cal
         given, rest = list(args[:5]), list(args[5:])
     rest += [None, None, (), ()][len(rest) :]
     numbers = (kwargs["scale"], kwargs.get("mask", ""), kwargs.get("softcap", 0.0))
-    return attention_call(*given, *rest, *numbers, kwargs.get("mask_value"))
+    every: list[Any] = [*given, *rest, *numbers, kwargs.get("mask_value")]
+    return attention_call(*every)
 
 
 def _attention(query: Tensor, key: Tensor, key_scale: Tensor | None, *args: Any) -> Tensor:
