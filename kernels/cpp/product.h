@@ -60,7 +60,17 @@ void pack(const T* x, int64_t ldx, int64_t K, int64_t first, int64_t last,
   using P = Packed<T, M>;
   const int64_t Kp = P::padded(K);
   if constexpr (P::FORM == Form::Tiles) {
-    for (int64_t k = first; k < last; k += 2) {
+    int64_t k = first;
+#if defined(DSPARK_TILES)
+    // 16 pairs of columns at a time, each taken for a float.
+    for (; k + 32 <= std::min(last, K); k += 32) {
+      alignas(64) float pairs[16][16] = {};
+      for (int m = 0; m < M; ++m)
+        _mm512_store_si512(pairs[m], _mm512_loadu_si512(x + m * ldx + k));
+      transpose(pairs, reinterpret_cast<float*>(to + k * M), M, 16, (1u << M) - 1);
+    }
+#endif
+    for (; k < last; k += 2) {
       bf16* row = to + k / 2 * (2 * M);
       for (int m = 0; m < M; ++m) {
         row[2 * m] = k < K ? x[m * ldx + k] : bf16{0};
@@ -208,24 +218,42 @@ inline void copy_tile(const bf16* w, int64_t ldw, int rows, int columns, bf16 (*
   for (int r = 0; r < rows; ++r) std::memcpy(to[r], w + r * ldw, 2 * columns);
 }
 
+// Asks for the rows that come after a tile pair's while the pair is worked on: a tile's 16 rows are
+// often a multiple of 2 KiB apart, fall on few sets of the first cache and are more readers than the
+// hardware follows. Here the next rows, which lie in one run, are read into the second cache as
+// RUNS runs from end to end.
+struct Next {
+  static constexpr int RUNS = 8;
+  const char* from;  // null: nothing comes next
+  int64_t each = 0, at = 0, lines = 0;  // bytes of a run, where it is, lines a step
+
+  Next(const bf16* w, int64_t rows, int64_t ldw, int64_t K)
+      : from(rows > 0 ? reinterpret_cast<const char*>(w) : nullptr) {
+    const int64_t bytes = rows * ldw * 2, steps = std::max<int64_t>(K / 32, 1);
+    each = (bytes + RUNS * 64 - 1) / (RUNS * 64) * 64;
+    lines = (each / 64 + steps - 1) / steps;
+  }
+  inline __attribute__((always_inline)) void step() {
+    if (from == nullptr) return;
+    for (int64_t i = 0; i < lines && at < each; ++i, at += 64)
+      for (int r = 0; r < RUNS; ++r) __builtin_prefetch(from + r * each + at, 0, 2);
+  }
+};
+
 // Two groups of up to 16 rows of W, at wa and wb, with M rows of x.
 template <int M>
 inline void tile_pair(const bf16* wa, int rows_a, const bf16* wb, int rows_b, int64_t ldw,
-                      int64_t next, const bf16* packed, int64_t K, float* out_a, float* out_b) {
+                      Next next_a, Next next_b, const bf16* packed, int64_t K, float* out_a,
+                      float* out_b) {
   alignas(64) float c[2][16][16];
   alignas(64) bf16 edge[2][16][32];
   _tile_zero(0);
   _tile_zero(1);
   const int64_t whole = rows_a == 16 && rows_b == 16 ? K / 32 * 32 : 0;
-  const int64_t ahead = std::min<int64_t>(AHEAD / 4, whole);
-  int64_t to = ahead;
   int64_t k = 0;
   for (; k < whole; k += 32) {
-    if (k == whole - ahead) to += next - whole;
-    for (int r = 0; r < 16; ++r) {
-      __builtin_prefetch(wa + r * ldw + k + to, 0, 3);
-      __builtin_prefetch(wb + r * ldw + k + to, 0, 3);
-    }
+    next_a.step();
+    next_b.step();
     _tile_loadd(4, packed + k * M, 4 * M);
     _tile_loadd(2, wa + k, 2 * ldw);
     _tile_dpbf16ps(0, 2, 4);
@@ -273,14 +301,19 @@ void product(int64_t first, int64_t last, const T* const (&w)[MATS], int64_t ldw
       const int count = int(std::min<int64_t>(BLOCK, last - n));
       if constexpr (MATS == 1) {
         const bf16* wa = w[0] + n * ldw;
+        const int64_t left = std::min<int64_t>(BLOCK, last - n - BLOCK);
         tile_pair<M>(wa, std::min(count, 16), wa + 16 * ldw, std::max(count - 16, 0), ldw,
-                     BLOCK * ldw, packed, K, &results[0][0][0], &results[0][0][16]);
+                     {wa + BLOCK * ldw, left, ldw, K}, {nullptr, 0, 0, 0}, packed, K,
+                     &results[0][0][0], &results[0][0][16]);
       } else {
         static_assert(MATS == 2, "a product takes one or two weights");
-        for (int r = 0; r < count; r += 16)
-          tile_pair<M>(w[0] + (n + r) * ldw, std::min(count - r, 16), w[1] + (n + r) * ldw,
-                       std::min(count - r, 16), ldw, 16 * ldw, packed, K, &results[0][0][r],
-                       &results[1][0][r]);
+        for (int r = 0; r < count; r += 16) {
+          const bf16 *wa = w[0] + (n + r) * ldw, *wb = w[1] + (n + r) * ldw;
+          const int64_t left = std::min<int64_t>(16, last - n - r - 16);
+          tile_pair<M>(wa, std::min(count - r, 16), wb, std::min(count - r, 16), ldw,
+                       {wa + 16 * ldw, left, ldw, K}, {wb + 16 * ldw, left, ldw, K}, packed, K,
+                       &results[0][0][r], &results[1][0][r]);
+        }
       }
       done(n, count, results);
     }

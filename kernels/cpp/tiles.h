@@ -80,8 +80,9 @@ struct Follow {
   }
 };
 
-// A 16 by 16 block of floats, transposed; the rows of `to` are `ld` apart.
-inline void transpose(const float (*from)[16], float* to, int64_t ld, int rows) {
+// A 16 by 16 block of floats, transposed: `lanes` of the first `rows` rows, which are `ld` apart.
+inline void transpose(const float (*from)[16], float* to, int64_t ld, int rows,
+                      __mmask16 lanes = 0xffff) {
   __m512 a[16], b[16];
   for (int i = 0; i < 16; ++i) a[i] = _mm512_load_ps(from[i]);
   for (int i = 0; i < 16; i += 2) {
@@ -100,10 +101,10 @@ inline void transpose(const float (*from)[16], float* to, int64_t ld, int rows) 
     const __m512 v = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xee);
     const __m512 x = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x44);
     const __m512 y = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xee);
-    const __m512 lanes[4] = {_mm512_shuffle_f32x4(u, x, 0x88), _mm512_shuffle_f32x4(u, x, 0xdd),
-                             _mm512_shuffle_f32x4(v, y, 0x88), _mm512_shuffle_f32x4(v, y, 0xdd)};
+    const __m512 out[4] = {_mm512_shuffle_f32x4(u, x, 0x88), _mm512_shuffle_f32x4(u, x, 0xdd),
+                           _mm512_shuffle_f32x4(v, y, 0x88), _mm512_shuffle_f32x4(v, y, 0xdd)};
     for (int l = 0; l < 4; ++l)
-      if (4 * l + c < rows) _mm512_storeu_ps(to + (4 * l + c) * ld, lanes[l]);
+      if (4 * l + c < rows) _mm512_mask_storeu_ps(to + (4 * l + c) * ld, lanes, out[l]);
   }
 }
 
