@@ -274,11 +274,8 @@ inline void tile_pair(const bf16* wa, int rows_a, const bf16* wb, int rows_b, in
   _tile_stored(0, c[0], 64);
   _tile_stored(1, c[1], 64);
   __asm__ volatile("" : : "r"(c) : "memory");
-  for (int m = 0; m < M; ++m)
-    for (int r = 0; r < 16; ++r) {
-      out_a[m * BLOCK + r] = c[0][r][m];
-      out_b[m * BLOCK + r] = c[1][r][m];
-    }
+  transpose(c[0], out_a, BLOCK, M);
+  transpose(c[1], out_b, BLOCK, M);
 }
 
 #endif
@@ -307,13 +304,13 @@ void product(int64_t first, int64_t last, const T* const (&w)[MATS], int64_t ldw
                      &results[0][0][0], &results[0][0][16]);
       } else {
         static_assert(MATS == 2, "a product takes one or two weights");
-        for (int r = 0; r < count; r += 16) {
-          const bf16 *wa = w[0] + (n + r) * ldw, *wb = w[1] + (n + r) * ldw;
-          const int64_t left = std::min<int64_t>(16, last - n - r - 16);
-          tile_pair<M>(wa, std::min(count - r, 16), wb, std::min(count - r, 16), ldw,
-                       {wa + 16 * ldw, left, ldw, K}, {wb + 16 * ldw, left, ldw, K}, packed, K,
-                       &results[0][0][r], &results[1][0][r]);
-        }
+        const bf16 *wa = w[0] + n * ldw, *wb = w[1] + n * ldw;
+        const int low = std::min(count, 16), high = std::max(count - 16, 0);
+        tile_pair<M>(wa, low, wa + 16 * ldw, high, ldw, {wb, count, ldw, K}, {nullptr, 0, 0, 0},
+                     packed, K, &results[0][0][0], &results[0][0][16]);
+        tile_pair<M>(wb, low, wb + 16 * ldw, high, ldw,
+                     {wa + BLOCK * ldw, std::min<int64_t>(BLOCK, last - n - BLOCK), ldw, K},
+                     {nullptr, 0, 0, 0}, packed, K, &results[1][0][0], &results[1][0][16]);
       }
       done(n, count, results);
     }
