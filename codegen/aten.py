@@ -32,6 +32,7 @@ for _name in (
     "gated_mlp_merged",
     "mlp",
     "merged_linear",
+    "moe_router",
     "dequantize_weight",
     "linear_int4",
     "gated_mlp_int8",

@@ -205,6 +205,33 @@ def compile_call() -> object | None:
     return None
 
 
+def traced_backend() -> str | None:
+    """The name of the back-end function that Dynamo is tracing for; None while it does not."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        function: Any = InstructionTranslator.current_tx().output.compiler_fn
+    except (AttributeError, LookupError):
+        return None
+    for _ in range(8):
+        inner = next(
+            (
+                getattr(function, name)
+                for name in (
+                    "_torchdynamo_orig_backend",
+                    "_torchdynamo_orig_callable",
+                    "compiler_fn",
+                )
+                if getattr(function, name, None) is not None
+            ),
+            None,
+        )
+        if inner is None:
+            break
+        function = inner
+    return getattr(function, "__name__", None)
+
+
 def graph_breaks() -> Counter[str]:
     """How often each reason for a graph break came up in this process so far."""
     from torch._dynamo.utils import counters

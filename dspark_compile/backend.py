@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from . import _torch_compat as compat
+from . import hf_experts
 from . import ops as _ops  # noqa: F401 - registers the dialect
 from .diagnostics import state
 from .diagnostics.report import GraphReport
@@ -31,6 +32,7 @@ from .passes.trace import trace
 from .passes.verifier import VerifyError
 
 log = logging.getLogger("dspark_compile")
+hf_experts.install()
 
 
 class CannotCompile(Exception):
@@ -50,6 +52,7 @@ def dspark(
     Raises:
         OptionsError: for an unknown or illegal option.
     """
+    hf_experts.install()
     if unknown:
         raise OptionsError(f"backend 'dspark' takes options= and mode=, not {sorted(unknown)}")
     parsed = Options.parse(options)

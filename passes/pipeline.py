@@ -21,6 +21,8 @@ from dspark_compile.passes.raise_attention import RaiseAttention
 from dspark_compile.passes.raise_cache import RaiseCache
 from dspark_compile.passes.raise_linear import RaiseLinear
 from dspark_compile.passes.raise_mlp import RaiseMLP
+from dspark_compile.passes.raise_moe_experts import RaiseMoEExperts
+from dspark_compile.passes.raise_moe_router import RaiseMoERouter
 from dspark_compile.passes.raise_norm import RaiseNorm
 from dspark_compile.passes.raise_quantized import RaiseQuantized
 from dspark_compile.passes.raise_rope import RaiseRope
@@ -37,6 +39,8 @@ RAISE: list[type[Pass]] = [
     RaiseNorm,
     RaiseRope,
     RaiseMLP,
+    RaiseMoEExperts,
+    RaiseMoERouter,
     RaiseAttention,
     RepeatKV,
     RaiseCache,

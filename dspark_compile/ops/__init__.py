@@ -3,7 +3,7 @@
 Importing this package registers every op. ``OPS`` maps names to their `OpSpec`.
 """
 
-from . import attention, cache, linear, mlp, norm, quantized, rope, token
+from . import attention, cache, linear, mlp, moe, norm, quantized, rope, token
 from ._define import OPS, OpSpec, is_dialect
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "is_dialect",
     "linear",
     "mlp",
+    "moe",
     "norm",
     "quantized",
     "rope",

@@ -1,0 +1,48 @@
+"""Hugging Face's eager loop over experts, without a graph break.
+
+``experts_implementation="eager"`` runs a Python loop over the experts that are hit, whose number
+depends on data: Dynamo cannot trace it. The other implementations compute the same from the same
+parameters, and `passes.raise_moe_experts` knows them. So while Dynamo traces for this back end, and
+only then, "eager" means ``grouped_mm``; outside of our graphs, and under other back ends, nothing
+changes.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import _torch_compat as compat
+
+_MODULE = "transformers.integrations.moe"
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _traced_for_dspark() -> bool:
+    return compat.traced_backend() == "dspark"
+
+
+def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_interface(self: Any, experts_implementation: Any, default: Any) -> Any:
+        if experts_implementation == "eager" and torch.compiler.is_dynamo_compiling():
+            if _traced_for_dspark():
+                return original(self, "grouped_mm", default)
+        return original(self, experts_implementation, default)
+
+    get_interface._dspark = True  # type: ignore[attr-defined]
+    return get_interface
+
+
+def install() -> None:
+    """Teach transformers' registry of experts, where it is loaded."""
+    module = sys.modules.get(_MODULE)
+    interface = getattr(module, "ExpertsInterface", None)
+    original = getattr(interface, "get_interface", None)
+    if original is None or getattr(original, "_dspark", False):
+        return
+    interface.get_interface = _wrapped(original)  # type: ignore[union-attr]
