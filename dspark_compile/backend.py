@@ -185,7 +185,12 @@ def _wrapped(
         return run
     kept = _kept(inputs, ctx)
 
-    def call(*args: Any) -> Any:
-        return run(*(args[i] for i in kept), *(item.value(args) for item in extra))
+    def given(args: Sequence[Any]) -> list[Any]:
+        return [*(args[i] for i in kept), *(item.value(args) for item in extra)]
 
+    def call(*args: Any) -> Any:
+        return run(*given(args))
+
+    if hasattr(run, "bind"):
+        call.bind = lambda args: run.bind(given(args))  # type: ignore[attr-defined]
     return call

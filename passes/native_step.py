@@ -13,7 +13,7 @@ inside the products, and weights that stream on from one kernel to the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -85,8 +85,7 @@ def _build(graph: fx.Graph, ctx: PassContext) -> Callable[..., Any]:
     _report(native, ctx)
     plain = [kind for kind, _ in form] == ["result"] * len(form)
 
-    def run(*args: Any) -> Any:
-        made = native(args)
+    def outputs(made: list[Tensor], args: Sequence[Any]) -> list[Any]:
         if plain:
             return made
         return [
@@ -94,7 +93,14 @@ def _build(graph: fx.Graph, ctx: PassContext) -> Callable[..., Any]:
             for kind, value in form
         ]
 
-    run.native = native  # type: ignore[attr-defined]
+    def run(*args: Any) -> list[Any]:
+        return outputs(native(args), args)
+
+    def bind(args: Sequence[Any]) -> Callable[[], list[Any]]:
+        bound = native.bind(args)
+        return bound if plain else lambda: outputs(bound(), args)
+
+    run.native, run.bind = native, bind  # type: ignore[attr-defined]
     return run
 
 
