@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from dspark_compile.options import Options
     from dspark_compile.runtime import decompress_cache, reset_cache
     from dspark_compile.runtime.cache import CompressedCache
+    from dspark_compile.runtime.decode_cache import DecodeCache
+    from dspark_compile.runtime.generate import generate, last_generation
 
 _EXPORTS = {
     "explain": "dspark_compile.diagnostics.explain",
@@ -27,15 +29,21 @@ _EXPORTS = {
     "CompressedCache": "dspark_compile.runtime.cache",
     "decompress_cache": "dspark_compile.runtime",
     "reset_cache": "dspark_compile.runtime",
+    "DecodeCache": "dspark_compile.runtime.decode_cache",
+    "generate": "dspark_compile.runtime.generate",
+    "last_generation": "dspark_compile.runtime.generate",
 }
 
 __all__ = [
     "CompileReport",
     "CompressedCache",
+    "DecodeCache",
     "Options",
     "__version__",
     "decompress_cache",
     "explain",
+    "generate",
+    "last_generation",
     "last_report",
     "reset_cache",
 ]

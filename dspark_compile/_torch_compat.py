@@ -276,6 +276,20 @@ def restarts() -> tuple[type[Exception], ...]:
     return (RestartAnalysis,)
 
 
+def trace_errors() -> tuple[type[Exception], ...]:
+    """What Dynamo raises under ``fullgraph=True`` for a function that it cannot trace whole."""
+    from torch._dynamo import exc
+
+    return (exc.TorchDynamoException, exc.UserError, exc.InternalTorchDynamoError)
+
+
+def forget(code: Any) -> None:
+    """Drop what Dynamo compiled for a code object, and the tensors that this holds."""
+    from torch._dynamo.eval_frame import reset_code
+
+    reset_code(code)
+
+
 def cxx_compiler() -> str | None:
     """The C++ compiler that Inductor would take: ``$CXX``, else g++ (clang++ on macOS).
 

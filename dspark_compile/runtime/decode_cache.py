@@ -272,6 +272,29 @@ class DecodeCache(Cache):  # type: ignore[misc]
                 yield layer, name, tensor
 
     @property
+    def rows(self) -> int:
+        """Sequences it has room for; 0: not known yet."""
+        return max((layer.rows for layer in self.layers), default=0)
+
+    @property
+    def known(self) -> int:
+        """Tokens held."""
+        return max((layer.known for layer in self.layers), default=0)
+
+    def prepare(self, other: DecodeCache, rows: int) -> None:
+        """Allocate for keys and values like ``other``'s, where `update` has not done so yet."""
+        for layer, like in zip(self.layers, other.layers, strict=True):
+            if layer.is_initialized or not like.is_initialized:
+                layer.rows = layer.rows or rows
+                continue
+            layer.rows = rows
+            shape, options = (rows, like.num_heads, 0), {"dtype": like.dtype, "device": like.device}
+            layer.lazy_initialization(
+                torch.empty(*shape, like.k_head_dim, **options),
+                torch.empty(*shape, like.v_head_dim, **options),
+            )
+
+    @property
     def room(self) -> int:
         """Tokens for which there is memory."""
         return min((layer.max_cache_len for layer in self.layers), default=0)

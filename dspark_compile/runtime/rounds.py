@@ -1,0 +1,311 @@
+"""`Rounds`: a model's decode step as one program over state that stays where it is.
+
+Tokens, positions, lengths, the padding mask and the cache lie on the device and are written in
+place by the step itself; the step is compiled once (`capture`) for a batch bucket, and everything
+that differs between calls (prompt lengths, cache room, which rows are done) is data.
+
+    prefill(ids)      eager, in chunks: the cache and the logits of the last token
+    step(token)       one program: logits [R, V] of the next token
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .capture import Captured, CaptureError
+from .decode_cache import DecodeCache
+from .errors import KVCacheError
+
+# How far the compiled step's logits may lie from eager ones, as a part of their norm.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+COARSE = 0.1
+
+
+def batch_bucket(rows: int) -> int:
+    """The power of two that holds ``rows``."""
+    return 1 << (rows - 1).bit_length()
+
+
+class Rounds:
+    """Decode steps of one model for up to ``rows`` sequences.
+
+    Args:
+        model: Hugging Face causal language model; held weakly.
+        rows: of the batch, all of which the step computes.
+        masked: whether sequences may be padded on the left.
+        scheme: of the cache: ``"model"`` or ``"int8"``.
+        options: of the back end.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        rows: int,
+        masked: bool,
+        scheme: str = "model",
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._model = weakref.ref(model)
+        self.rows, self.masked, self.scheme = rows, masked, scheme
+        self.options = dict(options or {})
+        self.cache = DecodeCache(model.config, scheme=scheme, rows=rows)
+        device = model.device
+        self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.done = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.mask = torch.ones(rows, 0, dtype=torch.long, device=device)
+        self.length = 0
+        self.program: Captured | None = None
+        self.reason: str | None = None  # why there is no program
+        self._signature = _signature(model)
+        accepted = inspect.signature(model.forward).parameters
+        self._keeps = "logits_to_keep" in accepted
+        self._positioned = masked and "position_ids" in accepted
+
+    @property
+    def model(self) -> Any:
+        """The model.
+
+        Raises:
+            ReferenceError: it is gone.
+        """
+        model = self._model()
+        if model is None:
+            raise ReferenceError("the model is gone")
+        return model
+
+    def fits(self) -> bool:
+        """Whether the model is still what the program was compiled for."""
+        return self._signature == _signature(self.model)
+
+    # ----------------------------------------------------------------------------- a prompt
+
+    def begin(self) -> None:
+        """Forget the last call's sequences."""
+        self.length = 0
+        self.cache.set_length(0)
+        self.done.zero_()
+        self.mask.fill_(1)
+
+    def adopt(self, cache: DecodeCache) -> None:
+        """Decode over another cache from now on, after what it holds.
+
+        Raises:
+            KVCacheError: it was made for another batch.
+        """
+        old = self.cache
+        if cache.rows not in (0, self.rows):
+            raise KVCacheError(
+                f"past_key_values has room for {cache.rows} rows, and a batch of this size decodes "
+                f"with {self.rows}: make it with DecodeCache(config, rows={self.rows})"
+            )
+        cache.prepare(old, self.rows)
+        replaced = {id(self.mask): (mask := self.mask.new_ones(self.rows, cache.room))}
+        for ours, theirs in zip(old.layers, cache.layers, strict=True):
+            replaced[id(ours.cumulative_length)] = theirs.cumulative_length
+            for name, tensor in ours.tensors().items():
+                replaced[id(tensor)] = theirs.tensors()[name]
+        self.cache, self.mask, self.length = cache, mask, cache.known
+        if self.program is not None:
+            self.program.replace(replaced, cache.room)
+
+    def reserve(self, tokens: int) -> None:
+        """Have room for sequences of ``tokens``, without another compilation.
+
+        Raises:
+            KVCacheError: there is no memory; everything is as it was.
+        """
+        before = {(layer, name): x for layer, name, x in self.cache.tensors()}
+        if not self.cache.reserve(tokens):
+            if self.mask.shape[1] < self.cache.room:
+                self._grow_mask()
+            return
+        replaced = {
+            id(before[layer, name]): x
+            for layer, name, x in self.cache.tensors()
+            if (layer, name) in before
+        }
+        old = self.mask
+        self._grow_mask()
+        replaced[id(old)] = self.mask
+        if self.program is not None:
+            self.program.replace(replaced, self.cache.room)
+
+    def _grow_mask(self) -> None:
+        mask = torch.ones(self.rows, self.cache.room, dtype=torch.long, device=self.mask.device)
+        mask[:, : self.mask.shape[1]] = self.mask
+        self.mask = mask
+
+    def prefill(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        chunk: int,
+    ) -> Tensor:
+        """Run ``input_ids [b, L]`` through the model, ``chunk`` tokens at a time; logits ``[b, V]``
+        of the last.
+
+        ``attention_mask [b, held + L]`` says what is padding, ``position_ids [b, L]`` where the
+        tokens are.
+        """
+        rows, count = input_ids.shape
+        start = self.length
+        self.reserve(start + count + 1)
+        if attention_mask is not None:
+            self.mask[:rows, : start + count] = attention_mask
+        logits = None
+        for at in range(0, count, chunk):
+            part = slice(at, min(at + chunk, count))
+            given: dict[str, Any] = {"input_ids": input_ids[:, part]}
+            if attention_mask is not None:
+                given["attention_mask"] = attention_mask[:, : start + part.stop]
+            if position_ids is not None:
+                given["position_ids"] = position_ids[:, part]
+            logits = self._forward(given)
+        assert logits is not None
+        self.length = start + count
+        if self.masked:
+            last = position_ids[:, -1:] if position_ids is not None else self.length - 1
+            self.positions.fill_(self.length)
+            self.positions[:rows] = last + 1  # type: ignore[operator]
+        return logits[:, -1]
+
+    def _forward(self, given: dict[str, Any]) -> Tensor:
+        if self._keeps:
+            given["logits_to_keep"] = 1
+        return self.model(past_key_values=self.cache, use_cache=True, **given).logits
+
+    # ------------------------------------------------------------------------------- a step
+
+    def step(self) -> Tensor:
+        """The next token's logits ``[R, V]`` after ``tokens``; valid until the next step."""
+        if self.length + 1 > self.cache.room:
+            self.cache.set_length(self.length)
+            self.reserve(self.length + 1)
+        if self.program is not None:
+            logits = self.program()
+        elif self.reason is not None:
+            logits = self._eager_step()
+        else:
+            logits = self._compile()
+        self.length += 1
+        return logits
+
+    def _eager_step(self) -> Tensor:
+        given: dict[str, Any] = {"input_ids": self.tokens}
+        if self.masked:
+            given["attention_mask"] = self.mask[:, : self.length + 1]
+        if self._positioned:
+            given["position_ids"] = self.positions
+        logits = self._forward(given)[:, -1]
+        self.positions.add_(1)
+        return logits
+
+    def _compile(self) -> Tensor:
+        """Compile the step by taking it, and compare it with an eager one."""
+        model, cache, tokens, mask, positions = (
+            self.model, self.cache, self.tokens, self.mask, self.positions,
+        )  # fmt: skip
+        positioned = self._positioned
+        given: dict[str, Any] = {}
+        if self.masked:
+            given["attention_mask"] = mask
+        if positioned:
+            given["position_ids"] = positions
+
+        def step() -> Tensor:
+            logits = model(input_ids=tokens, past_key_values=cache, use_cache=True, **given).logits
+            if positioned:
+                positions.add_(1)
+            return logits[:, -1]
+
+        growing = [(x, 2) for _, _, x in cache.tensors()]
+        if self.masked:
+            growing.append((mask, 1))
+        before = positions.clone()
+        try:
+            program = Captured(step, growing, self.options)
+            got = program.first.clone()
+        except CaptureError as error:
+            program, self.reason = None, str(error)
+        cache.set_length(self.length)
+        positions.copy_(before)
+        expected = self._eager_step()
+        if program is not None:
+            difference = (got.float() - expected.float()).norm() / expected.float().norm()
+            allowed = TOLERANCE.get(expected.dtype, COARSE) if self.scheme == "model" else COARSE
+            if not difference <= allowed:
+                self.reason = f"its logits differ from eager ones by {float(difference):.1e}"
+                program = None
+        self.program = program
+        return expected
+
+    def finish(self) -> None:
+        """The cache's own record of its length follows."""
+        self.cache.set_length(self.length)
+
+
+def _signature(model: Any) -> tuple[Any, ...]:
+    """What a compiled step depends on and a user may change between calls."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return (
+        model.training,
+        getattr(model.config, "_attn_implementation", None),
+        getattr(model.config, "_experts_implementation", None),
+        torch.get_num_threads(),
+        *((id(x), x.data_ptr(), x.dtype, x.device) for x in tensors),
+    )
+
+
+class RoundsPool:
+    """The idle `Rounds` of each model. A call takes one and gives it back: two calls at a time on
+    one model have two."""
+
+    def __init__(self) -> None:
+        self._idle: weakref.WeakKeyDictionary[Any, dict[Any, list[Rounds]]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._lock = threading.Lock()
+
+    def take(
+        self, model: Any, rows: int, masked: bool, scheme: str, options: Mapping[str, Any]
+    ) -> Rounds:
+        """One that nobody uses."""
+        key = self._key(rows, masked, scheme, options)
+        with self._lock:
+            idle = self._idle.setdefault(model, {}).setdefault(key, [])
+            while idle:
+                rounds = idle.pop()
+                if rounds.fits():
+                    rounds.begin()
+                    return rounds
+        return Rounds(model, rows, masked, scheme, options)
+
+    def give(self, rounds: Rounds) -> None:
+        """It is idle again."""
+        key = self._key(rounds.rows, rounds.masked, rounds.scheme, rounds.options)
+        with self._lock:
+            self._idle.setdefault(rounds.model, {}).setdefault(key, []).append(rounds)
+
+    def drop(self, model: Any | None = None) -> None:
+        """Free what is idle, of ``model`` or of all: programs and caches."""
+        with self._lock:
+            if model is None:
+                self._idle.clear()
+            else:
+                self._idle.pop(model, None)
+
+    @staticmethod
+    def _key(rows: int, masked: bool, scheme: str, options: Mapping[str, Any]) -> Any:
+        return rows, masked, scheme, tuple(sorted((k, str(v)) for k, v in options.items()))
+
+
+POOL = RoundsPool()

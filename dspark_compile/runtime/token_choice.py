@@ -1,0 +1,172 @@
+"""How a decode loop chooses tokens: what Hugging Face's logits processors say, as one kernel.
+
+Repetition penalty, temperature, top-k, top-p and min-p, in this order, are known (`TokenChoice`);
+others are called as they are (`Chooser.processors`), which costs a few torch ops a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspark_compile.ops.token import filtered_probabilities
+
+
+@dataclass(frozen=True)
+class TokenChoice:
+    """One way to choose.
+
+    Attributes:
+        sample: draw from the distribution; otherwise arg-max.
+        temperature, top_k, top_p, min_p: what shapes the distribution; 1, 0, 1, 0 are off.
+        penalty: repetition penalty of tokens that came before; 1 is off.
+    """
+
+    sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    penalty: float = 1.0
+
+
+_ORDER = (
+    "RepetitionPenaltyLogitsProcessor",
+    "TemperatureLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "MinPLogitsWarper",
+)
+
+
+def parse(processors: Sequence[Any], sample: bool) -> tuple[TokenChoice | None, str | None]:
+    """``(choice, None)`` for Hugging Face processors that are known, else ``(None, reason)``."""
+    values: dict[str, Any] = {"sample": sample}
+    last = -1
+    for processor in processors:
+        name = type(processor).__name__
+        if name not in _ORDER or not type(processor).__module__.startswith("transformers."):
+            return None, f"{name} is called in Python at every step"
+        if _ORDER.index(name) <= last:
+            return None, f"{name} comes behind {_ORDER[last]}: they are called in Python"
+        last = _ORDER.index(name)
+        if name == "RepetitionPenaltyLogitsProcessor":
+            if getattr(processor, "prompt_ignore_length", None) is not None:
+                return None, f"{name} with prompt_ignore_length is called in Python at every step"
+            values["penalty"] = processor.penalty
+            continue
+        # TopK keeps min_tokens_to_keep inside of its top_k.
+        if getattr(processor, "filter_value", -torch.inf) != -torch.inf or (
+            getattr(processor, "min_tokens_to_keep", 1) > 1
+        ):
+            return None, f"{name} with unusual settings is called in Python at every step"
+        key = name.removesuffix("LogitsWarper")
+        attribute = {"Temperature": "temperature", "TopK": "top_k", "TopP": "top_p"}.get(
+            key, "min_p"
+        )
+        values[attribute] = getattr(processor, attribute)
+    return TokenChoice(**values), None
+
+
+@dataclass
+class Chooser:
+    """Chooses tokens for ``rows`` sequences, on the device of their logits.
+
+    Attributes:
+        tokens: int64 ``[R, 1]``: the tokens chosen last, in place.
+        done: bool ``[R]``.
+        choice: how.
+        eos: tokens that end a row; then it gets ``pad``.
+        seen: bool ``[R, V]``: tokens that came before; None without a penalty.
+        processors: called as ``f(input_ids, scores)`` before ``choice``.
+        generator: of the random numbers; None: torch's own.
+    """
+
+    tokens: Tensor
+    done: Tensor
+    choice: TokenChoice
+    eos: list[int]
+    pad: int
+    seen: Tensor | None = None
+    processors: Callable[[Tensor, Tensor], Tensor] | None = None
+    generator: torch.Generator | None = None
+    _native: Callable[[], int] | None = field(default=None, repr=False)
+    _for: tuple[int, ...] = field(default=(), repr=False)
+    _drawn: Tensor | None = field(default=None, repr=False)
+    _next: int = field(default=0, repr=False)
+
+    def __post_init__(self) -> None:
+        rows = self.tokens.shape[0]
+        self.uniform = torch.zeros(rows, device=self.tokens.device) if self.choice.sample else None
+
+    def draw(self) -> None:
+        """Fresh uniform numbers, 64 steps of them at a time: the generator is slow for few."""
+        if self.uniform is None:
+            return
+        if self._drawn is None or self._next == len(self._drawn):
+            self._drawn = torch.rand(
+                64, *self.uniform.shape, device=self.uniform.device, generator=self.generator
+            )
+            self._next = 0
+        self.uniform.copy_(self._drawn[self._next])
+        self._next += 1
+
+    def __call__(self, logits: Tensor, input_ids: Tensor | None = None) -> int | None:
+        """Choose from ``logits [R, V]``; how many rows are not done, on a CPU.
+
+        ``input_ids [R, L]`` are what processors get.
+        """
+        self.draw()
+        if self.processors is not None:
+            logits = self.processors(input_ids, logits.to(torch.float32, copy=True))  # type: ignore[arg-type]
+        if logits.device.type == "cpu":
+            native = self._kernel(logits)
+            if native is not None:
+                return native()
+        self._plain(logits)
+        return int((~self.done).sum()) if logits.device.type == "cpu" else None
+
+    def _kernel(self, logits: Tensor) -> Callable[[], int] | None:
+        from dspark_compile.codegen.cpp import build
+        from dspark_compile.kernels.cpp.choose import chooser
+
+        key = (logits.data_ptr(), *logits.shape, *logits.stride())
+        if key != self._for:
+            self._for, self._native = key, None
+            if logits.dtype in (torch.float32, torch.bfloat16, torch.float16) and (
+                logits.stride(-1) == 1
+            ):
+                how = self.choice
+                with contextlib.suppress(build.BuildError):  # no compiler: torch does it
+                    self._native = chooser(
+                        logits, self.tokens, self.done, uniform=self.uniform, seen=self.seen,
+                        eos=self.eos, pad=self.pad, temperature=how.temperature, top_k=how.top_k,
+                        top_p=how.top_p, min_p=how.min_p, penalty=how.penalty,
+                    )  # fmt: skip
+        return self._native
+
+    def _plain(self, logits: Tensor) -> None:
+        """The same in torch ops, without a synchronisation."""
+        how, z = self.choice, logits.float()
+        if self.seen is not None and how.penalty != 1:
+            hit = torch.where(z < 0, z * how.penalty, z / how.penalty)
+            z = torch.where(self.seen, hit, z)
+        if self.uniform is None:
+            chosen = z.argmax(-1)
+        else:
+            p = filtered_probabilities(z, how.temperature, how.top_k, how.top_p, how.min_p)
+            cdf = p.cumsum(-1)
+            picked = (cdf <= self.uniform.unsqueeze(-1) * cdf[:, -1:]).sum(-1)
+            last = p.shape[-1] - 1 - p.flip(-1).gt(0).to(torch.int64).argmax(-1)
+            chosen = torch.minimum(picked, last)
+        chosen = torch.where(self.done, self.pad, chosen)
+        if self.seen is not None:
+            self.seen.scatter_(1, chosen[:, None], True)
+        for token in self.eos:
+            self.done |= chosen == token
+        self.tokens.copy_(chosen[:, None])

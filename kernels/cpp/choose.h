@@ -1,0 +1,153 @@
+// Choosing the next token from a row of logits, as `dspark_compile.ops.token` defines it:
+//
+//   repetition penalty · arg-max, or temperature · top-k · top-p · min-p · inverse CDF of a uniform
+//
+// Nothing is sorted but what can be in the answer: top-k keeps a heap, top-p sorts the most likely
+// 64 and eight times as many where they do not suffice.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <vector>
+
+#include "vec.h"
+
+namespace dspark {
+
+struct Choice {
+  double temperature;  // not used by arg-max
+  int64_t top_k;       // 0: off
+  double top_p;        // 1: off
+  double min_p;        // 0: off
+  double penalty;      // 1: off
+};
+
+// The first largest; NaN counts as largest, as torch has it.
+inline int64_t arg_max(const float* z, int64_t V) {
+  int64_t at = 0;
+  float best = z[0];
+  for (int64_t i = 1; i < V && best == best; ++i)
+    if (!(z[i] <= best)) best = z[i], at = i;
+  return at;
+}
+
+// The k-th largest of z.
+inline float kth_largest(const float* z, int64_t V, int64_t k, std::vector<float>& work) {
+  work.assign(z, z + k);
+  if (k <= 1024) {
+    std::make_heap(work.begin(), work.end(), std::greater<float>());
+    for (int64_t i = k; i < V; ++i)
+      if (z[i] > work.front()) {
+        std::pop_heap(work.begin(), work.end(), std::greater<float>());
+        work.back() = z[i];
+        std::push_heap(work.begin(), work.end(), std::greater<float>());
+      }
+    return work.front();
+  }
+  work.assign(z, z + V);
+  std::nth_element(work.begin(), work.begin() + (k - 1), work.end(), std::greater<float>());
+  return work[k - 1];
+}
+
+struct Candidate {
+  int32_t token;
+  float z, weight;  // e^(z - largest)
+};
+
+// The most likely candidates, down to the one with which their mass reaches top_p.
+inline void keep_nucleus(std::vector<Candidate>& c, double top_p) {
+  const auto before = [](const Candidate& a, const Candidate& b) { return a.z > b.z; };
+  double all = 0;
+  for (const Candidate& x : c) all += x.weight;
+  const size_t count = c.size();
+  double mass = 0;
+  for (size_t done = 0, n = std::min<size_t>(64, count);; done = n, n = std::min(8 * n, count)) {
+    if (n < count) std::nth_element(c.begin() + done, c.begin() + n, c.end(), before);
+    std::sort(c.begin() + done, c.begin() + n, before);
+    for (size_t i = done; i < n; ++i) {
+      // A token stays while the mass of those before it is below top_p.
+      if (i > 0 && mass >= top_p * all) {
+        c.resize(i);
+        return;
+      }
+      mass += c[i].weight;
+    }
+    if (n == count) return;
+  }
+}
+
+// z: the row, penalised and divided by the temperature.
+inline int64_t sample(const float* z, int64_t V, const Choice& how, float uniform,
+                      std::vector<float>& work, std::vector<Candidate>& c) {
+  float least = -INFINITY, most = -INFINITY;
+  for (int64_t i = 0; i < V; ++i) most = z[i] > most ? z[i] : most;
+  if (how.top_k > 0 && how.top_k < V) least = kth_largest(z, V, how.top_k, work);
+  if (how.min_p > 0 && how.top_p >= 1)
+    least = std::max(least, most + float(std::log(how.min_p)));
+  c.clear();
+  for (int64_t i = 0; i < V; ++i)
+    if (z[i] >= least && z[i] > -INFINITY)
+      c.push_back({int32_t(i), z[i], std::exp(z[i] - most)});
+  if (c.empty()) return arg_max(z, V);
+  if (how.top_p < 1) {
+    keep_nucleus(c, how.top_p);
+    if (how.min_p > 0)
+      c.erase(std::remove_if(c.begin(), c.end(),
+                             [&](const Candidate& x) { return x.weight < how.min_p; }),
+              c.end());
+    std::sort(c.begin(), c.end(),
+              [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
+  }
+  double all = 0, mass = 0;
+  for (const Candidate& x : c) all += x.weight;
+  for (const Candidate& x : c)
+    if ((mass += x.weight) > double(uniform) * all) return x.token;
+  return c.back().token;
+}
+
+// Tokens of `rows` rows of logits; those that are done get `pad`. A row whose token is one of `eos`
+// is done from then on. uniform null: arg-max. seen [rows, V] marks tokens that the penalty hits and
+// gains the chosen ones; it may be null. z is memory for V floats. Returns how many are not done.
+template <class T>
+int64_t choose(const T* logits, int64_t ld, int64_t rows, int64_t V, const Choice& how,
+               const float* uniform, uint8_t* seen, const int64_t* eos, int64_t eos_count,
+               int64_t pad, uint8_t* done, int64_t* tokens, float* z) {
+  static thread_local std::vector<float> work;
+  static thread_local std::vector<Candidate> candidates;
+  int64_t open = 0;
+  for (int64_t b = 0; b < rows; ++b) {
+    if (done[b]) {
+      tokens[b] = pad;
+      continue;
+    }
+    const T* x = logits + b * ld;
+    constexpr int W = Vec::W;
+    for (int64_t i = 0; i < V; i += W) {
+      const int n = int(std::min<int64_t>(W, V - i));
+      store(z + i, load(x + i, n), n);
+    }
+    uint8_t* marks = seen == nullptr ? nullptr : seen + b * V;
+    if (marks != nullptr)
+      for (int64_t i = 0; i < V; ++i)
+        if (marks[i])
+          z[i] = z[i] < 0 ? z[i] * float(how.penalty) : z[i] / float(how.penalty);
+    int64_t token;
+    if (uniform == nullptr) {
+      token = arg_max(z, V);
+    } else {
+      const Vec t = all(float(how.temperature));
+      for (int64_t i = 0; i < V; i += W) {
+        const int n = int(std::min<int64_t>(W, V - i));
+        store(z + i, load(z + i, n) / t, n);
+      }
+      token = sample(z, V, how, uniform[b], work, candidates);
+    }
+    tokens[b] = token;
+    if (marks != nullptr) marks[token] = 1;
+    for (int64_t i = 0; i < eos_count; ++i) done[b] |= token == eos[i];
+    open += !done[b];
+  }
+  return open;
+}
+
+}  // namespace dspark
