@@ -26,6 +26,7 @@ from dspark_compile.kernels import cpp
 from dspark_compile.kernels.cpp import attention as attention_kernels
 from dspark_compile.kernels.cpp import cache as cache_kernels
 from dspark_compile.kernels.cpp import linear as linear_kernels
+from dspark_compile.kernels.cpp import moe as moe_kernels
 from dspark_compile.kernels.cpp import norm as norm_kernels
 from dspark_compile.kernels.cpp import quantized as quantized_kernels
 from dspark_compile.kernels.cpp import rope as rope_kernels
@@ -50,6 +51,7 @@ _OTHERS = (
 )  # fmt: skip
 QUANTIZED = ("linear_int8", "linear_int4", "gated_mlp_int8", "gated_mlp_int4")
 PRODUCTS = (*_LINEARS, *_MLPS, *QUANTIZED)
+EXPERTS = ("moe_router", "moe_experts")
 
 
 def reason(node: fx.Node) -> str | None:
@@ -60,7 +62,7 @@ def reason(node: fx.Node) -> str | None:
         return None
     if is_dialect_op(node):
         name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
-        if name not in (*PRODUCTS, *_NORMS, *_OTHERS):
+        if name not in (*PRODUCTS, *_NORMS, *_OTHERS, *EXPERTS):
             return f"{name} has no stage"
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         with emit.deferred():
@@ -453,6 +455,13 @@ class Planner:
             rows = self.rows(x, node.name).reshape(x.shape)
             flat = [self.contiguous(a, node.name) for a in args[1:]]
             call, self.values[node] = quantized_kernels.call_of(name, (rows, *flat))
+        elif name == "moe_router":
+            call, self.values[node] = moe_kernels.router_of(
+                self.rows(args[0], node.name), args[0],
+                [self.contiguous(a, node.name) if i in (2, 3) else a for i, a in enumerate(args)],
+            )  # fmt: skip
+        elif name == "moe_experts":
+            call, self.values[node] = self._experts(node, args)
         elif name == "rope":
             made = rope_kernels.rope_call(*args, **kwargs)
             if made is None:
@@ -467,6 +476,19 @@ class Planner:
         else:
             call, self.values[node] = attention_kernels.call_of(name, args, kwargs)
         self.add(call, node.name)
+
+    def _experts(self, node: fx.Node, args: Any) -> tuple[Call, Tensor]:
+        x, indices, weights, *rest = args
+        k = indices.shape[-1]
+        rows = self.rows(x, node.name)
+        chosen = [self.contiguous(t, node.name).reshape(-1, k) for t in (indices, weights)]
+        stacks, biases, others = rest[:3], rest[3:6], rest[6:]
+        biases = [[self.contiguous(t, node.name) for t in b] for b in biases]
+        others = [self.contiguous(t, node.name) for t in others]
+        out = x.new_empty((*x.shape[:-1], stacks[2][0].shape[-2]))
+        flat = out.reshape(-1, out.shape[-1])
+        call = moe_kernels.experts_call(rows, flat, *chosen, *stacks, *biases, *others)  # type: ignore[arg-type]
+        return call, out
 
 
 def _like(value: Tensor) -> Tensor:

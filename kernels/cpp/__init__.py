@@ -12,6 +12,7 @@ It takes the op's own arguments, real or fake. The templates are the headers in 
     ``linear`` ``merged_linear``    `linear`
     ``mlp`` ``gated_mlp``           `linear`; ``gated_mlp_merged`` too
     ``linear_int8`` ``linear_int4`` `quantized`; ``gated_mlp_int8``, ``gated_mlp_int4`` too
+    ``moe_router`` ``moe_experts``  `moe`
     ``rms_norm`` ``layer_norm``     `norm`; with ``add_`` in front, behind a residual
     ``rope``                        `rope`
     ``cache_append_``               `cache`; ``cache_append_int8_`` too
@@ -42,6 +43,8 @@ OPS: dict[str, str] = {
     "linear_int4": "quantized",
     "gated_mlp_int8": "quantized",
     "gated_mlp_int4": "quantized",
+    "moe_router": "moe",
+    "moe_experts": "moe",
     "rms_norm": "norm",
     "add_rms_norm": "norm",
     "layer_norm": "norm",

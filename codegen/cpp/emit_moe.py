@@ -1,0 +1,190 @@
+"""Source text of routers and experts: ``kernels/cpp/moe_router.h`` and ``moe.h`` instantiated.
+
+As in `emit`, what decides the machine code is a constant of the text (dtypes, activation with its
+bounds, how weights lie), and sizes and pointers are arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dspark_compile.codegen.cpp.emit import ACTIVATION, CPP_TYPE, SHORT, Source, source
+from dspark_compile.ops.moe import PLAIN_LIMITS
+
+_CPP = {**CPP_TYPE, torch.int64: "int64_t", torch.int32: "int32_t"}
+_SHORT = {**SHORT, torch.int64: "i64", torch.int32: "i32"}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What decides an experts kernel.
+
+    Attributes:
+        dtype: of x, weights and the result.
+        index, share: of the indices and of their weights.
+        rows: of a pass over the weights, 1, 2, 4, 8 or 16.
+        gated: whether there is a gate.
+        turned_up, turned_down: whether weights lie ``[in, out]``.
+        weigh_input: whether weights multiply the input.
+        norm: of the norm's weight behind the experts; None without one.
+        activation, limits: see `ops.moe.gate_and_up`.
+    """
+
+    dtype: torch.dtype
+    index: torch.dtype
+    share: torch.dtype
+    rows: int
+    gated: bool
+    turned_up: bool
+    turned_down: bool
+    weigh_input: bool
+    norm: torch.dtype | None
+    activation: str
+    limits: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        flags = "".join(
+            letter
+            for letter, on in (
+                ("g", self.gated), ("u", self.turned_up), ("d", self.turned_down),
+                ("i", self.weigh_input), ("n", self.norm is not None),
+            )
+            if on
+        )  # fmt: skip
+        digest = hashlib.sha256(repr(self.limits).encode()).hexdigest()[:6] if self.limits else ""
+        parts = (
+            "experts", SHORT[self.dtype], _SHORT[self.share], f"m{self.rows}", self.activation,
+            flags, digest,
+        )  # fmt: skip
+        return "_".join(p for p in parts if p)
+
+
+def _bounded(value: str, low: float, high: float) -> str:
+    # The value comes second, which NaN comes through.
+    if low != -math.inf:
+        value = f"max(all({low!r}f), {value})"
+    if high != math.inf:
+        value = f"min(all({high!r}f), {value})"
+    return value
+
+
+def _gate(spec: Experts) -> str:
+    """The struct that computes act(gate) * up."""
+    slope, low, high, up_low, up_high, offset = spec.limits or PLAIN_LIMITS
+    act = ACTIVATION[spec.activation]
+    inner = _bounded("g", low, high)
+    value = f"{act}::of({inner})"
+    if slope != 1.0:
+        value = f"{act}::of({inner} * all({slope!r}f)) * all({1.0 / slope!r}f)"
+    if spec.gated:
+        up = _bounded("u", up_low, up_high)
+        value += f" * ({up} + all({offset!r}f))" if offset else f" * {up}"
+    return (
+        "struct Gate {\n  static Vec of(Vec g, [[maybe_unused]] Vec u) {\n"
+        f"    return {value};\n  }}\n}};\n\n"
+    )
+
+
+_STACKS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+
+
+@functools.lru_cache(maxsize=1024)
+def experts(spec: Experts) -> Source:
+    """``y = sum of weight * expert(x)``; see ``kernels/cpp/moe.h``.
+
+    Of each of the six stacks the parameters are a pointer, an array of pointers or null, and the
+    elements from one expert to the next.
+    """
+    t = CPP_TYPE[spec.dtype]
+    flags = ", ".join(str(f).lower() for f in (spec.turned_up, spec.turned_down, spec.weigh_input))
+    norm = "Nothing" if spec.norm is None else CPP_TYPE[spec.norm]
+    kind = (
+        f"Experts<{t}, {_CPP[spec.index]}, {_CPP[spec.share]}, {spec.rows},"
+        f" {2 if spec.gated else 1}, {flags}, {norm}, Gate>"
+    )
+    stacks = ", ".join(
+        f"{{(const {t}*){n}, (const {t}* const*){n}_list, {n}_step}}" for n in _STACKS
+    )
+    pointer = "float" if spec.norm is None else norm
+    normed = f"(const {pointer if spec.norm else 'Nothing'}*)norm"
+    run = f"""
+const {kind} all_experts{{
+    (const {t}*)x, (const {_CPP[spec.index]}*)indices, (const {_CPP[spec.share]}*)weights,
+    {stacks},
+    {{up_ld, up_gap}}, {{down_ld, down_gap}}, {normed}, float(eps), ({t}*)y, (Load*)load,
+    {{tokens, k, count, K, I, N, ldx}}}};
+all_experts.run(team, memory);
+"""
+    parameters = [
+        *("p x", "i ldx", "p indices", "p weights"),
+        *(p for n in _STACKS for p in (f"p {n}", f"p {n}_list", f"i {n}_step")),
+        *("i up_ld", "i up_gap", "i down_ld", "i down_gap", "p norm", "f eps", "p y", "i load"),
+        *("i tokens", "i k", "i count", "i K", "i I", "i N"),
+    ]
+    about = (
+        f"Experts: {SHORT[spec.dtype]}, {spec.activation}, gated: {spec.gated},"
+        f" up to {spec.rows} rows a pass"
+    )
+    need = f"{kind}::bytes({{tokens, k, count, K, I, N, ldx}}, threads)"
+    return source(spec.name, about, "moe.h", parameters, run, need=need, before=_gate(spec))
+
+
+@dataclass(frozen=True)
+class Router:
+    """What decides a router's kernel: dtypes, and the rows of a pass.
+
+    Attributes:
+        x, weight: of the operands; products are in ``weight``.
+        logits, weights: of the results.
+        bias, correction: of those, None without any.
+        rows: 1 … 16.
+    """
+
+    x: torch.dtype
+    weight: torch.dtype
+    logits: torch.dtype
+    weights: torch.dtype
+    bias: torch.dtype | None
+    correction: torch.dtype | None
+    rows: int
+
+
+@functools.lru_cache(maxsize=1024)
+def router(spec: Router) -> Source:
+    """Logits, weights and indices; see ``kernels/cpp/moe_router.h``."""
+    bias, correction = spec.bias or torch.float32, spec.correction or torch.float32
+    types = [spec.x, spec.weight, spec.logits, spec.weights, bias, correction]
+    xt, wt, lt, st, bt, ct = (CPP_TYPE[d] for d in types)
+    kind = f"Router<{xt}, {wt}, {lt}, {st}, {bt}, {ct}, {spec.rows}>"
+    sizes = (
+        "{tokens, experts, K, k, ldx, Scoring(scoring), Normalise(normalise), groups,"
+        " top_groups, top2}"
+    )
+    run = f"""
+const {kind} router{{
+    (const {xt}*)x, (const {wt}*)w, ldw, (const {bt}*)bias, (const {ct}*)correction,
+    ({lt}*)logits, ({st}*)weights, (int64_t*)indices, float(scale), float(eps), float(fill),
+    {sizes}}};
+router.run(team, memory);
+"""
+    parameters = [
+        *("p x", "i ldx", "p w", "i ldw", "p bias", "p correction", "p logits", "p weights"),
+        *("p indices", "f scale", "f eps", "f fill", "i tokens", "i experts", "i K", "i k"),
+        *("i scoring", "i normalise", "i groups", "i top_groups", "i top2"),
+    ]
+    name = "router_" + "_".join(SHORT[d] for d in types) + f"_m{spec.rows}"
+    need = f"{kind}::bytes({sizes}, threads)"
+    return source(name, f"A router: {kind}", "moe_router.h", parameters, run, need=need)
+
+
+def limits_of(limits: Sequence[float]) -> tuple[float, ...]:
+    """``limits`` as a key; empty where they are the plain ones."""
+    made = tuple(float(x) for x in limits)
+    return () if made == PLAIN_LIMITS else made

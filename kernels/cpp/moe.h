@@ -1,0 +1,409 @@
+// Experts: y[t] = sum over the k choices j of w[t, j] * expert(x[t]), in two steps that meet once.
+//
+//   1. hidden = act(x G_e^T) * (x U_e^T) for every choice, sorted by expert
+//   2. y += w * (hidden D_e^T), a thread for its own columns of y, in float: no atomics
+//
+// Only experts that are hit are read, each once, whatever number of tokens share it: an expert's
+// tokens are rows of one product, of up to 16 rows a pass over the weights where they come from
+// memory, and more where they still lie in cache. Which experts are hit is data; how the work is cut
+// follows from it, in every thread alike, without a word between them.
+#pragma once
+#include "activation.h"
+#include "linear.h"
+#include "moe_product.h"
+#include "product.h"
+
+namespace dspark {
+
+// Tensors of all experts: one stacked, `step` elements an expert, or a list of pointers.
+template <class T>
+struct Stack {
+  const T* base;
+  const T* const* list;
+  int64_t step;
+
+  bool none() const { return base == nullptr && list == nullptr; }
+  const T* of(int64_t e) const {
+    return list != nullptr ? list[e] : base == nullptr ? nullptr : base + e * step;
+  }
+};
+
+// How the matrices lie: `ld` elements from row to row; turned, from column to column, with rows
+// `gap` apart (2 where gate and up alternate).
+struct Lie {
+  int64_t ld, gap;
+};
+
+struct ExpertSizes {
+  int64_t tokens, k, experts, K, I, N, ldx;
+};
+
+// Load statistics, if the first number is not 0: calls, tokens, experts hit, then tokens of each.
+struct Load {
+  int64_t on, calls, tokens, hit;
+  int64_t each[1];
+};
+
+// Choices sorted by expert: a table that each thread makes for itself.
+struct Routing {
+  int64_t hits = 0;   // experts with a token
+  int32_t* expert;    // [hits]
+  int32_t* start;     // [hits + 1], into choice
+  int32_t* choice;    // [tokens * k]: t * k + j
+
+  static size_t bytes(const ExpertSizes& s) {
+    return aligned(4 * (s.experts + 1)) * 2 + aligned(4 * (s.experts + 2)) +
+           aligned(4 * s.tokens * s.k);
+  }
+
+  template <class Index>
+  Routing(const Index* indices, const ExpertSizes& s, char* memory) {
+    int32_t* count = (int32_t*)memory;
+    memory += aligned(4 * (s.experts + 1));
+    expert = (int32_t*)memory;
+    memory += aligned(4 * (s.experts + 1));
+    start = (int32_t*)memory;
+    choice = (int32_t*)(memory + aligned(4 * (s.experts + 2)));
+    std::memset(count, 0, 4 * s.experts);
+    const int64_t all = s.tokens * s.k;
+    for (int64_t i = 0; i < all; ++i)
+      if (uint64_t(indices[i]) < uint64_t(s.experts)) ++count[indices[i]];
+    int32_t total = 0;
+    for (int64_t e = 0; e < s.experts; ++e) {
+      const int32_t here = count[e];
+      count[e] = total;  // where its next choice goes
+      if (here == 0) continue;
+      expert[hits] = int32_t(e);
+      start[hits++] = total;
+      total += here;
+    }
+    start[hits] = total;
+    for (int64_t i = 0; i < all; ++i)
+      if (uint64_t(indices[i]) < uint64_t(s.experts)) choice[count[indices[i]]++] = int32_t(i);
+  }
+
+  int64_t size(int64_t h) const { return start[h + 1] - start[h]; }
+};
+
+// Rows that one pass of a product takes of an expert's `m`.
+template <int CAP>
+inline int pass_rows(int64_t m) {
+  int rows = 1;
+  while (rows < m && rows < CAP) rows *= 2;
+  return rows;
+}
+
+// body(std::integral_constant<int, M>) for M = pass_rows.
+template <int CAP, class Body>
+inline void with_rows(int64_t m, Body&& body) {
+  if (m <= 1) return body(std::integral_constant<int, 1>{});
+  if constexpr (CAP >= 2)
+    if (m <= 2) return body(std::integral_constant<int, 2>{});
+  if constexpr (CAP >= 4)
+    if (m <= 4) return body(std::integral_constant<int, 4>{});
+  if constexpr (CAP >= 8)
+    if (m <= 8) return body(std::integral_constant<int, 8>{});
+  if constexpr (CAP >= 16) return body(std::integral_constant<int, 16>{});
+  body(std::integral_constant<int, CAP>{});
+}
+
+// Rows of one expert that are packed at a time: what a thread needs memory for.
+constexpr int64_t ROOM = 256;
+
+template <class T, int CAP>
+inline size_t packed_bytes(int64_t K, int64_t tokens) {
+  const int64_t rows = std::min<int64_t>(ROOM, (tokens + CAP - 1) / CAP * CAP);
+  // As wide as any form of a product packs, and the rows themselves.
+  return aligned((sizeof(float) + sizeof(T)) * (rows + 16) * (K + 64)) + 256;
+}
+
+struct Nothing {};
+
+// What is one for all sites of a kernel.
+//   T      of x, weights and y;  Index, Share  of indices and weights
+//   CAP    rows of a pass, 1 ... 16;  MATS  2 with a gate
+//   TURNED_UP, TURNED_DOWN  weights lie [in][out]
+//   WEIGH_INPUT  the weight multiplies the expert's input
+//   NormT  of a norm's weight behind the experts, or Nothing
+//   Act    of(gate, up)
+template <class T, class Index, class Share, int CAP, int MATS, bool TURNED_UP, bool TURNED_DOWN,
+          bool WEIGH_INPUT, class NormT, class Act>
+struct Experts {
+  static constexpr bool NORM = !std::is_same<NormT, Nothing>::value;
+
+  const T* x;
+  const Index* indices;
+  const Share* weights;
+  Stack<T> gate, up, down, gate_bias, up_bias, down_bias;
+  Lie up_lie, down_lie;
+  const NormT* norm;
+  float eps;
+  T* y;
+  Load* load;
+  ExpertSizes s;
+
+  static size_t bytes(const ExpertSizes& s, int threads) {
+    const int64_t choices = s.tokens * s.k;
+    size_t shared = aligned(sizeof(T) * choices * s.I) + aligned(sizeof(float) * s.tokens * s.N);
+    if (NORM) shared += aligned(sizeof(T) * choices * s.N);
+    const size_t own = Routing::bytes(s) +
+                       std::max(packed_bytes<T, CAP>(s.K, s.tokens), packed_bytes<T, CAP>(s.I, s.tokens));
+    return shared + threads * aligned(own) + 4096;
+  }
+
+  void run(Team team, char* memory) const {
+    const int64_t choices = s.tokens * s.k;
+    T* hidden = (T*)memory;
+    memory += aligned(sizeof(T) * choices * s.I);
+    float* total = (float*)memory;
+    memory += aligned(sizeof(float) * s.tokens * s.N);
+    T* results = (T*)memory;
+    if (NORM) memory += aligned(sizeof(T) * choices * s.N);
+    const size_t own = aligned(Routing::bytes(s) + std::max(packed_bytes<T, CAP>(s.K, s.tokens),
+                                                            packed_bytes<T, CAP>(s.I, s.tokens)));
+    memory += own * team.thread;
+    const Routing routing(indices, s, memory);
+    memory += Routing::bytes(s);
+    if (load->on != 0 && team.thread == 0) count(routing);
+    first_step(team, routing, hidden, memory);
+    fetch_down(team, routing);
+    team.barrier();
+    second_step(team, routing, hidden, total, results, memory);
+    if constexpr (NORM) {
+      team.barrier();
+      third_step(team, routing, results);
+    }
+  }
+
+ private:
+  void count(const Routing& routing) const {
+    ++load->calls;
+    load->tokens += s.tokens;
+    load->hit += routing.hits;
+    for (int64_t h = 0; h < routing.hits; ++h)
+      load->each[routing.expert[h]] += routing.size(h);
+  }
+
+  float share(int64_t choice) const { return to_float(weights[choice]); }
+
+  // The beginning of what this thread reads in the second step.
+  void fetch_down(Team team, const Routing& routing) const {
+    if (TURNED_DOWN || team.threads == 1) return;
+    const auto [first, last] = team.share(s.N, BLOCK);
+    if (first >= last || routing.hits == 0) return;
+    const char* from = (const char*)(down.of(routing.expert[0]) + first * down_lie.ld);
+    const int64_t size = std::min<int64_t>(64 * 1024, (last - first) * down_lie.ld * sizeof(T));
+    for (int64_t at = 0; at < size; at += 64) __builtin_prefetch(from + at, 0, 2);
+  }
+
+  // Rows [from, from + count) of an expert's choices as M-row passes; `read(i)` is where row i lies.
+  template <int M, class Read>
+  void packed(int64_t count, int64_t K, const Read& read, char* memory,
+              typename Packed<T, M>::Element*& to, int64_t& ldx, int64_t& pass) const {
+    using P = Packed<T, M>;
+    using Element = typename P::Element;
+    ldx = P::padded(K);
+    pass = int64_t(P::bytes(K) / sizeof(Element));
+    constexpr bool DIRECT = std::is_same<T, Element>::value && P::FORM != Form::Tiles && M == 1;
+    if (DIRECT && !WEIGH_INPUT && K % P::STEP == 0 && count == 1) {
+      to = (Element*)read(0);
+      return;
+    }
+    to = (Element*)memory;
+    const int64_t passes = (count + M - 1) / M;
+    T* rows = (T*)(memory + aligned(sizeof(Element) * pass * passes));
+    for (int64_t p = 0; p < passes; ++p) {
+      for (int m = 0; m < M; ++m) {
+        T* row = rows + m * K;
+        const int64_t i = p * M + m;
+        if (i < count) {
+          read.copy(i, row);
+        } else {
+          std::memset(row, 0, sizeof(T) * K);
+        }
+      }
+      pack<T, M>(rows, K, K, 0, ldx, to + p * pass);
+    }
+  }
+
+  // Tokens of an expert's choices.
+  struct FromTokens {
+    const Experts& all;
+    const int32_t* choice;
+    const T* operator()(int64_t i) const { return all.x + choice[i] / all.s.k * all.s.ldx; }
+    void copy(int64_t i, T* to) const {
+      const T* from = (*this)(i);
+      if constexpr (WEIGH_INPUT) {
+        const Vec w = dspark::all(round_to<T>(all.share(choice[i])));
+        for (int64_t n = 0; n < all.s.K; n += Vec::W) {
+          const int lanes = int(std::min<int64_t>(Vec::W, all.s.K - n));
+          store(to + n, load_(from + n, lanes) * w, lanes);
+        }
+      } else {
+        std::memcpy(to, from, sizeof(T) * all.s.K);
+      }
+    }
+    static Vec load_(const T* p, int n) { return dspark::load(p, n); }
+  };
+  struct FromHidden {
+    const T* hidden;
+    int64_t I;
+    const T* operator()(int64_t i) const { return hidden + i * I; }
+    void copy(int64_t i, T* to) const { std::memcpy(to, hidden + i * I, sizeof(T) * I); }
+  };
+
+  void first_step(Team team, const Routing& routing, T* hidden, char* memory) const {
+    // Work is cut in blocks of rows; one more pass over a block's weights costs as the first.
+    const int64_t blocks = (s.I + BLOCK - 1) / BLOCK;
+    auto passes = [&](int64_t h) { return (routing.size(h) + CAP - 1) / CAP; };
+    int64_t all = 0;
+    for (int64_t h = 0; h < routing.hits; ++h) all += blocks * passes(h);
+    const int64_t begin = all * team.thread / team.threads;
+    const int64_t end = all * (team.thread + 1) / team.threads;
+    int64_t at = 0;
+    for (int64_t h = 0; h < routing.hits; at += blocks * passes(h++)) {
+      const int64_t q = passes(h);
+      auto block = [&](int64_t where) {
+        return std::min(std::max<int64_t>(where - at + q - 1, 0) / q, blocks);
+      };
+      const int64_t first = block(begin) * BLOCK, last = std::min(block(end) * BLOCK, s.I);
+      if (first < last) up_rows(routing, h, first, last, hidden, memory);
+    }
+  }
+
+  void up_rows(const Routing& routing, int64_t h, int64_t first, int64_t last, T* hidden,
+               char* memory) const {
+    const int64_t e = routing.expert[h];
+    const T* bu = up_bias.of(e);
+    const T* bg = gate_bias.of(e);
+    for (int64_t c = 0; c < routing.size(h); c += ROOM) {
+      const int64_t begin = routing.start[h] + c;
+      const int64_t rows = std::min<int64_t>(ROOM, routing.size(h) - c);
+      with_rows<CAP>(rows, [&](auto constant) {
+        constexpr int M = decltype(constant)::value;
+        typename Packed<T, M>::Element* packed_x;
+        int64_t ldx, pass;
+        packed<M>(rows, s.K, FromTokens{*this, routing.choice + begin}, memory, packed_x, ldx, pass);
+        const T* w[MATS];
+        w[0] = up.of(e);
+        if constexpr (MATS == 2) w[1] = gate.of(e);
+        auto done = [&](int64_t p, int64_t n, int count, const auto& results) {
+          const int64_t live = std::min<int64_t>(M, rows - p * M);
+          for (int64_t m = 0; m < live; ++m)
+            for (int j = 0; j < count; j += Vec::W) {
+              const int lanes = std::min(Vec::W, count - j);
+              const Vec u = biased(dspark::load(&results[0][m][j]), bu, n + j, lanes);
+              Vec g = u;
+              if constexpr (MATS == 2)
+                g = biased(dspark::load(&results[1][m][j]), bg, n + j, lanes);
+              store(hidden + (begin + p * M + m) * s.I + n + j, Act::of(g, u), lanes);
+            }
+        };
+        const T* const(&both)[MATS] = w;
+        const int64_t passes = (rows + M - 1) / M;
+        if constexpr (TURNED_UP) {
+          turned_passes<T, M, MATS>(first, last, both, up_lie.ld, up_lie.gap, s.K, packed_x, ldx,
+                                    pass, passes, done);
+        } else {
+          product_passes<T, M, MATS>(first, last, both, up_lie.ld, s.K, packed_x, ldx, pass, passes,
+                                     done);
+        }
+      });
+    }
+  }
+
+  void second_step(Team team, const Routing& routing, const T* hidden, float* total, T* results,
+                   char* memory) const {
+    const auto [first, last] = team.share(s.N, BLOCK);
+    if (first >= last) return;
+    if (!NORM)
+      for (int64_t t = 0; t < s.tokens; ++t)
+        std::memset(total + t * s.N + first, 0, sizeof(float) * (last - first));
+    for (int64_t h = 0; h < routing.hits; ++h)
+      down_rows(routing, h, first, last, hidden, total, results, memory);
+    if (NORM) return;
+    for (int64_t t = 0; t < s.tokens; ++t)
+      for (int64_t n = first; n < last; n += Vec::W) {
+        const int lanes = int(std::min<int64_t>(Vec::W, last - n));
+        store(y + t * s.N + n, dspark::load(total + t * s.N + n, lanes), lanes);
+      }
+  }
+
+  void down_rows(const Routing& routing, int64_t h, int64_t first, int64_t last, const T* hidden,
+                 float* total, T* results, char* memory) const {
+    const int64_t e = routing.expert[h];
+    const T* bias = down_bias.of(e);
+    for (int64_t c = 0; c < routing.size(h); c += ROOM) {
+      const int64_t begin = routing.start[h] + c;
+      const int64_t rows = std::min<int64_t>(ROOM, routing.size(h) - c);
+      with_rows<CAP>(rows, [&](auto constant) {
+        constexpr int M = decltype(constant)::value;
+        typename Packed<T, M>::Element* packed_x;
+        int64_t ldx, pass;
+        packed<M>(rows, s.I, FromHidden{hidden + begin * s.I, s.I}, memory, packed_x, ldx, pass);
+        const T* const w[1] = {down.of(e)};
+        auto done = [&](int64_t p, int64_t n, int count, const auto& sums) {
+          const int64_t live = std::min<int64_t>(M, rows - p * M);
+          for (int64_t m = 0; m < live; ++m) {
+            const int64_t choice = routing.choice[begin + p * M + m];
+            const Vec share_ = dspark::all(WEIGH_INPUT ? 1.0f : share(choice));
+            float* sum = total + choice / s.k * s.N + n;
+            for (int j = 0; j < count; j += Vec::W) {
+              const int lanes = std::min(Vec::W, count - j);
+              const Vec v = biased(dspark::load(&sums[0][m][j]), bias, n + j, lanes);
+              if constexpr (NORM) {
+                store(results + choice * s.N + n + j, v, lanes);
+              } else {
+                store(sum + j, fma(share_, v, dspark::load(sum + j, lanes)), lanes);
+              }
+            }
+          }
+        };
+        const int64_t passes = (rows + M - 1) / M;
+        if constexpr (TURNED_DOWN) {
+          turned_passes<T, M, 1>(first, last, w, down_lie.ld, down_lie.gap, s.I, packed_x, ldx,
+                                 pass, passes, done);
+        } else {
+          product_passes<T, M, 1>(first, last, w, down_lie.ld, s.I, packed_x, ldx, pass, passes,
+                                  done);
+        }
+      });
+    }
+  }
+
+  // Norm of every expert's row, then the weighted sum, a thread for its own tokens.
+  void third_step(Team team, const Routing& routing, const T* results) const {
+    (void)routing;
+    const auto [first, last] = team.share(s.tokens);
+    for (int64_t t = first; t < last; ++t) {
+      float scale[64];
+      for (int64_t j = 0; j < s.k; ++j) {
+        const int64_t choice = t * s.k + j;
+        scale[j] = 0.0f;
+        if (uint64_t(indices[choice]) >= uint64_t(s.experts)) continue;
+        Vec squares = zero();
+        for (int64_t n = 0; n < s.N; n += Vec::W) {
+          const Vec v = dspark::load(results + choice * s.N + n, int(std::min<int64_t>(Vec::W, s.N - n)));
+          squares = fma(v, v, squares);
+        }
+        scale[j] = 1.0f / std::sqrt(sum(squares) / float(s.N) + eps);
+      }
+      for (int64_t n = 0; n < s.N; n += Vec::W) {
+        const int lanes = int(std::min<int64_t>(Vec::W, s.N - n));
+        Vec all_ = zero();
+        for (int64_t j = 0; j < s.k; ++j) {
+          const int64_t choice = t * s.k + j;
+          if (uint64_t(indices[choice]) >= uint64_t(s.experts)) continue;
+          const Vec v = rounded<T>(dspark::load(results + choice * s.N + n, lanes) * dspark::all(scale[j]));
+          const Vec w = v * dspark::load((const NormLoad*)norm + n, lanes);
+          all_ = fma(dspark::all(WEIGH_INPUT ? 1.0f : share(choice)), w, all_);
+        }
+        store(y + t * s.N + n, all_, lanes);
+      }
+    }
+  }
+
+  using NormLoad = typename std::conditional<NORM, NormT, float>::type;
+};
+
+}  // namespace dspark
