@@ -1,0 +1,1 @@
+"""Speculative decoding: propose, verify, accept, commit, crop; and the scheduler."""

@@ -1,0 +1,139 @@
+"""Parking: when drafting does not pay, decode plainly, and try again now and then.
+
+A round that takes ``t`` seconds and commits tau tokens for each request costs ``t / tau`` a token;
+a plain step costs its own time. Drafting is parked where the first is larger, and taken up where it
+is smaller by a margin (3 %), so that noise does not flip it. While parked, a probe is drafted every
+8 plain steps at first, and ever more rarely while probes keep failing: as rarely as it takes for
+what probes lose to stay below a share (2 %) of the time.
+
+Times are the host's or the device's, measured by the caller; nothing here reads a clock.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class _Average:
+    """An exponential average that starts as a plain one."""
+
+    share: float = 0.1
+    value: float = 0.0
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        self.value += max(self.share, 1 / self.count) * (value - self.value)
+
+
+@dataclass
+class ParkPolicy:
+    """Decides round by round whether to draft.
+
+        while not done:
+            if policy.drafts():
+                ...; policy.drafted(seconds, committed / requests)
+            else:
+                ...; policy.plain(seconds)
+
+    Attributes:
+        margin: how much better drafting has to be to come back, as a share.
+        probe_every: plain steps between probes, at least.
+        budget: share of the time that probes may lose.
+        least: drafted rounds before anything is decided.
+        parked: whether drafting is parked now.
+        parked_rounds, probes: counted.
+    """
+
+    margin: float = 0.03
+    probe_every: int = 8
+    budget: float = 0.02
+    least: int = 4
+    parked: bool = False
+    parked_rounds: int = 0
+    probes: int = 0
+    _round: _Average = field(default_factory=_Average)
+    _tau: _Average = field(default_factory=_Average)
+    _plain: _Average = field(default_factory=_Average)
+    _since: int = 0
+    _interval: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.margin < 1 or not 0 < self.budget < 1:
+            raise ValueError(f"margin={self.margin}, budget={self.budget}: shares from 0 to 1")
+        if self.probe_every < 1 or self.least < 1:
+            raise ValueError(f"probe_every={self.probe_every}, least={self.least}: give 1 or more")
+        self._interval = self.probe_every
+
+    @property
+    def price(self) -> float:
+        """Seconds a token when drafting, as measured; infinite before."""
+        return self._round.value / self._tau.value if self._tau.value else math.inf
+
+    @property
+    def plain_price(self) -> float:
+        """Seconds a token of plain decoding; infinite before it was measured."""
+        return self._plain.value if self._plain.count else math.inf
+
+    def drafts(self) -> bool:
+        """Whether the next round drafts. One plain step is taken early, to know its price."""
+        if not self.parked:
+            return self._round.count != self.least or self._plain.count > 0
+        return self._since >= self._interval
+
+    def drafted(self, seconds: float, tau: float) -> None:
+        """A drafted round took ``seconds`` and committed ``tau`` tokens a request.
+
+        Raises:
+            ValueError: a time or tau is not positive.
+        """
+        if not seconds > 0 or not tau > 0:
+            raise ValueError(f"a round of {seconds} s with {tau} tokens: both are positive")
+        self._round.add(seconds)
+        self._tau.add(tau)
+        if self.parked:
+            self.probes += 1
+            self._since = 0
+            if seconds / tau < self.plain_price:
+                # One good probe is luck: the averages decide, and they follow the next ones soon.
+                self._interval = 1
+            else:
+                loss = max(seconds - tau * self.plain_price, 0.0)
+                least = math.ceil(loss / (self.budget * self.plain_price))
+                self._interval = max(2 * self._interval, self.probe_every, least)
+        self._decide()
+
+    def plain(self, seconds: float) -> None:
+        """A plain step took ``seconds``.
+
+        Raises:
+            ValueError: the time is not positive.
+        """
+        if not seconds > 0:
+            raise ValueError(f"a step of {seconds} s: times are positive")
+        self._plain.add(seconds)
+        if self.parked:
+            self.parked_rounds += 1
+            self._since += 1
+        self._decide()
+
+    def _decide(self) -> None:
+        if self._round.count < self.least or not self._plain.count:
+            return
+        if self.parked and self.price < (1 - self.margin) * self.plain_price:
+            self.parked, self._interval = False, self.probe_every
+        elif not self.parked and self.price > self.plain_price:
+            self.parked, self._since = True, 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the telemetry shows."""
+        return {
+            "parked": self.parked,
+            "parked_rounds": self.parked_rounds,
+            "probes": self.probes,
+            "seconds_per_token_drafting": self.price if self._tau.count else None,
+            "seconds_per_token_plain": self._plain.value if self._plain.count else None,
+        }
