@@ -15,6 +15,8 @@ from dspark_compile._version import __version__
 if TYPE_CHECKING:
     from dspark_compile.diagnostics import CompileReport, last_report
     from dspark_compile.diagnostics.explain import explain
+    from dspark_compile.export import export_onnx
+    from dspark_compile.models.draft import DraftModel
     from dspark_compile.options import Options
     from dspark_compile.runtime import decompress_cache, reset_cache
     from dspark_compile.runtime.cache import CompressedCache
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "explain": "dspark_compile.diagnostics.explain",
+    "export_onnx": "dspark_compile.export",
     "last_report": "dspark_compile.diagnostics",
     "CompileReport": "dspark_compile.diagnostics",
     "Options": "dspark_compile.options",
@@ -30,6 +33,7 @@ _EXPORTS = {
     "decompress_cache": "dspark_compile.runtime",
     "reset_cache": "dspark_compile.runtime",
     "DecodeCache": "dspark_compile.runtime.decode_cache",
+    "DraftModel": "dspark_compile.models.draft",
     "generate": "dspark_compile.runtime.generate",
     "last_generation": "dspark_compile.runtime.generate",
 }
@@ -38,6 +42,7 @@ __all__ = [
     "CompileReport",
     "CompressedCache",
     "DecodeCache",
+    "DraftModel",
     "Options",
     "__version__",
     "decompress_cache",

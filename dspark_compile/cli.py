@@ -1,4 +1,4 @@
-"""The ``dspark`` command: explain a model, run the demo, show the environment."""
+"""The ``dspark`` command: explain a model, export it, run the demo, show the environment."""
 
 from __future__ import annotations
 
@@ -50,6 +50,48 @@ def explain(
     report.print(verbose=verbose)
     _write(report.to_json, json_file, "--json")
     _write(report.to_html, html_file, "--html")
+
+
+@app.command()
+def export(
+    model_path: Annotated[Path, typer.Argument(help="A Hugging Face model folder.")],
+    output: Annotated[Path, typer.Argument(help="A .onnx file; a folder for --target genai.")],
+    target: Annotated[str, typer.Option(help="portable, gqa, local or genai.")] = "portable",
+    opset: Annotated[int, typer.Option(help="23 or 24; 0 chooses by target.")] = 0,
+    kv_cache: Annotated[str, typer.Option(help="model, int8 or int4.")] = "model",
+    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or model.")] = "float32",
+    cache: Annotated[str, typer.Option(help="auto, static or growing.")] = "auto",
+    provider: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    max_length: Annotated[int, typer.Option(help="Positions; 0 takes the model's own.")] = 0,
+    calibration: Annotated[
+        Path | None, typer.Option(help="A text file that static cache scales are taken from.")
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Compare with the model.")] = True,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the report as JSON.")
+    ] = None,
+) -> None:
+    """Export a model folder to ONNX, or to a folder for onnxruntime-genai, and compare it."""
+    from dspark_compile.export import ExportError, ExportOptions, export_onnx
+    from dspark_compile.export.options import check_path
+
+    chosen: dict[str, Any] = {
+        "target": target, "opset": opset, "kv_cache": kv_cache, "dtype": dtype, "cache": cache,
+        "provider": provider, "max_length": max_length, "verify": verify,
+    }  # fmt: skip
+    text = None
+    if calibration is not None:
+        if not calibration.is_file():
+            raise typer.BadParameter(f"{str(calibration)!r} is no file", param_hint="--calibration")
+        text = calibration.read_text(encoding="utf-8")
+    try:
+        check_path(output, ExportOptions.parse(chosen))
+        model, tokenizer = _load(model_path)
+        report = export_onnx(model, output, calibration=text, tokenizer=tokenizer, **chosen)
+    except ExportError as error:
+        raise typer.BadParameter(str(error), param_hint="export") from error
+    report.print()
+    _write(report.to_json, json_file, "--json")
 
 
 @app.command()

@@ -145,6 +145,7 @@ class Pass(ABC):
         """Find, check, rewrite; record in the report."""
         start = time.perf_counter()
         before = op_counts(graph)
+        known = set(graph.nodes)
         found = rewritten = 0
         for match in self.pattern(graph, ctx):
             found += 1
@@ -163,6 +164,9 @@ class Pass(ABC):
                 )
         if rewritten:
             graph.eliminate_dead_code()
+        for node in graph.nodes:
+            if node not in known:
+                node.meta["dspark_pass"] = self.name
         after = op_counts(graph)
         delta = Counter(after)
         delta.subtract(before)

@@ -116,6 +116,9 @@ def evaluate(
             tensor = walk(node.value)
             index = node.slice
             parts = list(index.elts) if isinstance(index, ast.Tuple) else [index]
+            viewed = _as_view(tensor, parts, shape)
+            if viewed is not None:
+                return viewed
             return tensor[tuple(walk(p) for p in parts)]
         if isinstance(node, ast.Name):
             if node.id in grid:
@@ -129,6 +132,29 @@ def evaluate(
     if not isinstance(value, Tensor):
         return torch.full((1, 1, 1, 1), bool(value), dtype=torch.bool, device=device)
     return value.reshape((1,) * (4 - value.dim()) + tuple(value.shape)).to(torch.bool)
+
+
+def _as_view(tensor: Tensor, parts: list[ast.expr], shape: tuple[int, ...]) -> Tensor | None:
+    """``t[b, k]`` of a tensor ``[B, N]`` needs no gather: it is a view. None for other indices."""
+    axes = ["bhqk".find(part.id) if isinstance(part, ast.Name) else -1 for part in parts]
+    if len(set(axes)) != len(axes) or min(axes) < 0 or tensor.dim() != len(axes):
+        return None
+    if not all(_equal(tensor.shape[i], shape[axis]) for i, axis in enumerate(axes)):
+        return None
+    order = sorted(range(len(axes)), key=axes.__getitem__)
+    tensor = tensor.permute(order)
+    for axis in range(4):
+        if axis not in axes:
+            tensor = tensor.unsqueeze(axis)
+    return tensor
+
+
+def _equal(a: int, b: int) -> bool:
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(a == b))
 
 
 def _call(name: str, values: list[Any]) -> Any:

@@ -1,0 +1,481 @@
+"""What is exported: a model behind a flat signature of tensors, and inputs to try it on.
+
+A Hugging Face causal language model becomes
+
+    (input_ids [B, S], attention_mask [B, T], position_ids [B, S], past.0.key, past.0.value, …)
+        -> (logits [B, S, V], present.0.key, present.0.value, …)
+
+with ``T`` the number of tokens so far, the new ones included: ``T - S`` rows of every past are
+valid. A *growing* cache has ``T - S`` rows in and ``T`` out; a *static* one has a capacity ``N``
+in and out, and the new rows are written behind the valid ones. Every layer keeps all of its rows,
+sliding-window layers too: their mask leaves out what has slid away.
+
+Any other module is exported with the signature it has; buffers that it writes become inputs
+``past.<name>`` and outputs ``present.<name>``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ExportError
+
+
+@dataclass
+class Case:
+    """Inputs at one shape, and what the model gives for them, all in the graph's order.
+
+    Attributes:
+        name: for messages, such as ``batch 2, 1 new token, 4 cached``.
+        inputs: one tensor for each graph input.
+        expected: one tensor for each graph output; None is not compared.
+        rows: how many rows of a present (dimension 2) are compared, None for all.
+        valid: bool ``[B, S]`` of the rows of the logits that count, None for all.
+    """
+
+    name: str
+    inputs: list[Tensor]
+    expected: list[Tensor | None]
+    rows: int | None = None
+    valid: Tensor | None = None
+
+
+class Subject(ABC):
+    """A module to trace, and what surrounds it.
+
+    Attributes:
+        module: takes and gives flat tensors.
+        example: tensors to trace it with.
+        dynamic: for each example, the dynamic dimensions and their names.
+        input_names, output_names: in order.
+        caches: for each past input its present output, by name.
+    """
+
+    module: nn.Module
+    example: list[Tensor]
+    dynamic: list[dict[int, str]]
+    input_names: list[str]
+    output_names: list[str]
+
+    def __init__(self) -> None:
+        self.caches: dict[str, str] = {}
+
+    @abstractmethod
+    def cases(
+        self, shapes: Sequence[tuple[int, int, int]], seed: int, padded: bool = False
+    ) -> list[Case]:
+        """Fresh inputs with the model's own results, computed eagerly without export's help; with
+        ``padded`` also a batch with padding on the left."""
+
+
+def is_causal_lm(model: object) -> bool:
+    """Whether ``model`` is a Hugging Face model that predicts tokens."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return False
+    return model.get_output_embeddings() is not None
+
+
+class CausalLM(Subject):
+    """A Hugging Face causal language model. See the module's docstring.
+
+    Args:
+        model: in eval mode, in the dtype of the graph.
+        static: a cache of fixed capacity, else a growing one.
+        taps: ids of decoder layers whose outputs ``[B, S, width]`` are outputs too, named
+            ``hidden_states.<id>``; -1 is the embedding.
+
+    Raises:
+        ExportError: the model keeps state that is no key/value cache, or a tap does not exist.
+    """
+
+    def __init__(self, model: Any, *, static: bool, taps: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.model, self.static = model, static
+        self.config = model.config.get_text_config(decoder=True)
+        self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
+        names = inspect.signature(model.forward).parameters
+        self.takes_positions = "position_ids" in names
+        probe = self._probe()
+        self.layers = [i for i, (keys, _) in enumerate(probe) if keys is not None]
+        self.taps = self._checked_taps(taps)
+        past = [t for i in self.layers for t in probe[i] if t is not None]
+        rows = past[0].shape[2] if past else 0
+        capacity = rows + 8
+        if static:
+            past = [_padded(t, capacity) for t in past]
+        batch, new = past[0].shape[0] if past else 2, 3
+        ids = torch.randint(0, self.vocabulary, (batch, new), device=model.device)
+        total = rows + new
+        positions = torch.arange(rows, total, device=ids.device).expand(batch, new).contiguous()
+        mask = torch.ones(batch, total, dtype=torch.int64, device=ids.device)
+        self.example = [ids, mask, *([positions] if self.takes_positions else []), *past]
+        token = {0: "batch_size", 1: "sequence_length"}
+        length = "max_length" if static else "past_sequence_length"
+        self.dynamic = [
+            token,
+            {0: "batch_size", 1: "total_sequence_length"},
+            *([token] if self.takes_positions else []),
+            *({0: "batch_size", 2: length} for _ in past),
+        ]
+        self.input_names = ["input_ids", "attention_mask"]
+        self.input_names += ["position_ids"] if self.takes_positions else []
+        self.output_names = ["logits"]
+        for n in range(len(self.layers)):
+            for kind in ("key", "value"):
+                self.input_names.append(f"past_key_values.{n}.{kind}")
+                self.output_names.append(f"present.{n}.{kind}")
+                self.caches[self.input_names[-1]] = self.output_names[-1]
+        self.output_names += [f"hidden_states.{i}" for i in self.taps]
+        self.module = _Flat(model, self.layers, self.takes_positions, static, self.taps)
+
+    def _checked_taps(self, taps: Sequence[int]) -> list[int]:
+        layers = int(self.config.num_hidden_layers)
+        for i in taps:
+            if isinstance(i, bool) or not isinstance(i, int) or not -1 <= i < layers - 1:
+                raise ExportError(
+                    f"taps holds {i!r}; a tap is a decoder layer from 0 to {layers - 2}, or -1 for "
+                    "the embedding (the last layer's output is normalised already)"
+                )
+        return list(taps)
+
+    def _probe(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Keys and values of every layer after a prefix of two rows of five tokens."""
+        ids = torch.randint(0, self.vocabulary, (2, 5), device=self.model.device)
+        try:
+            with torch.no_grad():
+                cache = self._run(ids, torch.ones_like(ids), _full_cache())[1]
+        except Exception as error:
+            raise ExportError(
+                f"{type(self.model).__name__} does not run with a key/value cache in every layer "
+                f"({type(error).__name__}: {_first_line(error)}); models with recurrent state are "
+                "not exported"
+            ) from error
+        found: list[tuple[Tensor | None, Tensor | None]] = []
+        for i, layer in enumerate(cache.layers):
+            states = [
+                name
+                for name in ("conv_states", "recurrent_states")
+                if isinstance(getattr(layer, name, None), (Tensor, dict)) and getattr(layer, name)
+            ]
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            plain = type(layer).__name__ == "DynamicLayer"
+            if states or not plain:
+                raise ExportError(
+                    f"layer {i} of {type(self.model).__name__} keeps a {type(layer).__name__}: "
+                    "only key/value caches are exported"
+                )
+            if keys is None or values is None or not layer.is_initialized:
+                found.append((None, None))
+                continue
+            if keys.dim() != 4 or values.dim() != 4 or keys.shape[2] != 5:
+                raise ExportError(
+                    f"layer {i} of {type(self.model).__name__} caches tensors of shapes "
+                    f"{tuple(keys.shape)} and {tuple(values.shape)}, not [batch, heads, rows, "
+                    "features]: only key/value caches are exported"
+                )
+            found.append((keys, values))
+        return found
+
+    def _run(
+        self, ids: Tensor, mask: Tensor, cache: Any, positions: Tensor | None = None
+    ) -> tuple[Any, Any]:
+        """``(output, cache)`` of the model as a user calls it."""
+        kwargs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
+        if cache is not None:
+            kwargs["past_key_values"] = cache
+        if self.takes_positions and positions is not None:
+            kwargs["position_ids"] = positions
+        if self.taps_wanted:
+            kwargs["output_hidden_states"] = True
+        out = self.model(**kwargs)
+        return out, out.past_key_values
+
+    @property
+    def taps_wanted(self) -> bool:
+        return bool(getattr(self, "taps", ()))
+
+    def cases(
+        self, shapes: Sequence[tuple[int, int, int]], seed: int, padded: bool = False
+    ) -> list[Case]:
+        generator = torch.Generator().manual_seed(seed)
+        made = [self._case(*shape, padded=0, generator=generator) for shape in shapes]
+        if padded:
+            made.append(self._case(2, 2, 5, padded=2, generator=generator))
+        return made
+
+    def _case(
+        self, batch: int, rows: int, past: int, *, padded: int, generator: torch.Generator
+    ) -> Case:
+        """One case; with ``padded`` the second row of the batch begins with that many pads."""
+        total = past + rows
+        ids = torch.randint(0, self.vocabulary, (batch, total), generator=generator)
+        ids = ids.to(self.model.device)
+        mask = torch.ones_like(ids)
+        mask[1:, :padded] = 0
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        new = ids[:, past:]
+        with torch.no_grad():
+            natural = full = None
+            if past:
+                before = (ids[:, :past], mask[:, :past])
+                natural = self._run(*before, None, positions[:, :past])[1]
+                full = self._run(*before, _full_cache(), positions[:, :past])[1]
+            given = [
+                t.clone()
+                for i in self.layers
+                for t in (
+                    (full.layers[i].keys, full.layers[i].values)
+                    if full is not None
+                    else self._nothing(i, batch)
+                )
+            ]
+            out, _ = self._run(new, mask, natural, positions[:, past:])
+            after = self._run(new, mask, full or _full_cache(), positions[:, past:])[1]
+        expected: list[Tensor | None] = [out.logits]
+        expected += [t for i in self.layers for t in (after.layers[i].keys, after.layers[i].values)]
+        expected += [out.hidden_states[i + 1] for i in self.taps]
+        if self.static:
+            given = [_padded(t, total + 3) for t in given]
+        inputs = [new.contiguous(), mask]
+        inputs += [positions[:, past:].contiguous()] if self.takes_positions else []
+        text = f"batch {batch}, {rows} new, {past} cached" + (", padded" if padded else "")
+        valid = mask[:, past:].bool()
+        return Case(text, [*inputs, *given], expected, total, valid)
+
+    def _nothing(self, layer: int, batch: int) -> tuple[Tensor, Tensor]:
+        start = 2 + self.takes_positions + 2 * self.layers.index(layer)
+        made = []
+        for t in self.example[start : start + 2]:
+            made.append(t.new_zeros((batch, t.shape[1], 0, t.shape[3])))
+        return made[0], made[1]
+
+
+class _Flat(nn.Module):
+    """The flat signature around a Hugging Face model."""
+
+    def __init__(
+        self, model: Any, layers: list[int], positions: bool, static: bool, taps: list[int]
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.layers, self.positions, self.static, self.taps = layers, positions, static, taps
+
+    def forward(self, *flat: Tensor) -> tuple[Tensor, ...]:
+        ids, mask, *rest = flat
+        kwargs: dict[str, Any] = {}
+        if self.positions:
+            kwargs["position_ids"] = rest.pop(0)
+        rows, total = ids.shape[1], mask.shape[1]
+        for x in (mask, *kwargs.values(), *rest):
+            torch._check(x.shape[0] == ids.shape[0])
+        for x in rest:
+            torch._check(x.shape[2] == rest[0].shape[2])
+        if self.positions:
+            torch._check(kwargs["position_ids"].shape[1] == rows)
+        if rest and not self.static:
+            torch._check(total == rest[0].shape[2] + rows)
+        cache = _full_cache()
+        for n, layer in enumerate(self.layers):
+            while len(cache.layers) <= layer:
+                cache.layers.append(cache.layer_class_to_replicate())
+            pair = rest[2 * n], rest[2 * n + 1]
+            made = _static_layer(*pair, total - rows) if self.static else _growing_layer(*pair)
+            cache.layers[layer] = made
+        if self.taps:
+            kwargs["output_hidden_states"] = True
+        out = self.model(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **kwargs
+        )
+        present = [t for i in self.layers for t in (cache.layers[i].keys, cache.layers[i].values)]
+        return (out.logits, *present, *(out.hidden_states[i + 1] for i in self.taps))
+
+
+def _full_cache() -> Any:
+    """A cache whose every layer keeps all of its rows."""
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+def _growing_layer(keys: Tensor, values: Tensor) -> Any:
+    from transformers.cache_utils import DynamicLayer
+
+    layer = DynamicLayer()
+    layer.keys, layer.values = keys, values
+    layer.dtype, layer.device = keys.dtype, keys.device
+    layer.is_initialized = True
+    return layer
+
+
+def _static_layer(keys: Tensor, values: Tensor, past: Any) -> Any:
+    """A layer of fixed capacity with ``past`` valid rows, written without mutation."""
+    from transformers.cache_utils import DynamicLayer
+
+    class StaticRows(DynamicLayer):
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
+            rows = key_states.shape[2]
+            positions = torch.arange(past, past + rows, device=key_states.device)
+            append = torch.ops.dspark.cache_append
+            self.keys: Any = append(self.keys, key_states, positions)
+            self.values: Any = append(self.values, value_states, positions)
+            return self.keys, self.values
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            return self.keys.shape[2], 0
+
+        def get_seq_length(self) -> Any:
+            return past
+
+    layer = StaticRows()
+    layer.keys, layer.values = keys, values
+    layer.dtype, layer.device = keys.dtype, keys.device
+    layer.is_initialized = True
+    return layer
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    """``x [B, H, n, D]`` with zeros behind, up to ``rows``."""
+    return nn.functional.pad(x, (0, 0, 0, rows - x.shape[2]))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+@dataclass
+class _Written:
+    """A buffer that the module writes."""
+
+    name: str
+    value: Tensor = field(repr=False)
+
+
+class Plain(Subject):
+    """Any module that takes tensors and gives a tensor or a flat tuple or list of them.
+
+    Args:
+        model: in eval mode.
+        args: example inputs.
+        dynamic_shapes: for each input, a dict of dynamic dimensions and their names, or None.
+        others: more inputs to compare on, at other sizes or values.
+
+    Raises:
+        ExportError: an argument is no tensor, or the description of dimensions does not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Sequence[Any],
+        dynamic_shapes: Sequence[dict[int, str] | None] | None = None,
+        others: Sequence[Sequence[Tensor]] = (),
+        input_names: Sequence[str] | None = None,
+        output_names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        for i, value in enumerate(args):
+            if not isinstance(value, Tensor):
+                raise ExportError(
+                    f"args[{i}] is a {type(value).__name__}, not a tensor; wrap the model in a "
+                    "module that takes tensors only"
+                )
+        self.model = model
+        self.example = list(args)
+        self.others = [list(o) for o in others]
+        self.dynamic = [dict(d or {}) for d in (dynamic_shapes or [{}] * len(args))]
+        if len(self.dynamic) != len(args):
+            raise ExportError(
+                f"dynamic_shapes describes {len(self.dynamic)} inputs, args has {len(args)}"
+            )
+        for i, (value, dims) in enumerate(zip(self.example, self.dynamic, strict=True)):
+            for dim in dims:
+                if not isinstance(dim, int) or not 0 <= dim < value.dim():
+                    raise ExportError(
+                        f"dynamic_shapes[{i}] names dimension {dim!r} of a tensor of "
+                        f"{value.dim()} dimensions"
+                    )
+        self.input_names = self._names(input_names)
+        self.given_outputs = list(output_names or [])
+        with torch.no_grad(), _buffers_kept(model):
+            result = model(*self.example)
+        results = [result] if isinstance(result, Tensor) else list(result)
+        if not all(isinstance(r, Tensor) for r in results):
+            raise ExportError(
+                f"{type(model).__name__} returns {[type(r).__name__ for r in results]}, not "
+                "tensors; wrap it in a module that returns tensors only"
+            )
+        self.output_names = self.given_outputs or [
+            "logits" if i == 0 else f"output_{i}" for i in range(len(results))
+        ]
+        if len(self.output_names) != len(results):
+            raise ExportError(
+                f"output_names has {len(self.output_names)} names for {len(results)} outputs"
+            )
+        self.module = _Listed(model)
+        self.buffers: list[str] = []  # set after capture: the buffers that are written
+
+    def _names(self, given: Sequence[str] | None) -> list[str]:
+        if given is None:
+            parameters = list(inspect.signature(self.model.forward).parameters)
+            given = parameters[: len(self.example)]
+        if len(given) != len(self.example) or len(set(given)) != len(given):
+            raise ExportError(
+                f"input_names={list(given)!r} does not name {len(self.example)} inputs, each once"
+            )
+        return list(given)
+
+    def cases(
+        self, shapes: Sequence[tuple[int, int, int]], seed: int, padded: bool = False
+    ) -> list[Case]:
+        """The example inputs and the others, with buffers in their present state."""
+        made = []
+        for i, inputs in enumerate([self.example, *self.others]):
+            with torch.no_grad(), _buffers_kept(self.model):
+                before = [self._buffer(name).clone() for name in self.buffers]
+                result = self.model(*inputs)
+                after = [self._buffer(name).clone() for name in self.buffers]
+            results = [result] if isinstance(result, Tensor) else list(result)
+            shapes_text = ", ".join(str(tuple(x.shape)) for x in inputs)
+            made.append(Case(f"inputs {i}: {shapes_text}", [*inputs, *before], [*results, *after]))
+        return made
+
+    def _buffer(self, name: str) -> Tensor:
+        return self.model.get_buffer(name)
+
+
+class _Listed(nn.Module):
+    """A module's result as a tuple."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+        result = self.model(*args)
+        return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+class _buffers_kept:
+    """Buffers are put back as they were."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.saved = [(b, b.clone()) for b in self.model.buffers()]
+
+    def __exit__(self, *_: Any) -> None:
+        with torch.no_grad():
+            for buffer, value in self.saved:
+                buffer.copy_(value)

@@ -1,0 +1,166 @@
+"""Products: weights are transposed, stacked or packed once, at export.
+
+linear(x, W [N, K])     MatMul(x, W^T) (+ bias); Gemm's transposition where W is shared
+gated_mlp               two products, the activation, a product
+*_int8, *_int4          MatMulNBits (contrib), or a product with DequantizeLinear's result
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dspark_compile.passes.graph import aten, is_dialect_op
+
+from .ops import op
+from .program import Program
+
+
+class Products:
+    """Lowers linears and feed-forward blocks of a program."""
+
+    def __init__(self, program: Program, contrib: bool) -> None:
+        self.program, self.contrib = program, contrib
+        self.transposed: dict[fx.Node, fx.Node] = {}
+
+    def run(self) -> None:
+        """Lower every site."""
+        for node in list(self.program.graph.nodes):
+            if is_dialect_op(node, "linear"):
+                self.program.replace(node, self.linear(node, *_args(node, 3)))
+            elif is_dialect_op(node, "matmul"):
+                node.target = aten.matmul.default
+            elif is_dialect_op(node, "gated_mlp"):
+                self._gated(node)
+            elif is_dialect_op(node, "gated_mlp_merged"):
+                self._gated_merged(node)
+            elif is_dialect_op(node, "mlp"):
+                self._mlp(node)
+
+    def linear(self, like: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+        """``x @ weight^T + bias`` before ``like``."""
+        program = self.program
+        y = program.emit(like, aten.matmul.default, (x, self._transpose(like, weight)))
+        return y if bias is None else program.emit(like, aten.add.Tensor, (y, bias))
+
+    def _transpose(self, like: fx.Node, weight: fx.Node) -> fx.Node:
+        """``weight^T``: a new constant, or, where others read the weight as it is (a tied
+        embedding), a transposition that the runtime folds, so that the file holds it once."""
+        program = self.program
+        value = program.value(weight)
+        shared = any(not _is_product(user) for user in weight.users)
+        if value is None or shared:
+            return program.emit(like, aten.permute.default, (weight, [1, 0]))
+        if weight not in self.transposed:
+            name = program.names[weight] + "_transposed"
+            self.transposed[weight] = program.constant(name, value.t().contiguous())
+        return self.transposed[weight]
+
+    def activation(self, like: fx.Node, name: str, x: fx.Node) -> fx.Node:
+        """One of the dialect's activations."""
+        emit = self.program.emit
+        if name == "identity":
+            return x
+        if name == "silu":
+            if self.contrib:
+                return emit(like, op("silu"), (x,))
+            return emit(like, aten.mul.Tensor, (x, emit(like, aten.sigmoid.default, (x,))))
+        if name == "quick_gelu":
+            inner = emit(like, aten.mul.Tensor, (x, 1.702))
+            return emit(like, aten.mul.Tensor, (x, emit(like, aten.sigmoid.default, (inner,))))
+        if name == "gelu":
+            return emit(like, aten.gelu.default, (x,))
+        if name == "gelu_tanh":
+            return emit(like, aten.gelu.default, (x,), approximate="tanh")
+        if name == "relu2":
+            y = emit(like, aten.relu.default, (x,))
+            return emit(like, aten.mul.Tensor, (y, y))
+        simple: dict[str, Callable[..., Any]] = {
+            "relu": aten.relu.default,
+            "sigmoid": aten.sigmoid.default,
+            "tanh": aten.tanh.default,
+        }
+        return emit(like, simple[name], (x,))
+
+    def _wide(self, like: fx.Node, x: fx.Node, wide: bool) -> fx.Node:
+        if not wide or x.meta["val"].dtype == torch.float32:
+            return x
+        return self.program.emit(like, aten._to_copy.default, (x,), dtype=torch.float32)
+
+    def _narrow(self, like: fx.Node, y: fx.Node, dtype: torch.dtype) -> fx.Node:
+        if y.meta["val"].dtype == dtype:
+            return y
+        return self.program.emit(like, aten._to_copy.default, (y,), dtype=dtype)
+
+    def _gated(self, node: fx.Node) -> None:
+        x, gate, up, down, gate_bias, up_bias, down_bias, name, wide = _args(node, 9)
+        g = self._wide(node, self.linear(node, x, gate, gate_bias), bool(wide))
+        u = self._wide(node, self.linear(node, x, up, up_bias), bool(wide))
+        self._finish(node, g, u, down, down_bias, name, x.meta["val"].dtype)
+
+    def _gated_merged(self, node: fx.Node) -> None:
+        x, both, down, both_bias, down_bias, name, wide = _args(node, 7)
+        program = self.program
+        y = self._wide(node, self.linear(node, x, both, both_bias), bool(wide))
+        inner = y.meta["val"].shape[-1] // 2
+        parts = program.emit(node, aten.split_with_sizes.default, (y, [inner, inner], -1))
+        g, u = (_item(program, node, parts, i) for i in range(2))
+        self._finish(node, g, u, down, down_bias, name, x.meta["val"].dtype)
+
+    def _finish(
+        self,
+        node: fx.Node,
+        gate: fx.Node,
+        up: fx.Node,
+        down: fx.Node,
+        bias: fx.Node | None,
+        name: str,
+        dtype: torch.dtype,
+    ) -> None:
+        hidden = self.program.emit(node, aten.mul.Tensor, (self.activation(node, name, gate), up))
+        y = self.linear(node, self._narrow(node, hidden, dtype), down, bias)
+        self.program.replace(node, y)
+
+    def _mlp(self, node: fx.Node) -> None:
+        x, up, down, up_bias, down_bias, name, wide = _args(node, 7)
+        hidden = self._wide(node, self.linear(node, x, up, up_bias), bool(wide))
+        hidden = self.activation(node, name, hidden)
+        hidden = self._narrow(node, hidden, x.meta["val"].dtype)
+        self.program.replace(node, self.linear(node, hidden, down, down_bias))
+
+
+def _is_product(node: fx.Node) -> bool:
+    return is_dialect_op(node, "linear", "gated_mlp", "gated_mlp_merged", "mlp") or (
+        node.target is aten.matmul.default
+    )
+
+
+def _item(program: Program, like: fx.Node, node: fx.Node, index: int) -> fx.Node:
+    import operator
+
+    with program.graph.inserting_before(like):
+        item = program.graph.call_function(operator.getitem, (node, index))
+    item.meta = {k: v for k, v in node.meta.items() if k != "val"}
+    item.meta["val"] = node.meta["val"][index]
+    return item
+
+
+def _args(node: fx.Node, count: int) -> list[Any]:
+    """The arguments of a dialect call, defaults filled in."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    made = []
+    for i, argument in enumerate(schema[:count]):
+        if i < len(node.args):
+            made.append(node.args[i])
+        else:
+            default = argument.default_value if argument.has_default_value() else None
+            made.append(node.kwargs.get(argument.name, default))
+    return made
+
+
+def stacked(tensors: list[Tensor]) -> Tensor:
+    """Tensors on top of each other."""
+    return torch.cat(tensors, 0)
