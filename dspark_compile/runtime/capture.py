@@ -75,7 +75,7 @@ class Captured:
             compat.forget(code)
         if len(made) != 1:
             raise CaptureError("it computes nothing" if not made else "it is more than one graph")
-        self._compiled, self._args, outputs = made[0]
+        self._compiled, self._args, outputs = made.pop()  # the back end outlives this: empty it
         places = [i for i, x in enumerate(outputs) if x is first]
         if not places:
             raise CaptureError("its result is not an output of the graph")

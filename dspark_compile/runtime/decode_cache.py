@@ -43,6 +43,7 @@ class DecodeLayer(StaticLayer):  # type: ignore[misc]
 
     is_compileable = True
     is_croppable = True
+    cumulative_length: Tensor
 
     def __init__(self, *, is_sliding: bool = False) -> None:
         super().__init__(max_cache_len=0)

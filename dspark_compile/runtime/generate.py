@@ -374,11 +374,7 @@ class _Loop:
 
     def _chooser(self, rounds: Rounds, logits: Tensor) -> Chooser:
         pad = self.config._pad_token_tensor
-        seen = None
-        if self.choice.penalty != 1:
-            seen = torch.zeros(
-                self.batch, logits.shape[-1], dtype=torch.bool, device=logits.device
-            ).scatter_(1, self.prompt, True)
+        seen = self.choice.seen(self.prompt, logits.shape[-1])
         self.stopped = torch.zeros(self.batch, dtype=torch.bool, device=logits.device)
         self.finished = False
         return Chooser(

@@ -25,6 +25,8 @@ class TokenChoice:
         sample: draw from the distribution; otherwise arg-max.
         temperature, top_k, top_p, min_p: what shapes the distribution; 1, 0, 1, 0 are off.
         penalty: repetition penalty of tokens that came before; 1 is off.
+        ignored: how many of a row's first tokens the penalty does not count: a number, or one for
+            each row.
     """
 
     sample: bool = False
@@ -33,6 +35,20 @@ class TokenChoice:
     top_p: float = 1.0
     min_p: float = 0.0
     penalty: float = 1.0
+    ignored: int | tuple[int, ...] = 0
+
+    def seen(self, prompt: Tensor, vocabulary: int) -> Tensor | None:
+        """Bool ``[B, V]``: the tokens of ``prompt [B, L]`` that the penalty hits; None: it is off."""
+        if self.penalty == 1:
+            return None
+        ignored = torch.tensor(self.ignored, device=prompt.device).reshape(-1, 1)
+        skipped = torch.arange(prompt.shape[1], device=prompt.device) < ignored
+        # One more column takes what is not to be counted.
+        counted = torch.where(skipped | (prompt >= vocabulary), vocabulary, prompt)
+        seen = torch.zeros(
+            prompt.shape[0], vocabulary + 1, dtype=torch.bool, device=prompt.device
+        ).scatter_(1, counted, True)
+        return seen[:, :vocabulary].contiguous()
 
 
 _ORDER = (
@@ -56,8 +72,10 @@ def parse(processors: Sequence[Any], sample: bool) -> tuple[TokenChoice | None, 
             return None, f"{name} comes behind {_ORDER[last]}: they are called in Python"
         last = _ORDER.index(name)
         if name == "RepetitionPenaltyLogitsProcessor":
-            if getattr(processor, "prompt_ignore_length", None) is not None:
-                return None, f"{name} with prompt_ignore_length is called in Python at every step"
+            ignored = getattr(processor, "prompt_ignore_length", None)
+            if isinstance(ignored, Tensor):
+                ignored = tuple(ignored.flatten().tolist())
+            values["ignored"] = ignored or 0
             values["penalty"] = processor.penalty
             continue
         # TopK keeps min_tokens_to_keep inside of its top_k.

@@ -144,6 +144,5 @@ def _lengths(rank: Tensor, admitted: Tensor, survival: Tensor) -> Tensor:
     """Verify lengths from the first ``admitted`` of the order."""
     rows, count = survival.shape
     first = (torch.arange(len(rank), device=rank.device) < admitted).long()
-    return torch.zeros(rows, dtype=torch.long, device=rank.device).scatter_add_(
-        0, rank // count, first
-    )
+    # Counting positions of each request, rather than adding in place: vmap takes it too.
+    return torch.zeros_like(first).scatter(0, rank, first).view(rows, count).sum(-1)
