@@ -379,7 +379,8 @@ def _key(found: Region) -> Any:
                 return ("again", seen[item])
             seen[item] = len(seen)
             if item not in inside:
-                return ("input", str(item.meta["val"]) if not is_tensor(item) else shape(item))
+                what = tuple(map(str, shape(item))) if is_tensor(item) else str(item.meta["val"])
+                return ("input", what)
             return (str(item.target), key(item.args), key(item.kwargs))
         if isinstance(item, (list, tuple)):
             return tuple(key(v) for v in item)
