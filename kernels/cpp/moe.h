@@ -85,6 +85,11 @@ struct Routing {
   int64_t size(int64_t h) const { return start[h + 1] - start[h]; }
 };
 
+// Experts with one token each are read as STREAMS runs of rows side by side, whichever experts
+// they belong to; from so many tokens on there are few of them, and they go the way of the others.
+constexpr int STREAMS = Vec::W == 16 ? 8 : 4;
+constexpr int64_t FEW = 64;
+
 // Rows that one pass of a product takes of an expert's `m`.
 template <int CAP>
 inline int pass_rows(int64_t m) {
@@ -142,13 +147,20 @@ struct Experts {
   Load* load;
   ExpertSizes s;
 
+  // A thread's own memory.
+  static size_t own_bytes(const ExpertSizes& s) {
+    size_t packed = std::max(packed_bytes<T, CAP>(s.K, s.tokens), packed_bytes<T, CAP>(s.I, s.tokens));
+    if (s.tokens <= FEW)
+      packed = std::max({packed, s.tokens * (aligned(sizeof(T) * s.K) + Packed<T, 1>::bytes(s.K)),
+                         STREAMS * (aligned(sizeof(T) * s.I) + Packed<T, 1>::bytes(s.I))});
+    return aligned(Routing::bytes(s) + aligned(4 * (s.experts + 1)) + packed);
+  }
+
   static size_t bytes(const ExpertSizes& s, int threads) {
     const int64_t choices = s.tokens * s.k;
     size_t shared = aligned(sizeof(T) * choices * s.I) + aligned(sizeof(float) * s.tokens * s.N);
     if (NORM) shared += aligned(sizeof(T) * choices * s.N);
-    const size_t own = Routing::bytes(s) +
-                       std::max(packed_bytes<T, CAP>(s.K, s.tokens), packed_bytes<T, CAP>(s.I, s.tokens));
-    return shared + threads * aligned(own) + 4096;
+    return shared + threads * own_bytes(s) + 4096;
   }
 
   void run(Team team, char* memory) const {
@@ -159,16 +171,20 @@ struct Experts {
     memory += aligned(sizeof(float) * s.tokens * s.N);
     T* results = (T*)memory;
     if (NORM) memory += aligned(sizeof(T) * choices * s.N);
-    const size_t own = aligned(Routing::bytes(s) + std::max(packed_bytes<T, CAP>(s.K, s.tokens),
-                                                            packed_bytes<T, CAP>(s.I, s.tokens)));
-    memory += own * team.thread;
+    memory += own_bytes(s) * team.thread;
     const Routing routing(indices, s, memory);
     memory += Routing::bytes(s);
+    // Experts with one token.
+    Singles singles{(int32_t*)memory, 0};
+    memory += aligned(4 * (s.experts + 1));
+    if (SINGLES && s.tokens <= FEW)
+      for (int64_t h = 0; h < routing.hits; ++h)
+        if (routing.size(h) == 1) singles.hit[singles.count++] = int32_t(h);
     if (load->on != 0 && team.thread == 0) count(routing);
-    first_step(team, routing, hidden, memory);
+    first_step(team, routing, singles, hidden, memory);
     fetch_down(team, routing);
     team.barrier();
-    second_step(team, routing, hidden, total, results, memory);
+    second_step(team, routing, singles, hidden, total, results, memory);
     if constexpr (NORM) {
       team.barrier();
       third_step(team, routing, results);
@@ -176,6 +192,13 @@ struct Experts {
   }
 
  private:
+  static constexpr bool SINGLES = !TURNED_UP && !TURNED_DOWN && !WEIGH_INPUT;
+  struct Singles {
+    int32_t* hit;
+    int64_t count;
+  };
+  using One = typename Packed<T, 1>::Element;
+
   void count(const Routing& routing) const {
     ++load->calls;
     load->tokens += s.tokens;
@@ -184,6 +207,8 @@ struct Experts {
       load->each[routing.expert[h]] += routing.size(h);
   }
 
+  size_t slot_bytes() const { return Packed<T, 1>::bytes(s.K) + aligned(sizeof(T) * s.K); }
+
   float share(int64_t choice) const { return to_float(weights[choice]); }
 
   // The beginning of what this thread reads in the second step.
@@ -191,13 +216,17 @@ struct Experts {
     if (TURNED_DOWN || team.threads == 1) return;
     const auto [first, last] = team.share(s.N, BLOCK);
     if (first >= last || routing.hits == 0) return;
-    const char* from = (const char*)(down.of(routing.expert[0]) + first * down_lie.ld);
-    const int64_t size = std::min<int64_t>(64 * 1024, (last - first) * down_lie.ld * sizeof(T));
-    for (int64_t at = 0; at < size; at += 64) __builtin_prefetch(from + at, 0, 2);
+    const int64_t heads = std::min<int64_t>(STREAMS, routing.hits);
+    const int64_t size =
+        std::min<int64_t>(64 * 1024 / heads, (last - first) * down_lie.ld * int64_t(sizeof(T)));
+    for (int64_t h = 0; h < heads; ++h) {
+      const char* from = (const char*)(down.of(routing.expert[h]) + first * down_lie.ld);
+      for (int64_t at = 0; at < size; at += 64) __builtin_prefetch(from + at, 0, 2);
+    }
   }
 
   // Rows [from, from + count) of an expert's choices as M-row passes; `read(i)` is where row i lies.
-  template <int M, class Read>
+  template <int M, bool TOKENS = true, class Read>
   void packed(int64_t count, int64_t K, const Read& read, char* memory,
               typename Packed<T, M>::Element*& to, int64_t& ldx, int64_t& pass) const {
     using P = Packed<T, M>;
@@ -205,7 +234,7 @@ struct Experts {
     ldx = P::padded(K);
     pass = int64_t(P::bytes(K) / sizeof(Element));
     constexpr bool DIRECT = std::is_same<T, Element>::value && P::FORM != Form::Tiles && M == 1;
-    if (DIRECT && !WEIGH_INPUT && K % P::STEP == 0 && count == 1) {
+    if (DIRECT && !(WEIGH_INPUT && TOKENS) && K % P::STEP == 0 && count == 1) {
       to = (Element*)read(0);
       return;
     }
@@ -252,10 +281,15 @@ struct Experts {
     void copy(int64_t i, T* to) const { std::memcpy(to, hidden + i * I, sizeof(T) * I); }
   };
 
-  void first_step(Team team, const Routing& routing, T* hidden, char* memory) const {
+  void first_step(Team team, const Routing& routing, const Singles& singles, T* hidden,
+                  char* memory) const {
+    if (singles.count > 0) single_ups(team, routing, singles, hidden, memory);
     // Work is cut in blocks of rows; one more pass over a block's weights costs as the first.
     const int64_t blocks = (s.I + BLOCK - 1) / BLOCK;
-    auto passes = [&](int64_t h) { return (routing.size(h) + CAP - 1) / CAP; };
+    auto passes = [&](int64_t h) {
+      const int64_t rows = routing.size(h);
+      return rows == 1 && singles.count > 0 ? 0 : (rows + CAP - 1) / CAP;
+    };
     int64_t all = 0;
     for (int64_t h = 0; h < routing.hits; ++h) all += blocks * passes(h);
     const int64_t begin = all * team.thread / team.threads;
@@ -263,6 +297,7 @@ struct Experts {
     int64_t at = 0;
     for (int64_t h = 0; h < routing.hits; at += blocks * passes(h++)) {
       const int64_t q = passes(h);
+      if (q == 0) continue;
       auto block = [&](int64_t where) {
         return std::min(std::max<int64_t>(where - at + q - 1, 0) / q, blocks);
       };
@@ -312,21 +347,161 @@ struct Experts {
     }
   }
 
-  void second_step(Team team, const Routing& routing, const T* hidden, float* total, T* results,
-                   char* memory) const {
+  // Rows of all singles' gates and ups are one long list; a thread's share of it is cut into runs
+  // that are read side by side, each through as many experts as it takes.
+  void single_ups(Team team, const Routing& routing, const Singles& singles, T* hidden,
+                  char* memory) const {
+    constexpr int RUNS = STREAMS / MATS, R = RUNS * MATS;
+    const auto [first, last] = team.share(singles.count * s.I, Vec::W);
+    if (first >= last) return;
+    // x of the tokens, packed: one of them is used where it lies.
+    One* rows[FEW] = {};
+    struct Place {
+      int64_t at, h, n;
+      const T *gate, *up;
+      const One* x;
+    };
+    auto look = [&](Place& p) {
+      const int64_t h = singles.hit[p.at / s.I];
+      p.n = p.at % s.I;
+      p.h = h;
+      const int64_t e = routing.expert[h], choice = routing.choice[routing.start[h]];
+      p.up = up.of(e) + p.n * up_lie.ld;
+      p.gate = MATS == 2 ? gate.of(e) + p.n * up_lie.ld : nullptr;
+      const int64_t t = choice / s.k;
+      if (rows[t] == nullptr) {
+        int64_t ldx, pass;
+        packed<1>(1, s.K, FromTokens{*this, routing.choice + routing.start[h]},
+                  memory + slot_bytes() * t, rows[t], ldx, pass);
+      }
+      p.x = rows[t];
+    };
+    const int64_t each = (last - first + RUNS - 1) / RUNS;
+    Place now[RUNS], then[RUNS];
+    for (int r = 0; r < RUNS; ++r) {
+      now[r].at = std::min(first + r * each, last - 1);
+      look(now[r]);
+    }
+    for (int64_t j = 0; j < each; ++j) {
+      const T* w[R];
+      const T* next[R];
+      const One* x[R];
+      float out[R];
+      for (int r = 0; r < RUNS; ++r) {
+        then[r] = now[r];
+        // A run that is at its end reads its last row again; that is not used.
+        if (now[r].at + 1 < std::min(first + (r + 1) * each, last)) {
+          ++then[r].at;
+          if (++then[r].n < s.I) {
+            then[r].up += up_lie.ld;
+            if (MATS == 2) then[r].gate += up_lie.ld;
+          } else {
+            look(then[r]);
+          }
+        }
+        for (int i = 0; i < MATS; ++i) {
+          w[r * MATS + i] = i == 0 ? now[r].up : now[r].gate;
+          next[r * MATS + i] = i == 0 ? then[r].up : then[r].gate;
+          x[r * MATS + i] = now[r].x;
+        }
+      }
+      const T* const(&w_)[R] = w;
+      const T* const(&next_)[R] = next;
+      const One* const(&x_)[R] = x;
+      own_rows<T, R>(w_, next_, x_, s.K, out);
+      for (int r = 0; r < RUNS; ++r) {
+        if (first + r * each + j >= std::min(first + (r + 1) * each, last)) continue;
+        const int64_t e = routing.expert[now[r].h], n = now[r].n;
+        const T *bu = up_bias.of(e), *bg = gate_bias.of(e);
+        float u = out[r * MATS], g = out[r * MATS + MATS - 1];
+        if (bu != nullptr) u += to_float(bu[n]);
+        if (MATS == 2 && bg != nullptr) g += to_float(bg[n]);
+        if (MATS == 1) g = u;
+        store(hidden + routing.start[now[r].h] * s.I + n, Act::of(all(g), all(u)), 1);
+      }
+      for (int r = 0; r < RUNS; ++r) now[r] = then[r];
+    }
+  }
+
+  void second_step(Team team, const Routing& routing, const Singles& singles, const T* hidden,
+                   float* total, T* results, char* memory) const {
     const auto [first, last] = team.share(s.N, BLOCK);
     if (first >= last) return;
     if (!NORM)
       for (int64_t t = 0; t < s.tokens; ++t)
         std::memset(total + t * s.N + first, 0, sizeof(float) * (last - first));
+    single_downs(routing, singles, first, last, hidden, total, results, memory);
     for (int64_t h = 0; h < routing.hits; ++h)
-      down_rows(routing, h, first, last, hidden, total, results, memory);
+      if (singles.count == 0 || routing.size(h) != 1)
+        down_rows(routing, h, first, last, hidden, total, results, memory);
     if (NORM) return;
     for (int64_t t = 0; t < s.tokens; ++t)
       for (int64_t n = first; n < last; n += Vec::W) {
         const int lanes = int(std::min<int64_t>(Vec::W, last - n));
         store(y + t * s.N + n, dspark::load(total + t * s.N + n, lanes), lanes);
       }
+  }
+
+  // Singles in groups that fill the streams: one expert a stream, or several runs of its rows.
+  void single_downs(const Routing& routing, const Singles& singles, int64_t first, int64_t last,
+                    const T* hidden, float* total, T* results, char* memory) const {
+    for (int64_t i = 0; i < singles.count;) {
+      int group = STREAMS;
+      while (group > singles.count - i) group /= 2;
+      single_group(routing, singles.hit + i, group, first, last, hidden, total, results, memory);
+      i += group;
+    }
+  }
+
+  void single_group(const Routing& routing, const int32_t* hit, int group, int64_t first,
+                    int64_t last, const T* hidden, float* total, T* results, char* memory) const {
+    constexpr int R = STREAMS;
+    const int runs = R / group;  // of each expert's rows
+    const int64_t each = (last - first + runs - 1) / runs;
+    const One* x[R];
+    const T *w[R], *bias[R];
+    int64_t choice[R], at[R], end[R];
+    float weight[R];
+    for (int r = 0; r < R; ++r) {
+      const int64_t h = hit[r / runs], e = routing.expert[h];
+      if (r % runs == 0) {
+        int64_t ldx, pass;
+        One* to;
+        packed<1, false>(1, s.I, FromHidden{hidden + routing.start[h] * s.I, s.I},
+                         memory + r * (Packed<T, 1>::bytes(s.I) + aligned(sizeof(T) * s.I)), to, ldx,
+                         pass);
+        x[r] = to;
+      } else {
+        x[r] = x[r - 1];
+      }
+      at[r] = std::min(first + r % runs * each, last - 1);
+      end[r] = std::min(first + (r % runs + 1) * each, last);
+      w[r] = down.of(e) + at[r] * down_lie.ld;
+      bias[r] = down_bias.of(e);
+      choice[r] = routing.choice[routing.start[h]];
+      weight[r] = WEIGH_INPUT ? 1.0f : share(choice[r]);
+    }
+    for (int64_t j = 0; j < each; ++j) {
+      const T* next[R];
+      float out[R];
+      for (int r = 0; r < R; ++r) next[r] = at[r] + 1 < end[r] ? w[r] + down_lie.ld : w[r];
+      const T* const(&w_)[R] = w;
+      const T* const(&next_)[R] = next;
+      const One* const(&x_)[R] = x;
+      own_rows<T, R>(w_, next_, x_, s.I, out);
+      for (int r = 0; r < R; ++r) {
+        if (first + r % runs * each + j >= end[r]) continue;
+        const int64_t n = at[r];
+        const float v = out[r] + (bias[r] == nullptr ? 0.0f : to_float(bias[r][n]));
+        if constexpr (NORM) {
+          from_float(results[choice[r] * s.N + n], v);
+        } else {
+          total[choice[r] / s.k * s.N + n] += weight[r] * v;
+        }
+        w[r] = next[r];
+        at[r] += n + 1 < end[r];
+      }
+    }
   }
 
   void down_rows(const Routing& routing, int64_t h, int64_t first, int64_t last, const T* hidden,
@@ -340,7 +515,7 @@ struct Experts {
         constexpr int M = decltype(constant)::value;
         typename Packed<T, M>::Element* packed_x;
         int64_t ldx, pass;
-        packed<M>(rows, s.I, FromHidden{hidden + begin * s.I, s.I}, memory, packed_x, ldx, pass);
+        packed<M, false>(rows, s.I, FromHidden{hidden + begin * s.I, s.I}, memory, packed_x, ldx, pass);
         const T* const w[1] = {down.of(e)};
         auto done = [&](int64_t p, int64_t n, int count, const auto& sums) {
           const int64_t live = std::min<int64_t>(M, rows - p * M);

@@ -23,6 +23,50 @@ void product_passes(int64_t first, int64_t last, const T* const (&w)[MATS], int6
                           });
 }
 
+// R rows of weights with one row of x each: out[r] = w[r] . x[r]. The prefetch runs AHEAD in every
+// row and from its end on into next[r]. Rows so different as those of several experts stream side by
+// side.
+template <class T, int R>
+inline void own_rows(const T* const (&w)[R], const T* const (&next)[R],
+                     const typename Packed<T, 1>::Element* const (&x)[R], int64_t K,
+                     float (&out)[R]) {
+  using P = Packed<T, 1>;
+  constexpr int W = Vec::W, STEP = P::STEP, COUNT = (R + W - 1) / W * W;
+  constexpr int LINE = 64 / int(sizeof(T)) / STEP > 1 ? 64 / int(sizeof(T)) : STEP;
+  Vec a[COUNT];
+  for (int i = 0; i < COUNT; ++i) a[i] = zero();
+  auto steps = [&](int64_t from, int64_t to, const T* const (&ask)[R],
+                   int64_t shift) __attribute__((always_inline)) {
+    for (int64_t k = from; k < to; k += STEP) {
+      const bool whole = k + STEP <= K;
+      if (LINE == STEP || k % LINE == 0)
+        for (int r = 0; r < R; ++r) __builtin_prefetch(ask[r] + k + shift, 0, 3);
+      for (int r = 0; r < R; ++r) {
+        if constexpr (P::FORM == Form::Fused) {
+          const Vec c = whole ? load(w[r] + k) : load(w[r] + k, int(K - k));
+          a[r] = fma(c, load(x[r] + k), a[r]);
+        } else {
+#if defined(DSPARK_DOT)
+          const __mmask32 lanes = whole ? 0xffffffffu : (1u << (K - k)) - 1;
+          const __m512i c = whole ? _mm512_loadu_si512(w[r] + k)
+                                  : _mm512_maskz_loadu_epi16(lanes, w[r] + k);
+          const __m512i b = _mm512_loadu_si512(x[r] + k);
+          a[r].v = _mm512_dpbf16_ps(a[r].v, (__m512bh)c, (__m512bh)b);
+#endif
+        }
+      }
+    }
+  };
+  const int64_t whole = K / STEP * STEP;
+  const int64_t ahead = std::min<int64_t>(AHEAD / int64_t(sizeof(T)), whole);
+  steps(0, whole - ahead, w, ahead);
+  steps(whole - ahead, whole, next, ahead - whole);
+  if (whole < K) steps(whole, K, w, 0);
+  float flat[COUNT];
+  for (int i = 0; i < COUNT; i += W) store(flat + i, sums(a + i));
+  for (int r = 0; r < R; ++r) out[r] = flat[r];
+}
+
 // The value at m, k of what `pack` made.
 template <class T, int M>
 inline float packed_at(const typename Packed<T, M>::Element* packed, int64_t ldx, int m, int64_t k) {
