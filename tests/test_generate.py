@@ -1,4 +1,4 @@
-"""`dspark_compile.generate` gives what Hugging Face's generate gives, whatever happens on the way."""
+"""`dspark_compile.generate` gives what Hugging Face's generate gives, whatever happens."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_sliding_windows_and_soft_caps():
             sliding_window=6,
             pad_token_id=0,
             eos_token_id=None,
-        )  # fmt: skip
+        )
     ).eval()
     for p in gemma.parameters():
         p.data.normal_(0, 0.2)
@@ -251,7 +251,7 @@ def test_no_memory_is_a_clear_error_and_the_next_call_works(model, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(decode_cache.DecodeLayer, "reserve", fails)
-        with pytest.raises(KVCacheError, match="no memory for a cache of .* kv_cache='int8'"):
+        with pytest.raises(KVCacheError, match=r"no memory for a cache of .* kv_cache='int8'"):
             dspark_compile.generate(model, prompt(), max_new_tokens=5, options=QUICK)
     check(model, input_ids=prompt())
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -204,17 +204,42 @@ extern "C" __attribute__((visibility("default"))) int dspark_program(
     return run_program<true>(table, stages, (char*)memory, int(threads), ahead, spent);
   return run_program<false>(table, stages, (char*)memory, int(threads), ahead, nullptr);
 }
+
+// Up to `count` rounds: the program, then choose(arguments), which writes tokens [rows] and returns
+// how many rows are not done. The tokens of round i go to history + i * rows; *taken says how many
+// rounds there were: after one with no row left there is none.
+extern "C" __attribute__((visibility("default"))) int dspark_rounds(
+    int64_t* block, const Fix* fixes, int64_t fix_count, const int64_t* bases, int64_t stages,
+    void* memory, int64_t threads, int64_t ahead, int64_t (*choose)(void*), void* arguments,
+    const int64_t* tokens, int64_t rows, int64_t count, int64_t* history, int64_t* taken) {
+  *taken = 0;
+  while (*taken < count) {
+    const int status = dspark_program(block, fixes, fix_count, bases, stages, memory, threads,
+                                      ahead, nullptr);
+    if (status != 0) return status;
+    const int64_t open = choose(arguments);
+    for (int64_t i = 0; i < rows; ++i) history[*taken * rows + i] = tokens[i];
+    ++*taken;
+    if (open == 0) break;
+  }
+  return 0;
+}
 """
 
 
-def _runner(level: str) -> Any:
-    function = build.load("program", RUNNER, level).dspark_program
+def _runner(level: str) -> tuple[Any, Any]:
+    library = build.load("program", RUNNER, level)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [
+    once, rounds = library.dspark_program, library.dspark_rounds
+    once.argtypes = [
         *(pointer, pointer, number, pointer, number, pointer, number, number, pointer),
     ]
-    function.restype = ctypes.c_int
-    return function
+    rounds.argtypes = [
+        *(pointer, pointer, number, pointer, number, pointer, number, number, pointer, pointer),
+        *(pointer, number, number, pointer, pointer),
+    ]
+    once.restype = rounds.restype = ctypes.c_int
+    return once, rounds
 
 
 @dataclass(frozen=True)
@@ -240,7 +265,7 @@ class NativeProgram:
         self.names = list(program.names)
         self.sources = [call.source for call in program.stages]
         emit.build_all(self.sources, level)
-        self._run = _runner(level)
+        self._run, self._run_rounds = _runner(level)
         self._results = list(results)
         self._lock = threading.Lock()
         words: list[int] = [0] * (_STAGE_WORDS * len(program.stages))
@@ -320,26 +345,13 @@ class NativeProgram:
         with self._lock:
             return self._call(args, spent)
 
-    def bind(self, args: Sequence[Any]) -> Callable[[], list[Tensor]]:
+    def bind(self, args: Sequence[Any]) -> BoundProgram:
         """`__call__` on these tensors and numbers, as a function without arguments.
 
         The tensors must keep their memory. Every call writes its results to the same tensors and
         returns those: read them before the next one.
         """
-        args = list(args)
-        made = {i: torch.empty(nbytes, dtype=torch.uint8) for i, nbytes in self._made}
-        results = [self._view(r, made, args) for r in self._results]
-        me = object()
-
-        def run() -> list[Tensor]:
-            with self._lock:
-                if self._bound is not me:
-                    self._point(args, made)
-                    self._bound = me
-                self._go(None)
-            return results
-
-        return run
+        return BoundProgram(self, args)
 
     def _point(self, args: Sequence[Any], made: dict[int, Tensor]) -> None:
         """Fill in where inputs and results lie, and sizes."""
@@ -360,22 +372,87 @@ class NativeProgram:
         self._go(spent)
         return [self._view(r, made, args) for r in self._results]
 
-    def _go(self, spent: Any) -> None:
+    def _prepare(self) -> tuple[int, int]:
+        """(address of the stages' own memory, threads)."""
         threads = torch.get_num_threads()
         if threads != self._memory_threads:
             need = max(entry.need(self._block, i, threads) for i, entry in enumerate(self._entries))
             self._memory = torch.empty(need + 4096, dtype=torch.uint8)
             self._memory_threads = threads
         assert self._memory is not None
+        return (self._memory.data_ptr() + 4095) // 4096 * 4096, threads
+
+    def _go(self, spent: Any) -> None:
+        memory, threads = self._prepare()
         status = self._run(
             self._block, self._fixes, self._fix_count, self._bases, len(self._entries),
-            (self._memory.data_ptr() + 4095) // 4096 * 4096, threads, AHEAD_BYTES, spent,
+            memory, threads, AHEAD_BYTES, spent,
         )  # fmt: skip
         if status:
-            from dspark_compile.kernels.cpp._launch import raise_for
-
-            raise_for(status, "decode step")
+            _raise(status)
 
     def _view(self, r: Result, made: dict[int, Tensor], args: Sequence[Any]) -> Tensor:
         flat = made[r.buffer].view(r.dtype)
         return flat.as_strided(r.shape, r.stride, r.offset // r.dtype.itemsize)
+
+
+def _raise(status: int) -> None:
+    from dspark_compile.kernels.cpp._launch import raise_for
+
+    raise_for(status, "decode step")
+
+
+class BoundProgram:
+    """A `NativeProgram` on tensors that stay where they are."""
+
+    def __init__(self, program: NativeProgram, args: Sequence[Any]):
+        self._program, self._args = program, list(args)
+        self._made = {i: torch.empty(nbytes, dtype=torch.uint8) for i, nbytes in program._made}
+        self.results = [program._view(r, self._made, args) for r in program._results]
+
+    def __call__(self) -> list[Tensor]:
+        """Run once; the same tensors every time."""
+        program = self._program
+        with program._lock:
+            self._enter()
+            program._go(None)
+        return self.results
+
+    def stage_seconds(self) -> list[float]:
+        """Run once; the seconds of each stage, its wait for the other threads included."""
+        program = self._program
+        spent = (ctypes.c_int64 * len(program.names))()
+        with program._lock:
+            self._enter()
+            program._go(spent)
+        return [x * 1e-9 for x in spent]
+
+    def _enter(self) -> None:
+        program = self._program
+        if program._bound is not self:
+            program._point(self._args, self._made)
+            program._bound = self
+
+    def rounds(self, chooser: Any, tokens: Tensor, count: int) -> Tensor:
+        """Up to ``count`` times: run, then ``chooser`` (`NativeChooser` over the results), which
+        writes ``tokens [R, 1]``. Their history ``[taken, R]``: it ends with the round after which
+        every row is done.
+
+        Raises:
+            IndexError: a position lies outside of a cache, or an index outside of an embedding.
+        """
+        program, rows = self._program, tokens.shape[0]
+        history = torch.empty(count, rows, dtype=torch.long)
+        taken = ctypes.c_int64()
+        with program._lock:
+            self._enter()
+            memory, threads = program._prepare()
+            status = program._run_rounds(
+                program._block, program._fixes, program._fix_count, program._bases,
+                len(program._entries), memory, threads, AHEAD_BYTES,
+                ctypes.cast(chooser.function, ctypes.c_void_p), chooser.address,
+                tokens.data_ptr(), rows, count, history.data_ptr(), ctypes.byref(taken),
+            )  # fmt: skip
+        if status:
+            _raise(status)
+        return history[: taken.value]

@@ -94,6 +94,9 @@ class Captured:
 
     def __call__(self) -> Tensor:
         """Run once. The result may be the same tensor each time, overwritten."""
+        return self._bound()()[self._place]
+
+    def _bound(self) -> Callable[[], Any]:
         if self._call is None:
             bind = getattr(self._compiled, "bind", None)
             if bind is not None:
@@ -101,7 +104,22 @@ class Captured:
             else:
                 compiled, args = self._compiled, self._args
                 self._call = lambda: compiled(*args)
-        return self._call()[self._place]
+        return self._call
+
+    @property
+    def result(self) -> Tensor | None:
+        """What every call writes its result to; None where each makes a new tensor."""
+        results = getattr(self._bound(), "results", None)
+        return None if results is None else results[self._place]
+
+    def stage_seconds(self) -> list[float]:
+        """Run once; the seconds of each stage of the native program."""
+        return self._bound().stage_seconds()  # type: ignore[attr-defined]
+
+    def rounds(self, chooser: Any, tokens: Tensor, count: int) -> Tensor:
+        """Up to ``count`` calls, each followed by ``chooser`` over `result`, without Python in
+        between: `dspark_compile.codegen.cpp.program.BoundProgram.rounds`."""
+        return self._bound().rounds(chooser, tokens, count)  # type: ignore[attr-defined]
 
     @property
     def native(self) -> bool:

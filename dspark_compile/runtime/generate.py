@@ -29,6 +29,7 @@ from .token_choice import Chooser, TokenChoice, parse
 log = logging.getLogger(__name__)
 
 PREFILL_CHUNK = 2048
+VISIT = 0.05  # seconds between two looks at a native loop: an interrupt waits that long
 LOOK = 16  # tokens after which a GPU is asked whether all rows are done
 _local = threading.local()
 
@@ -257,6 +258,8 @@ class _Loop:
         self.prompt = input_ids.to(model.device)
         self.processors = processors
         self._criteria(criteria)
+        self.finished = False
+        self.start = 0
         self.scores: tuple[Tensor, ...] | None = None
         self.logits: tuple[Tensor, ...] | None = None
         if config.return_dict_in_generate:
@@ -303,7 +306,7 @@ class _Loop:
         rounds = self._take()
         try:
             self._run(rounds)
-            rounds.finish()
+            rounds.set_length(rounds.length)
             self.cache = rounds.cache
         except BaseException:
             self._give_back(rounds, failed=True)
@@ -356,7 +359,28 @@ class _Loop:
             return
         chooser = self._chooser(rounds, logits)
         self._add(rounds, chooser, logits)
+        # Nobody looks at single steps: many at a time.
+        alone = not self.asked and all(
+            x is None for x in (self.called, self.streamer, self.scores, self.logits)
+        )
+        seconds = 0.01  # of a step; measured as it goes
         while not self.finished:
+            if alone and rounds.program is not None:
+                began = clock()
+                count = max(1, int(VISIT / seconds))
+                history = rounds.run(
+                    chooser, self.batch, min(count, self.max_length - self.length, 1024)
+                )
+                if history is None:
+                    alone = False
+                    continue
+                self._append(history)
+                spent = clock() - began
+                seconds = spent / len(history)
+                report.seconds["decode"] = report.seconds.get("decode", 0.0) + spent
+                report.steps_timed += len(history)
+                self.finished = bool(chooser.done.all()) or self.length >= self.max_length
+                continue
             compiles = rounds.program is None and rounds.reason is None
             began = clock()
             logits = rounds.step()[: self.batch]
@@ -376,7 +400,6 @@ class _Loop:
         pad = self.config._pad_token_tensor
         seen = self.choice.seen(self.prompt, logits.shape[-1])
         self.stopped = torch.zeros(self.batch, dtype=torch.bool, device=logits.device)
-        self.finished = False
         return Chooser(
             rounds.tokens[: self.batch], rounds.done[: self.batch], self.choice, self.eos,
             0 if pad is None else int(pad.flatten()[0]), seen,
@@ -392,12 +415,7 @@ class _Loop:
         if self.scores is not None:
             self.scores += (logits,)
         still = chooser(logits)
-        if self.length == self.ids.shape[1]:
-            room = min(2 * self.length, self.max_length) - self.length
-            self.ids = torch.cat((self.ids, self.ids.new_empty(self.batch, room)), dim=1)
-        self.ids[:, self.length] = chooser.tokens[:, 0]
-        self.length += 1
-        self.report.new_tokens += 1
+        self._append(chooser.tokens.T)
         if self.streamer is not None:
             self.streamer.put(chooser.tokens[:, 0].cpu())
         if self.asked:
@@ -410,6 +428,15 @@ class _Loop:
         if still is None and (self.length % LOOK == 0 or self.streamer is not None):
             still = int((~chooser.done).sum())
         self.finished = still == 0 or self.length >= self.max_length
+
+    def _append(self, tokens: Tensor) -> None:
+        """``tokens [steps, B]`` behind the text."""
+        end = self.length + len(tokens)
+        if end > self.ids.shape[1]:
+            room = min(max(2 * self.length, end), self.max_length) - self.ids.shape[1]
+            self.ids = torch.cat((self.ids, self.ids.new_empty(self.batch, room)), dim=1)
+        self.ids[:, self.length : end] = tokens.T
+        self.length = end
 
     def _result(self, rounds: Rounds) -> Any:
         sequences = self.ids[:, : self._end()].clone()

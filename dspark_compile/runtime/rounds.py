@@ -22,6 +22,7 @@ from torch import Tensor
 from .capture import Captured, CaptureError
 from .decode_cache import DecodeCache
 from .errors import KVCacheError
+from .token_choice import Chooser
 
 # How far the compiled step's logits may lie from eager ones, as a part of their norm.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -199,6 +200,28 @@ class Rounds:
         self.length += 1
         return logits
 
+    def run(self, chooser: Chooser, rows: int, count: int) -> Tensor | None:
+        """Up to ``count`` steps and choices of the first ``rows`` sequences without Python in
+        between; the tokens chosen ``[taken, rows]``: fewer than ``count`` where all rows are done.
+        None: there is no such program; nothing was run."""
+        if self.program is None or (logits := self.program.result) is None:
+            return None
+        native = chooser.native(logits[:rows])
+        if native is None:
+            return None
+        if self.length + count > self.cache.room:
+            self.cache.set_length(self.length)
+            self.reserve(self.length + count)
+            return self.run(chooser, rows, count)
+        uniform = chooser.draw_many(count)
+        native.draw_from(uniform)
+        try:
+            taken = self.program.rounds(native, self.tokens[:rows], count)
+        finally:
+            native.draw_from(None)
+        self.length += len(taken)
+        return taken
+
     def _eager_step(self) -> Tensor:
         given: dict[str, Any] = {"input_ids": self.tokens}
         if self.masked:
@@ -248,9 +271,10 @@ class Rounds:
         self.program = program
         return expected
 
-    def finish(self) -> None:
-        """The cache's own record of its length follows."""
-        self.cache.set_length(self.length)
+    def set_length(self, tokens: int) -> None:
+        """``tokens`` are held from now on."""
+        self.length = tokens
+        self.cache.set_length(tokens)
 
 
 def _signature(model: Any) -> tuple[Any, ...]:

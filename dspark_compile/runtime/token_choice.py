@@ -38,7 +38,7 @@ class TokenChoice:
     ignored: int | tuple[int, ...] = 0
 
     def seen(self, prompt: Tensor, vocabulary: int) -> Tensor | None:
-        """Bool ``[B, V]``: the tokens of ``prompt [B, L]`` that the penalty hits; None: it is off."""
+        """Bool ``[B, V]``: tokens of ``prompt [B, L]`` that the penalty hits; None: it is off."""
         if self.penalty == 1:
             return None
         ignored = torch.tensor(self.ignored, device=prompt.device).reshape(-1, 1)
@@ -113,7 +113,7 @@ class Chooser:
     seen: Tensor | None = None
     processors: Callable[[Tensor, Tensor], Tensor] | None = None
     generator: torch.Generator | None = None
-    _native: Callable[[], int] | None = field(default=None, repr=False)
+    _native: Any | None = field(default=None, repr=False)
     _for: tuple[int, ...] = field(default=(), repr=False)
     _drawn: Tensor | None = field(default=None, repr=False)
     _next: int = field(default=0, repr=False)
@@ -134,6 +134,13 @@ class Chooser:
         self.uniform.copy_(self._drawn[self._next])
         self._next += 1
 
+    def draw_many(self, count: int) -> Tensor | None:
+        """Uniform numbers ``[count, R]``; None: nothing is random."""
+        if self.uniform is None:
+            return None
+        shape = (count, *self.uniform.shape)
+        return torch.rand(shape, device=self.uniform.device, generator=self.generator)
+
     def __call__(self, logits: Tensor, input_ids: Tensor | None = None) -> int | None:
         """Choose from ``logits [R, V]``; how many rows are not done, on a CPU.
 
@@ -143,15 +150,16 @@ class Chooser:
         if self.processors is not None:
             logits = self.processors(input_ids, logits.to(torch.float32, copy=True))  # type: ignore[arg-type]
         if logits.device.type == "cpu":
-            native = self._kernel(logits)
+            native = self.native(logits)
             if native is not None:
                 return native()
         self._plain(logits)
         return int((~self.done).sum()) if logits.device.type == "cpu" else None
 
-    def _kernel(self, logits: Tensor) -> Callable[[], int] | None:
+    def native(self, logits: Tensor) -> Any | None:
+        """The kernel for logits that stay where they are (`NativeChooser`), or None."""
         from dspark_compile.codegen.cpp import build
-        from dspark_compile.kernels.cpp.choose import chooser
+        from dspark_compile.kernels.cpp.choose import NativeChooser
 
         key = (logits.data_ptr(), *logits.shape, *logits.stride())
         if key != self._for:
@@ -161,7 +169,7 @@ class Chooser:
             ):
                 how = self.choice
                 with contextlib.suppress(build.BuildError):  # no compiler: torch does it
-                    self._native = chooser(
+                    self._native = NativeChooser(
                         logits, self.tokens, self.done, uniform=self.uniform, seen=self.seen,
                         eos=self.eos, pad=self.pad, temperature=how.temperature, top_k=how.top_k,
                         top_p=how.top_p, min_p=how.min_p, penalty=how.penalty,

@@ -22,6 +22,21 @@ struct Choice {
   double penalty;      // 1: off
 };
 
+// What `choose` is called with; members of 8 bytes, since Python fills it in.
+struct ChooseArguments {
+  const void* logits;  // rows of V, ld apart
+  int64_t ld, rows, V;
+  Choice how;
+  const float* uniform;  // null: arg-max; it moves on by `advance` numbers a call
+  int64_t advance;
+  uint8_t* seen;  // [rows, V]: what the penalty hits; gains the chosen tokens; may be null
+  const int64_t* eos;
+  int64_t eos_count, pad;
+  uint8_t* done;    // [rows]
+  int64_t* tokens;  // [rows]
+  float* z;         // memory for V floats
+};
+
 // The first largest; NaN counts as largest, as torch has it.
 inline int64_t arg_max(const float* z, int64_t V) {
   int64_t at = 0;
@@ -105,48 +120,49 @@ inline int64_t sample(const float* z, int64_t V, const Choice& how, float unifor
   return c.back().token;
 }
 
-// Tokens of `rows` rows of logits; those that are done get `pad`. A row whose token is one of `eos`
-// is done from then on. uniform null: arg-max. seen [rows, V] marks tokens that the penalty hits and
-// gains the chosen ones; it may be null. z is memory for V floats. Returns how many are not done.
+// Tokens of the rows; those that are done get `pad`. A row whose token is one of `eos` is done from
+// then on. Returns how many are not done.
 template <class T>
-int64_t choose(const T* logits, int64_t ld, int64_t rows, int64_t V, const Choice& how,
-               const float* uniform, uint8_t* seen, const int64_t* eos, int64_t eos_count,
-               int64_t pad, uint8_t* done, int64_t* tokens, float* z) {
+int64_t choose(ChooseArguments& a) {
   static thread_local std::vector<float> work;
   static thread_local std::vector<Candidate> candidates;
+  constexpr int W = Vec::W;
+  const int64_t V = a.V;
+  float* z = a.z;
   int64_t open = 0;
-  for (int64_t b = 0; b < rows; ++b) {
-    if (done[b]) {
-      tokens[b] = pad;
+  for (int64_t b = 0; b < a.rows; ++b) {
+    if (a.done[b]) {
+      a.tokens[b] = a.pad;
       continue;
     }
-    const T* x = logits + b * ld;
-    constexpr int W = Vec::W;
+    const T* x = static_cast<const T*>(a.logits) + b * a.ld;
     for (int64_t i = 0; i < V; i += W) {
       const int n = int(std::min<int64_t>(W, V - i));
       store(z + i, load(x + i, n), n);
     }
-    uint8_t* marks = seen == nullptr ? nullptr : seen + b * V;
-    if (marks != nullptr)
+    uint8_t* marks = a.seen == nullptr ? nullptr : a.seen + b * V;
+    if (marks != nullptr) {
+      const float penalty = float(a.how.penalty);
       for (int64_t i = 0; i < V; ++i)
-        if (marks[i])
-          z[i] = z[i] < 0 ? z[i] * float(how.penalty) : z[i] / float(how.penalty);
+        if (marks[i]) z[i] = z[i] < 0 ? z[i] * penalty : z[i] / penalty;
+    }
     int64_t token;
-    if (uniform == nullptr) {
+    if (a.uniform == nullptr) {
       token = arg_max(z, V);
     } else {
-      const Vec t = all(float(how.temperature));
+      const Vec t = all(float(a.how.temperature));
       for (int64_t i = 0; i < V; i += W) {
         const int n = int(std::min<int64_t>(W, V - i));
         store(z + i, load(z + i, n) / t, n);
       }
-      token = sample(z, V, how, uniform[b], work, candidates);
+      token = sample(z, V, a.how, a.uniform[b], work, candidates);
     }
-    tokens[b] = token;
+    a.tokens[b] = token;
     if (marks != nullptr) marks[token] = 1;
-    for (int64_t i = 0; i < eos_count; ++i) done[b] |= token == eos[i];
-    open += !done[b];
+    for (int64_t i = 0; i < a.eos_count; ++i) a.done[b] |= token == a.eos[i];
+    open += !a.done[b];
   }
+  if (a.uniform != nullptr) a.uniform += a.advance;
   return open;
 }
 
