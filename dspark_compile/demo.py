@@ -2,7 +2,8 @@
 
 Eager, Inductor, dspark and dspark with an int8 cache decode the same prompt in turn, in
 one interleaved run; the medians are printed beside the cache's bytes, the largest
-difference of the logits from eager, and the report of what the compiler did.
+difference of the logits from eager, whole calls of ``generate``, and the report of what
+the compiler did.
 """
 
 from __future__ import annotations
@@ -149,4 +150,43 @@ def run(new_tokens: int = 96, rounds: int = 6, console: Console | None = None) -
             f"{c.compile_seconds:.1f}",
         )
     console.print(table)
+    _generate(model, prompt, new_tokens, rounds, console)
     reports["dspark"].print()
+
+
+def _generate(
+    model: Any, prompt: torch.Tensor, new_tokens: int, rounds: int, console: Console
+) -> None:
+    """Whole calls: Hugging Face's ``generate`` and ours in turn."""
+    from .runtime.generate import generate, last_generation
+
+    given = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None}
+    calls: dict[str, Callable[[], torch.Tensor]] = {
+        "model.generate(...)": lambda: model.generate(prompt, **given),
+        "dspark_compile.generate(model, ...)": lambda: generate(model, prompt, **given),
+    }
+    texts = {}
+    with console.status("compiling: generate"):
+        texts = {name: call() for name, call in calls.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    table = Table(title=f"generate, prefill included, medians of {rounds} calls in turn")
+    for column in ("", "tokens/s", "", "same text"):
+        table.add_column(column, justify="left" if not column else "right")
+    first = next(iter(calls))
+    base = statistics.median(seconds[first])
+    for name in calls:
+        median = statistics.median(seconds[name])
+        same = torch.equal(texts[name], texts[first])
+        table.add_row(
+            name, f"{new_tokens / median:.1f}", f"{base / median:.2f}×", "yes" if same else "no"
+        )
+    console.print(table)
+    report = last_generation()
+    if report is not None:
+        notes = f" ({'; '.join(report.notes)})" if report.notes else ""
+        console.print(f"a step is: {report.path}{notes}")
