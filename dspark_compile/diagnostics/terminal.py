@@ -7,6 +7,7 @@ left out; ``verbose`` adds every site, every pass and the printed programs.
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from textwrap import indent
 
 from rich import box
@@ -15,7 +16,13 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from dspark_compile.diagnostics.report import CompileReport, GraphReport, PassRecord, Rejection
+from dspark_compile.diagnostics.report import (
+    CompileReport,
+    GraphReport,
+    Kernel,
+    PassRecord,
+    Rejection,
+)
 
 
 def print_report(
@@ -159,13 +166,26 @@ def _kv_table(report: CompileReport) -> Table:
 
 
 def _kernel_table(report: CompileReport) -> Table:
-    table = _table(
-        "Kernels", "op", "site", "implementation", "predicted", "measured", "source",
-        right=("predicted", "measured"),
-    )  # fmt: skip
+    """One row for each kernel, however many sites it has; files by name, under the folder that
+    holds them all."""
+    timed = any(k.predicted_us is not None or k.measured_us is not None for k in report.kernels)
+    columns = ["op", "sites", "implementation"]
+    columns += ["predicted", "measured"] if timed else []
+    folders = {str(Path(k.source_path).parent.parent) for k in report.kernels if k.source_path}
+    title = f"Kernels ({folders.pop()})" if len(folders) == 1 else "Kernels"
+    table = _table(title, *columns, "source", right=("predicted", "measured"))
+    groups: dict[tuple[str, str, str], list[Kernel]] = {}
     for k in report.kernels:
-        cells = (k.op, k.site, k.impl, _us(k.predicted_us), _us(k.measured_us), k.source_path)
-        table.add_row(*(escape(cell) for cell in cells))
+        groups.setdefault((k.op, k.impl, k.source_path or ""), []).append(k)
+    for (op, impl, path), members in groups.items():
+        sites = members[0].site
+        if len(members) > 1:
+            sites = f"{len(members)}: {sites} …"
+        cells = [op, sites, impl]
+        if timed:
+            cells += [_us(members[0].predicted_us), _us(members[0].measured_us)]
+        short = path if folders or not path else "/".join(Path(path).parts[-2:])
+        table.add_row(*(escape(cell) for cell in (*cells, short)))
     return table
 
 
