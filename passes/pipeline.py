@@ -21,7 +21,9 @@ from dspark_compile.passes.raise_attention import RaiseAttention
 from dspark_compile.passes.raise_cache import RaiseCache
 from dspark_compile.passes.raise_linear import RaiseLinear
 from dspark_compile.passes.raise_mlp import RaiseMLP
+from dspark_compile.passes.raise_moe_dense import RaiseMoEDense
 from dspark_compile.passes.raise_moe_experts import RaiseMoEExperts
+from dspark_compile.passes.raise_moe_loop import RaiseMoELoop
 from dspark_compile.passes.raise_moe_router import RaiseMoERouter
 from dspark_compile.passes.raise_norm import RaiseNorm
 from dspark_compile.passes.raise_quantized import RaiseQuantized
@@ -40,6 +42,8 @@ RAISE: list[type[Pass]] = [
     RaiseRope,
     RaiseMLP,
     RaiseMoEExperts,
+    RaiseMoEDense,
+    RaiseMoELoop,
     RaiseMoERouter,
     RaiseAttention,
     RepeatKV,
