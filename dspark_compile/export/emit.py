@@ -15,12 +15,21 @@ from dspark_compile._version import __version__
 
 from .errors import ExportError
 from .exported import exported_program
+from .functions import outline
 from .options import ExportOptions
 from .program import Program
 from .subject import Subject
 from .translate import table
 
 IR_VERSION = 11  # what ONNX Runtime 1.24 and later read; opset 24 does not ask for more
+
+# Ops whose outputs behind the first are optional.
+OPTIONAL_OUTPUTS = frozenset(
+    {
+        "Attention", "LayerNormalization", "SkipLayerNormalization",
+        "SkipSimplifiedLayerNormalization",
+    }
+)  # fmt: skip
 
 # What a node says of itself, in the model and in the report.
 METADATA = {
@@ -64,6 +73,8 @@ def onnx_model(
     model = made.model
     _annotate(model)
     _optimize(model)
+    if options.target == "local":
+        outline(model, OPTIONAL_OUTPUTS)
     _finish(model, subject, options)
     return model, made.exported_program
 
@@ -95,8 +106,8 @@ def _annotate(model: Any) -> None:
         for key, name in METADATA.items():
             if custom.get(name):
                 node.metadata_props[key] = custom[name]
-        if custom.get("dspark_node"):
-            node.metadata_props["dspark.node"] = custom["dspark_node"]
+        if custom.get("dspark_site"):
+            node.metadata_props["dspark.site"] = custom["dspark_site"]
         if fx_node is not None:
             node.metadata_props["dspark.value"] = fx_node.name
     for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
@@ -125,11 +136,12 @@ def _finish(model: Any, subject: Subject, options: ExportOptions) -> None:
     _name_dimensions(model, subject, options)
     for node in model.graph.all_nodes():
         # An optional output that nothing reads is not asked for.
-        while len(node.outputs) > 1 and not _read(node.outputs[-1]):
-            node.resize_outputs(len(node.outputs) - 1)
-        for output in node.outputs:
-            if len(node.outputs) > 1 and not _read(output):
-                output.name = ""
+        if node.op_type in OPTIONAL_OUTPUTS:
+            while len(node.outputs) > 1 and not _read(node.outputs[-1]):
+                node.resize_outputs(len(node.outputs) - 1)
+            for output in node.outputs[1:]:
+                if not _read(output):
+                    output.name = ""
         if node.domain == "com.microsoft":
             model.graph.opset_imports.setdefault("com.microsoft", 1)
         module = node.metadata_props.get("dspark.module", "")

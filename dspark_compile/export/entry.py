@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from dspark_compile.diagnostics.report import GraphReport
 
+from .calibrate import CacheScales, calibrated, packed_case, sample_ids
 from .errors import ExportError
 from .options import ExportOptions, check_path
 from .program import Program, captured
+from .quantized_cache import quantized_case
 from .report import ExportReport, counts, translations
-from .subject import CausalLM, Plain, Subject, is_causal_lm
+from .subject import Case, CausalLM, Plain, Subject, is_causal_lm
 
 
 def export_onnx(
@@ -128,7 +130,8 @@ def _finish(
 
     with _timed(seconds, "lower"):
         rows = options.max_length or context_length(subject)
-        forms = lower(program, subject, options, rows)
+        scales = _scales(subject, options, calibration, tokenizer)
+        forms = lower(program, subject, options, rows, scales)
     with _timed(seconds, "translate"):
         made, exported = onnx_model(program, subject, options, forms)
     report = ExportReport(
@@ -154,7 +157,7 @@ def _finish(
         if options.verify:
             with _timed(seconds, "verify"):
                 names = (subject.input_names, subject.output_names)
-                cases = subject.cases(options.shapes, seed=0, padded=not options.contrib)
+                cases = _cases(subject, options, scales)
                 report.checks = verify(files[0], options, cases, names, dtype, exported)
         if options.target == "genai":
             from .genai import write_folder
@@ -191,6 +194,34 @@ def _capture_causal(
     program = captured(subject, report)
     program.fallbacks.append(("cache", "the model cannot be traced with a static one: it grows"))
     return subject, program, growing
+
+
+def _scales(
+    subject: Subject, options: ExportOptions, calibration: Any, tokenizer: Any
+) -> CacheScales | None:
+    """Static scales of the caches where GroupQueryAttention wants them."""
+    if not options.contrib or options.kv_cache == "model":
+        return None
+    assert isinstance(subject, CausalLM)
+    subject.pool = sample_ids(calibration, tokenizer, subject)
+    return calibrated(subject, subject.pool, 8 if options.kv_cache == "int8" else 4)
+
+
+def _cases(subject: Subject, options: ExportOptions, scales: CacheScales | None) -> list[Case]:
+    """What the graph is compared on, in the graph's own form."""
+    made = subject.cases(options.shapes, seed=0, padded=causal_padding(subject, options))
+    if scales is not None:
+        assert isinstance(subject, CausalLM)
+        first = 2 + subject.takes_positions
+        return [packed_case(case, scales, first, len(subject.layers)) for case in made]
+    if options.kv_cache == "int8":
+        return [quantized_case(c, subject.input_names, subject.output_names) for c in made]
+    return made
+
+
+def causal_padding(subject: Subject, options: ExportOptions) -> bool:
+    """Whether left-padded batches are compared: GroupQueryAttention has padding on the right."""
+    return not options.contrib and isinstance(subject, CausalLM) and subject.takes_positions
 
 
 def context_length(subject: Subject) -> int:

@@ -22,6 +22,8 @@ from torch import fx
 
 from dspark_compile.passes.graph import aten, is_dialect_op, is_op, known_equal
 
+from .calibrate import CacheScales
+from .errors import ExportError
 from .masks import Structure, is_attention_mask, structure
 from .ops import op
 from .program import Program
@@ -51,6 +53,7 @@ class GroupQuery:
     Args:
         angles: tables of RoPE.
         ids, attention_mask, positions: the placeholders of these inputs, or None.
+        scales: store the caches in so many bits, with these static scales.
     """
 
     def __init__(
@@ -60,7 +63,9 @@ class GroupQuery:
         ids: fx.Node | None,
         attention_mask: fx.Node | None,
         positions: fx.Node | None,
+        scales: CacheScales | None = None,
     ) -> None:
+        self.scales = scales
         self.program, self.angles = program, angles
         self.ids, self.attention_mask, self.positions = ids, attention_mask, positions
         self.lengths: tuple[fx.Node, fx.Node] | None = None
@@ -74,6 +79,12 @@ class GroupQuery:
                 continue
             site = self._match(node)
             if isinstance(site, str):
+                if self.scales is not None:
+                    raise ExportError(
+                        f"kv_cache='int{self.scales.bits}': {node.name} is not "
+                        f"GroupQueryAttention ({site}); choose kv_cache='model', or int8 with "
+                        "target='portable'"
+                    )
                 self.program.fallbacks.append(
                     (f"dspark::attention at {node.name}", f"not GroupQueryAttention: {site}")
                 )
@@ -139,22 +150,41 @@ class GroupQuery:
         if bias is not None and bias.meta["val"].dtype != dtype:
             bias = program.emit(node, aten._to_copy.default, (bias,), dtype=dtype)
         past = (site.keys.args[0], site.values.args[0])
+        held, bits = self._quantized(past), 0 if self.scales is None else self.scales.bits
         out = program.emit(
             node,
             op("gqa"),
             (
                 *qkv, *past, seqlens, total, cos, sin,
-                self.positions if cos is not None else None, bias, site.sinks, None, None,
+                self.positions if cos is not None else None, bias, site.sinks, *held,
                 heads, kv_heads, float(node.kwargs["scale"]),
-                float(node.kwargs.get("softcap", 0.0)), site.mask.window, interleaved, 0, False,
+                float(node.kwargs.get("softcap", 0.0)), site.mask.window, interleaved, bits, True,
             ),
         )  # fmt: skip
         self.sites.append(out)
         result, keys, values = (_item(program, node, out, i) for i in range(3))
         self._replace_result(node, result, heads)
         for old, new in ((site.keys, keys), (site.values, values)):
-            new.meta["val"] = old.meta["val"]
+            if not bits:
+                new.meta["val"] = old.meta["val"]
             old.replace_all_uses_with(new)
+
+    def _quantized(self, past: tuple[Any, Any]) -> tuple[fx.Node | None, fx.Node | None]:
+        """Scales of a layer as constants; its pasts become integers."""
+        if self.scales is None:
+            return None, None
+        program, scales = self.program, self.scales
+        layer, made = len(self.sites), []
+        for node, kind, values in zip(past, ("key", "value"), (scales.keys, scales.values)):
+            value = node.meta["val"]
+            width = int(value.shape[3]) // (2 if scales.bits == 4 else 1)
+            with program.fake_mode:
+                node.meta["val"] = torch.empty(
+                    (*value.shape[:3], width),
+                    dtype=torch.uint8 if scales.bits == 4 else torch.int8,
+                )
+            made.append(program.constant(f"cache_scale.{layer}.{kind}", values[layer]))
+        return made[0], made[1]
 
     def _tables(self, site: Site, dtype: torch.dtype) -> tuple[fx.Node, fx.Node, bool] | None:
         """cos and sin tables if query and key are roped alike, right before attention."""

@@ -15,40 +15,55 @@ from dspark_compile.ops.predicate import evaluate
 from dspark_compile.passes.graph import aten, is_dialect_op, is_op
 
 from .attention import StandardAttention
+from .calibrate import CacheScales
 from .gqa import GroupQuery
+from .moe import Experts
 from .norms import Norms
-from .ops import op
+from .ops import gate_and_up, op
 from .options import ExportOptions
 from .program import Program
+from .quantized_cache import quantize_caches
 from .rotary import Angles, lower_ropes
 from .shapes import simplify_views
 from .subject import Subject
 from .weights import Products
 
 
-def lower(program: Program, subject: Subject, options: ExportOptions, rows: int) -> dict[Any, Any]:
+def lower(
+    program: Program,
+    subject: Subject,
+    options: ExportOptions,
+    rows: int,
+    scales: CacheScales | None = None,
+) -> dict[Any, Any]:
     """Lower ``program`` in place; the result maps ops that stay to their ATen forms.
 
     Args:
         rows: of RoPE tables, where a table is made.
+        scales: of GroupQueryAttention's caches, where they are quantised.
     """
     named = dict(zip(subject.input_names, program.inputs, strict=True))
     ids, mask = named.get("input_ids"), named.get("attention_mask")
     positions = named.get("position_ids")
     with program.step("fold"):
         program.fold()
+    if options.kv_cache == "int8" and not options.contrib:
+        with program.step("quantize_caches"):
+            quantize_caches(program, subject)
     with program.step("simplify_views"):
         simplify_views(program)
     angles = Angles(program, positions, ids, rows)
     if options.contrib:
         with program.step("group_query_attention"):
-            GroupQuery(program, angles, ids, mask, positions).run()
+            GroupQuery(program, angles, ids, mask, positions, scales).run()
             program.clean()
             _past_length(program, subject, ids, mask)
     with program.step("rotary_embedding"):
         lower_ropes(program, angles)
     with program.step("attention"):
         StandardAttention(program).run()
+    with program.step("experts"):
+        Experts(program, options.contrib).run()
     with program.step("norms"):
         Norms(program, options.contrib).run()
     with program.step("products"):
@@ -62,7 +77,7 @@ def lower(program: Program, subject: Subject, options: ExportOptions, rows: int)
 def _decompositions(program: Program) -> dict[Any, Any]:
     """ATen forms of the dialect ops that are left."""
     said = {where.split(" at ")[-1] for where, _ in program.fallbacks}
-    forms: dict[Any, Any] = {op("mask"): _mask_form}
+    forms: dict[Any, Any] = {op("mask"): _mask_form, op("gate_and_up"): gate_and_up}
     for node in program.graph.nodes:
         if not is_dialect_op(node):
             continue

@@ -220,6 +220,7 @@ class Masks:
         ]
         call = (tensors, ints, sizes[0], heads, sizes[1], sizes[2], arguments["mask"])
         made = program.emit(node, op("mask"), call)
+        made.meta["dspark_op"], made.meta["dspark_site"] = "dspark::mask", made.name
         self.made[key_of] = made
         return made
 

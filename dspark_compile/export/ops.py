@@ -16,6 +16,7 @@ verification uses to find the first node whose value differs. They live in the n
     matmul_nbits             MatMulNBits
     dequantize               DequantizeLinear
     silu                     QuickGelu with alpha 1
+    moe                      MoE; gate_and_up is decomposed before translation
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_compile.ops import OPS
+from dspark_compile.ops.moe import gate_and_up as experts_between
 from dspark_compile.ops.predicate import evaluate
 
 _LIBRARY = torch.library.Library("dspark_onnx", "FRAGMENT")
@@ -309,11 +311,61 @@ def matmul_nbits(
 
 
 @_define(
-    "dequantize(Tensor x, Tensor scale, int block) -> Tensor",
-    fake=lambda x, scale, block: torch.empty(x.shape, dtype=scale.dtype, device=x.device),
+    "moe(Tensor x, Tensor logits, Tensor fc1, Tensor? fc1_bias, Tensor fc2, Tensor? fc2_bias, "
+    "int k, float alpha, float beta, float limit) -> Tensor"
 )
-def dequantize(x: Tensor, scale: Tensor, block: int) -> Tensor:
-    """DequantizeLinear of ``x [..., D]`` int8 over blocks of the last dimension: ``scale
-    [..., D / block]``; the result has the scale's dtype."""
-    y = x.unflatten(-1, (-1, block)).to(scale.dtype) * scale.unsqueeze(-1)
-    return y.flatten(-2)
+def moe(
+    x: Tensor,
+    logits: Tensor,
+    fc1: Tensor,
+    fc1_bias: Tensor | None,
+    fc2: Tensor,
+    fc2_bias: Tensor | None,
+    k: int,
+    alpha: float,
+    beta: float,
+    limit: float,
+) -> Tensor:
+    """MoE: the k experts of the largest ``logits [T, E]``, weighed by the softmax over those.
+
+    ``fc1 [E, 2 I, K]`` has rows of gate and up in turns, ``fc2 [E, N, I]``; between them
+    ``gate * sigmoid(alpha * gate) * (up + beta)``, gate at most ``limit`` and up within ``±limit``
+    if that is not 0. Computes every expert: it is here for its meaning.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    top = logits.float().topk(k, -1)
+    share = torch.zeros_like(logits.float()).scatter(-1, top.indices, top.values.softmax(-1))
+    y = torch.einsum("tk,eik->eti", rows, fc1)
+    y = y if fc1_bias is None else y + fc1_bias.unsqueeze(1)
+    gate, up = y[..., 0::2], y[..., 1::2]
+    if limit:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    y = torch.einsum("eti,eni->etn", gate * torch.sigmoid(alpha * gate) * (up + beta), fc2)
+    y = y if fc2_bias is None else y + fc2_bias.unsqueeze(1)
+    y = (y * share.t().unsqueeze(-1)).sum(0).to(x.dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+@_define(
+    "gate_and_up(Tensor? gate, Tensor up, str activation, float[] limits) -> Tensor",
+    fake=lambda gate, up, activation, limits: torch.empty_like(up),
+)
+def gate_and_up(
+    gate: Tensor | None, up: Tensor, activation: str, limits: Sequence[float]
+) -> Tensor:
+    """What lies between an expert's products; decomposed before translation."""
+    return experts_between(gate, up, activation, list(limits)).to(up.dtype)
+
+
+@_define(
+    "dequantize(Tensor x, Tensor scale, int block, Tensor? zero=None) -> Tensor",
+    fake=lambda x, scale, block, zero=None: torch.empty(
+        x.shape, dtype=scale.dtype, device=x.device
+    ),
+)
+def dequantize(x: Tensor, scale: Tensor, block: int, zero: Tensor | None = None) -> Tensor:
+    """DequantizeLinear of ``x [..., D]`` int8 over blocks of the last dimension: ``scale`` and
+    ``zero [..., D / block]``; the result has the scale's dtype."""
+    y = x.unflatten(-1, (-1, block)).to(scale.dtype)
+    y = y if zero is None else y - zero.unsqueeze(-1).to(scale.dtype)
+    return (y * scale.unsqueeze(-1)).flatten(-2)

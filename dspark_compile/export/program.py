@@ -21,7 +21,14 @@ from dspark_compile.diagnostics.report import GraphReport
 from dspark_compile.options import Options
 from dspark_compile.passes.base import PassContext
 from dspark_compile.passes.capture import capture
-from dspark_compile.passes.graph import clean_path, fake_call, module_path, op_name, source
+from dspark_compile.passes.graph import (
+    aten,
+    clean_path,
+    fake_call,
+    module_path,
+    op_name,
+    source,
+)
 from dspark_compile.passes.pipeline import run_pipeline
 from dspark_compile.passes.trace import trace
 
@@ -29,7 +36,7 @@ from .errors import ExportError
 from .subject import Plain, Subject
 
 # Passes whose results only a runtime of our own understands.
-RUNTIME_ONLY = ("write_in_place", "kv_int8", "qk_rope_append", "merge_linears")
+RUNTIME_ONLY = ("write_in_place", "kv_int8", "qk_rope_append", "fuse_dequantize_weight")
 
 
 class Program:
@@ -110,15 +117,23 @@ class Program:
         return node
 
     def emit(
-        self, like: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], **kwargs: Any
+        self,
+        like: fx.Node,
+        target: Callable[..., Any],
+        args: tuple[Any, ...],
+        origin: fx.Node | None = None,
+        **kwargs: Any,
     ) -> fx.Node:
-        """A call before ``like``, with its fake value and the provenance of ``like``."""
+        """A call before ``like``, with its fake value and the provenance of ``origin``, by default
+        ``like``."""
         with self.graph.inserting_before(like):
             node = self.graph.call_function(target, args, kwargs)
+        origin = like if origin is None else origin
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "dspark_pass"):
-            if key in like.meta:
-                node.meta[key] = like.meta[key]
-        node.meta["dspark_op"] = like.meta.get("dspark_op") or _dialect_name(like)
+            if key in origin.meta:
+                node.meta[key] = origin.meta[key]
+        node.meta["dspark_op"] = origin.meta.get("dspark_op") or _dialect_name(origin)
+        node.meta["dspark_site"] = origin.meta.get("dspark_site") or origin.name
         node.meta["val"] = fake_call(target, args, kwargs, self.fake_mode)
         return node
 
@@ -141,6 +156,25 @@ class Program:
             kind = str(dtype).removeprefix("torch.")
             self._scalars[key] = self.constant(f"scalar_{kind}", torch.tensor(value, dtype=dtype))
         return self._scalars[key]
+
+    def evaluate(self, node: Any) -> Tensor | None:
+        """What a node computes from the state alone, None if it depends on an input."""
+        if not isinstance(node, fx.Node):
+            return None
+        if node in self.state:
+            return self.state[node]
+        target = node.target
+        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+            return None
+        found = {n: self.evaluate(n) for n in node.all_input_nodes}
+        if not found or any(v is None for v in found.values()) or target._schema.is_mutable:
+            return None
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: found[n])
+        with torch.no_grad():
+            value = (aten.reshape.default if target is aten.view.default else target)(
+                *args, **kwargs
+            )
+        return value if isinstance(value, Tensor) else None
 
     def fold(self) -> None:
         """Compute what depends on the state alone, unless that makes it much larger or keeps a
@@ -167,6 +201,14 @@ class Program:
             self.replace(node, self.constant(name, value.contiguous()))
         self.clean()
 
+    def new_input(self, name: str, value: Tensor, after: fx.Node) -> fx.Node:
+        """A placeholder of the caller's behind the input ``after``, shaped as ``value``."""
+        with self.graph.inserting_after(after):
+            node = self.graph.placeholder(name.replace(".", "_"))
+        node.meta["val"] = value
+        self.inputs.insert(self.inputs.index(after) + 1, node)
+        return node
+
     def clean(self) -> None:
         """Without dead nodes and without state that nothing reads."""
         self.graph.eliminate_dead_code()
@@ -187,7 +229,7 @@ class Program:
                 "dspark_pass": node.meta.get("dspark_pass", "torch.export"),
                 "dspark_source": source(node),
                 "dspark_module": _module(node),
-                "dspark_node": node.name,
+                "dspark_site": node.meta.get("dspark_site", node.name),
             }
 
 
@@ -277,7 +319,7 @@ def captured(subject: Subject, report: GraphReport, disable: tuple[str, ...] = (
         dict(exported.range_constraints),
     )
     options = Options(
-        inner="eager", kernels="aten", verify=False, disable=(*RUNTIME_ONLY[:3], *disable)
+        inner="eager", kernels="aten", verify=False, disable=(*RUNTIME_ONLY, *disable)
     )
     with report.timed("passes"):
         run_pipeline(traced, PassContext(options, report, mode, inputs))

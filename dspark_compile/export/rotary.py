@@ -152,15 +152,15 @@ class Angles:
             after = after.next
         node = self._single(after, angle, rotary_dim, interleaved)
         if known_equal(node.meta["val"].dim(), 4):
-            node = program.emit(after, aten.squeeze.dim, (node, 1))
+            node = program.emit(after, aten.squeeze.dim, (node, 1), origin=angle)
         elif node.meta["val"].dim() == 2:
-            node = program.emit(after, aten.unsqueeze.default, (node, 0))
+            node = program.emit(after, aten.unsqueeze.default, (node, 0), origin=angle)
         if not known_equal(shape[0], batch):
             ids = self.ids if self.ids is not None else self.positions
             if ids is None:
                 return "the angles have no batch dimension, and nothing says how large the batch is"
-            size = program.emit(after, aten.sym_size.int, (ids, 0))
-            node = program.emit(after, aten.expand.default, (node, [size, -1, -1]))
+            size = program.emit(after, aten.sym_size.int, (ids, 0), origin=angle)
+            node = program.emit(after, aten.expand.default, (node, [size, -1, -1]), origin=angle)
         return node
 
     def _single(
@@ -176,7 +176,9 @@ class Angles:
             for link in reversed(chain):
                 if is_op(link, aten.unsqueeze.default) and link.args[1] == 1 and rank == 3:
                     continue
-                node = program.emit(after, link.target, (node, *link.args[1:]), **link.kwargs)
+                node = program.emit(
+                    after, link.target, (node, *link.args[1:]), origin=link, **link.kwargs
+                )
             return node
         node = angle
         if chain and is_op(chain[0], aten.unsqueeze.default) and chain[0].args[1] == 1:
@@ -184,7 +186,7 @@ class Angles:
                 node = chain[0].args[0]
         if angle.meta["val"].shape[-1] == rotary_dim:
             end, step = (rotary_dim, 2) if interleaved else (rotary_dim // 2, 1)
-            node = program.emit(after, aten.slice.Tensor, (node, -1, 0, end, step))
+            node = program.emit(after, aten.slice.Tensor, (node, -1, 0, end, step), origin=angle)
         return node
 
     def _halves_equal(self, angle: fx.Node, rotary_dim: int, interleaved: bool) -> bool:

@@ -26,6 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dspark_compile._torch_compat import is_subclass
+from dspark_compile.passes.subclasses import Rebuild
+
 from .errors import ExportError
 
 
@@ -100,6 +103,7 @@ class CausalLM(Subject):
     def __init__(self, model: Any, *, static: bool, taps: Sequence[int] = ()) -> None:
         super().__init__()
         self.model, self.static = model, static
+        self.pool: Tensor | None = None  # token ids that cases are made of, if not random ones
         self.config = model.config.get_text_config(decoder=True)
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
         names = inspect.signature(model.forward).parameters
@@ -135,7 +139,9 @@ class CausalLM(Subject):
                 self.output_names.append(f"present.{n}.{kind}")
                 self.caches[self.input_names[-1]] = self.output_names[-1]
         self.output_names += [f"hidden_states.{i}" for i in self.taps]
-        self.module = _Flat(model, self.layers, self.takes_positions, static, self.taps)
+        self.module = _Flat(
+            without_subclasses(model), self.layers, self.takes_positions, static, self.taps
+        )
 
     def _checked_taps(self, taps: Sequence[int]) -> list[int]:
         layers = int(self.config.num_hidden_layers)
@@ -217,8 +223,7 @@ class CausalLM(Subject):
     ) -> Case:
         """One case; with ``padded`` the second row of the batch begins with that many pads."""
         total = past + rows
-        ids = torch.randint(0, self.vocabulary, (batch, total), generator=generator)
-        ids = ids.to(self.model.device)
+        ids = self._tokens(batch, total, generator).to(self.model.device)
         mask = torch.ones_like(ids)
         mask[1:, :padded] = 0
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -251,12 +256,62 @@ class CausalLM(Subject):
         valid = mask[:, past:].bool()
         return Case(text, [*inputs, *given], expected, total, valid)
 
+    def caches_of(self, ids: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values ``[B, H, N, D]`` of every layer for token ids ``[B, N]``."""
+        with torch.no_grad():
+            cache = self._run(ids, torch.ones_like(ids), _full_cache())[1]
+        layers = [cache.layers[i] for i in self.layers]
+        return [x.keys for x in layers], [x.values for x in layers]
+
+    def _tokens(self, batch: int, count: int, generator: torch.Generator) -> Tensor:
+        """Token ids to try: random, or windows of ``pool``."""
+        if self.pool is None:
+            return torch.randint(0, self.vocabulary, (batch, count), generator=generator)
+        flat = self.pool.reshape(-1)
+        flat = flat.repeat(-(-(count + 1) // flat.numel()) + 1)
+        starts = torch.randint(0, flat.numel() - count, (batch,), generator=generator)
+        return torch.stack([flat[i : i + count] for i in starts.tolist()])
+
     def _nothing(self, layer: int, batch: int) -> tuple[Tensor, Tensor]:
         start = 2 + self.takes_positions + 2 * self.layers.index(layer)
         made = []
         for t in self.example[start : start + 2]:
             made.append(t.new_zeros((batch, t.shape[1], 0, t.shape[3])))
         return made[0], made[1]
+
+
+class Unwrapped(nn.Module):
+    """A module whose tensor subclasses (torchao's weights) are taken apart into the tensors inside
+    of them, and put together again as part of the computation: tracing sees plain tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "inner", model)  # its own parameters are not to be registered
+        self.places: list[tuple[str, Rebuild | None, list[str]]] = []
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        for name, tensor in tensors:
+            rebuild = Rebuild(tensor) if is_subclass(tensor) else None
+            paths = [()] if rebuild is None else rebuild.paths
+            keys = []
+            for path in paths:
+                value: Any = tensor
+                for step in path:
+                    value = getattr(value, step)
+                keys.append("__".join((*name.split("."), *path)))
+                self.register_buffer(keys[-1], value.detach())
+            self.places.append((name, rebuild, keys))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        made = {}
+        for name, rebuild, keys in self.places:
+            held = [getattr(self, key) for key in keys]
+            made[name] = held[0] if rebuild is None else rebuild(*held)
+        return torch.func.functional_call(self.inner, made, args, kwargs)
+
+
+def without_subclasses(model: nn.Module) -> nn.Module:
+    """The model, behind `Unwrapped` if it holds tensor subclasses."""
+    return Unwrapped(model) if any(is_subclass(p) for p in model.parameters()) else model
 
 
 class _Flat(nn.Module):
@@ -422,7 +477,7 @@ class Plain(Subject):
             raise ExportError(
                 f"output_names has {len(self.output_names)} names for {len(results)} outputs"
             )
-        self.module = _Listed(model)
+        self.module = _Listed(without_subclasses(model))
         self.buffers: list[str] = []  # set after capture: the buffers that are written
 
     def _names(self, given: Sequence[str] | None) -> list[str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from .ops import op
 
 Table = dict[Any, Callable[..., Any]]
@@ -31,6 +33,13 @@ def table(opset_version: int) -> Table:
     @translates("reshape")
     def reshape(x: Any, shape: Any) -> Any:
         return std.Reshape(x, _ints(std, shape))
+
+    # A tracer may read a size off a stride: inputs are contiguous.
+    def sym_stride(x: Any, dim: int) -> Any:
+        sizes = std.Shape(x, start=dim + 1)
+        return std.ReduceProd(sizes, keepdims=0)
+
+    made[torch.ops.aten.sym_stride.int] = sym_stride
 
     @translates("rms_norm")
     def rms_norm(x: Any, weight: Any, eps: float) -> Any:
@@ -131,6 +140,34 @@ def table(opset_version: int) -> Table:
             attributes |= {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": bits}
         return ort("GroupQueryAttention")(*inputs, **attributes)
 
+    @translates("moe")
+    def moe(
+        x: Any,
+        logits: Any,
+        fc1: Any,
+        fc1_bias: Any,
+        fc2: Any,
+        fc2_bias: Any,
+        k: int,
+        alpha: float,
+        beta: float,
+        limit: float,
+    ) -> Any:
+        inputs = [x, logits, fc1, fc1_bias, fc2, fc2_bias]
+        while inputs[-1] is None:
+            inputs.pop()
+        extra = {"swiglu_limit": limit} if limit else {}
+        return ort("MoE")(
+            *inputs,
+            k=k,
+            activation_type="swiglu",
+            normalize_routing_weights=1,
+            swiglu_fusion=1,
+            activation_alpha=alpha,
+            activation_beta=beta,
+            **extra,
+        )
+
     @translates("matmul_nbits")
     def matmul_nbits(
         x: Any,
@@ -146,8 +183,8 @@ def table(opset_version: int) -> Table:
         return ort("MatMulNBits")(*inputs, K=columns, N=rows, bits=bits, block_size=block)
 
     @translates("dequantize")
-    def dequantize(x: Any, scale: Any, block: int) -> Any:
-        return std.DequantizeLinear(x, scale, axis=-1, block_size=block)
+    def dequantize(x: Any, scale: Any, block: int, zero: Any = None) -> Any:
+        return std.DequantizeLinear(x, scale, zero, axis=-1, block_size=block)
 
     return made
 

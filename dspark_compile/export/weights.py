@@ -25,6 +25,7 @@ class Products:
     def __init__(self, program: Program, contrib: bool) -> None:
         self.program, self.contrib = program, contrib
         self.transposed: dict[fx.Node, fx.Node] = {}
+        self.packed: dict[tuple[fx.Node, fx.Node], list[Any]] = {}
 
     def run(self) -> None:
         """Lower every site."""
@@ -43,8 +44,51 @@ class Products:
     def linear(self, like: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
         """``x @ weight^T + bias`` before ``like``."""
         program = self.program
-        y = program.emit(like, aten.matmul.default, (x, self._transpose(like, weight)))
+        y = self._quantized(like, x, weight) if is_dialect_op(weight, "dequantize_weight") else None
+        if y is None:
+            y = program.emit(like, aten.matmul.default, (x, self._transpose(like, weight)))
         return y if bias is None else program.emit(like, aten.add.Tensor, (y, bias))
+
+    def _quantized(self, like: fx.Node, x: fx.Node, weight: fx.Node) -> fx.Node | None:
+        """A product with an integer weight; None if it is no constant or no op takes its groups."""
+        program = self.program
+        numbers, scale, zero, dtype = _args(weight, 4)
+        q, scales = program.evaluate(numbers), program.evaluate(scale)
+        zeros = None if zero is None else program.evaluate(zero)
+        if q is None or scales is None or (zero is not None and zeros is None):
+            return None
+        rows, columns = q.shape
+        found = groups_of(q, scales, zeros)
+        if found is None:
+            program.fallbacks.append(
+                (
+                    f"dspark::dequantize_weight at {weight.name}",
+                    f"{scales.numel() // rows} groups in {columns} columns are no blocks of 16 or "
+                    "more, a power of two: dequantised in the graph",
+                )
+            )
+            return None
+        block, scales, zeros = found
+        name = program.names.get(numbers, weight.name).removesuffix(".weight")
+        key = (numbers, scale)
+        if key not in self.packed:
+            made: tuple[Any, ...]
+            if self.contrib:
+                made = pack_nbits(q, scales.to(dtype), zeros, block)
+            else:
+                made = (q, scales.to(dtype), None if zeros is None else zeros.to(torch.int8))
+            parts = ("quantized", "scales", "zero_points")
+            self.packed[key] = [
+                None if t is None else program.constant(f"{name}.{part}", t.contiguous())
+                for part, t in zip(parts, made[:3], strict=True)
+            ] + [made[3] if self.contrib else 8]
+        data, scale_node, zero_node, bits = self.packed[key]
+        if self.contrib:
+            call = (x, data, scale_node, zero_node, columns, rows, bits, block)
+            return program.emit(like, op("matmul_nbits"), call)
+        wide = program.emit(like, op("dequantize"), (data, scale_node, block, zero_node))
+        turned = program.emit(like, aten.permute.default, (wide, [1, 0]))
+        return program.emit(like, aten.matmul.default, (x, turned))
 
     def _transpose(self, like: fx.Node, weight: fx.Node) -> fx.Node:
         """``weight^T``: a new constant, or, where others read the weight as it is (a tied
@@ -161,6 +205,43 @@ def _args(node: fx.Node, count: int) -> list[Any]:
     return made
 
 
-def stacked(tensors: list[Tensor]) -> Tensor:
-    """Tensors on top of each other."""
-    return torch.cat(tensors, 0)
+def groups_of(
+    q: Tensor, scale: Tensor, zero: Tensor | None
+) -> tuple[int, Tensor, Tensor | None] | None:
+    """``(block, scales [N, K / block], zeros or None)`` of a weight ``q [N, K]`` with one scale for
+    each row or group: blocks of 16 to 256 columns, a power of two; None if there are none such."""
+    rows, columns = q.shape
+    scales = scale.reshape(rows, -1)
+    zeros = None if zero is None else zero.reshape(rows, -1)
+    groups = scales.shape[1]
+    if columns % groups:
+        return None
+    size = columns // groups
+    block = next((b for b in (256, 128, 64, 32, 16) if size % b == 0), 0)
+    if not block:
+        return None
+    scales = scales.repeat_interleave(size // block, 1)
+    zeros = None if zeros is None else zeros.repeat_interleave(size // block, 1)
+    return block, scales, zeros
+
+
+def pack_nbits(
+    q: Tensor, scales: Tensor, zeros: Tensor | None, block: int
+) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    """``(data, scales, zero points, bits)`` as MatMulNBits takes them, with 4 bits where the
+    numbers and zero points fit: unsigned, two to a byte, the first in the low half."""
+    rows, columns = q.shape
+    every = [q, *([] if zeros is None else [zeros])]
+    small = all(int(t.min()) >= -8 and int(t.max()) <= 7 for t in every)
+    bits, shift = (4, 8) if small else (8, 128)
+
+    def pack(values: Tensor) -> Tensor:
+        unsigned = (values.to(torch.int16) + shift).to(torch.uint8)
+        if bits == 8:
+            return unsigned
+        if unsigned.shape[-1] % 2:
+            unsigned = torch.nn.functional.pad(unsigned, (0, 1))
+        return unsigned[..., 0::2] | unsigned[..., 1::2] << 4
+
+    data = pack(q.reshape(rows, columns // block, block))
+    return data, scales, None if zeros is None else pack(zeros), bits
