@@ -71,7 +71,7 @@ class RaiseMoERouter(Pass):
     """See the module's docstring."""
 
     name = "raise_moe_router"
-    kind = "router"
+    kind = "other"
     stage = "raise"
 
     def __init__(self) -> None:
