@@ -68,7 +68,8 @@ class Captured:
             code, function.__globals__, function.__name__, None, function.__closure__
         )
         try:
-            first = torch.compile(own, backend=backend, fullgraph=True)()
+            # dynamic=False: sizes are numbers but for those that are marked.
+            first = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)()
         except compat.trace_errors() as error:
             raise CaptureError(f"it cannot be traced whole: {_first_line(error)}") from error
         finally:

@@ -56,6 +56,7 @@ class Rounds:
         self._model = weakref.ref(model)
         self.rows, self.masked, self.scheme = rows, masked, scheme
         self.options = dict(options or {})
+        self.key = pool_key(rows, masked, scheme, self.options)
         self.cache = DecodeCache(model.config, scheme=scheme, rows=rows)
         device = model.device
         self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
@@ -68,7 +69,9 @@ class Rounds:
         self._signature = _signature(model)
         accepted = inspect.signature(model.forward).parameters
         self._keeps = "logits_to_keep" in accepted
-        self._positioned = masked and "position_ids" in accepted
+        # Given even where they are no more than the length: code that makes them from the cache's
+        # length slices by it, and a length that is data cannot be sliced by.
+        self._positioned = "position_ids" in accepted
 
     @property
     def model(self) -> Any:
@@ -173,10 +176,9 @@ class Rounds:
             logits = self._forward(given)
         assert logits is not None
         self.length = start + count
-        if self.masked:
-            last = position_ids[:, -1:] if position_ids is not None else self.length - 1
-            self.positions.fill_(self.length)
-            self.positions[:rows] = last + 1  # type: ignore[operator]
+        self.positions.fill_(self.length)
+        if position_ids is not None:
+            self.positions[:rows] = position_ids[:, -1:] + 1
         return logits[:, -1]
 
     def _forward(self, given: dict[str, Any]) -> Tensor:
@@ -258,6 +260,13 @@ class Rounds:
             program = Captured(step, growing, self.options)
             got = program.first.clone()
         except CaptureError as error:
+            if not self.masked:
+                # A model that makes positions or masks from the length alone may do better with
+                # a mask, even one that hides nothing.
+                self.masked = True
+                cache.set_length(self.length)
+                positions.copy_(before)
+                return self._compile()
             program, self.reason = None, str(error)
         cache.set_length(self.length)
         positions.copy_(before)
@@ -289,6 +298,11 @@ def _signature(model: Any) -> tuple[Any, ...]:
     )
 
 
+def pool_key(rows: int, masked: bool, scheme: str, options: Mapping[str, Any]) -> Any:
+    """What `Rounds` must have in common to stand in for each other."""
+    return rows, masked, scheme, tuple(sorted((k, str(v)) for k, v in options.items()))
+
+
 class RoundsPool:
     """The idle `Rounds` of each model. A call takes one and gives it back: two calls at a time on
     one model have two."""
@@ -303,7 +317,7 @@ class RoundsPool:
         self, model: Any, rows: int, masked: bool, scheme: str, options: Mapping[str, Any]
     ) -> Rounds:
         """One that nobody uses."""
-        key = self._key(rows, masked, scheme, options)
+        key = pool_key(rows, masked, scheme, options)
         with self._lock:
             idle = self._idle.setdefault(model, {}).setdefault(key, [])
             while idle:
@@ -315,9 +329,8 @@ class RoundsPool:
 
     def give(self, rounds: Rounds) -> None:
         """It is idle again."""
-        key = self._key(rounds.rows, rounds.masked, rounds.scheme, rounds.options)
         with self._lock:
-            self._idle.setdefault(rounds.model, {}).setdefault(key, []).append(rounds)
+            self._idle.setdefault(rounds.model, {}).setdefault(rounds.key, []).append(rounds)
 
     def drop(self, model: Any | None = None) -> None:
         """Free what is idle, of ``model`` or of all: programs and caches."""
@@ -326,10 +339,6 @@ class RoundsPool:
                 self._idle.clear()
             else:
                 self._idle.pop(model, None)
-
-    @staticmethod
-    def _key(rows: int, masked: bool, scheme: str, options: Mapping[str, Any]) -> Any:
-        return rows, masked, scheme, tuple(sorted((k, str(v)) for k, v in options.items()))
 
 
 POOL = RoundsPool()
