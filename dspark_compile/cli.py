@@ -102,6 +102,73 @@ def demo() -> None:
     run()
 
 
+@app.command("train-draft")
+def train_draft(
+    target: Annotated[str, typer.Option(help="The target: a model folder, or an id on the Hub.")],
+    data: Annotated[Path, typer.Option(help="Text, prompts or chats: a file or a folder.")],
+    out: Annotated[Path, typer.Option(help="Where the draft goes; the same folder resumes.")],
+    layers: Annotated[int, typer.Option(help="Decoder layers; 0 chooses.")] = 0,
+    intermediate_size: Annotated[int, typer.Option(help="Of the MLPs; 0: the target's.")] = 0,
+    block_size: Annotated[int, typer.Option(help="Tokens drafted at once.")] = 7,
+    taps: Annotated[str, typer.Option(help="Layers to tap, as 1,9,17; empty chooses.")] = "",
+    markov_rank: Annotated[int, typer.Option(help="0: no Markov head; -1 chooses.")] = -1,
+    markov_head: Annotated[str, typer.Option(help="vanilla, gated or rnn.")] = "vanilla",
+    prompts: Annotated[int, typer.Option(help="Texts the target writes; 0 chooses.")] = 0,
+    new_tokens: Annotated[int, typer.Option(help="Length of each; 0 chooses.")] = 0,
+    temperatures: Annotated[str, typer.Option(help="At which it writes them.")] = "1.0,0.0",
+    given_share: Annotated[float, typer.Option(help="Share of the data's own text.")] = 0.0,
+    steps: Annotated[int, typer.Option(help="Optimizer steps; 0 chooses.")] = 0,
+    minutes: Annotated[float | None, typer.Option(help="Train so long instead.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 8,
+    anchors: Annotated[int, typer.Option(help="Blocks a sequence; 0 chooses.")] = 0,
+    optimizer: Annotated[str, typer.Option(help="adamw or muon.")] = "adamw",
+    lr: Annotated[float, typer.Option(help="Peak learning rate; 0 chooses.")] = 0.0,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+) -> None:
+    """Train a DSpark draft for a target, on text that the target writes itself."""
+    from dspark_compile.training import TrainError, TrainOptions
+    from dspark_compile.training import train_draft as run_training
+
+    try:
+        options = TrainOptions(
+            layers=layers,
+            intermediate_size=intermediate_size,
+            block_size=block_size,
+            taps=_numbers(taps, int, "--taps") or None,
+            markov_rank=None if markov_rank < 0 else markov_rank,
+            markov_head=markov_head,
+            prompts=prompts,
+            new_tokens=new_tokens,
+            temperatures=_numbers(temperatures, float, "--temperatures"),
+            given_share=given_share,
+            steps=steps,
+            minutes=minutes,
+            batch=batch,
+            anchors=anchors,
+            optimizer=optimizer,
+            lr=lr,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+        )
+        result = run_training(target, data, out, options=options)
+    except TrainError as error:
+        raise typer.BadParameter(str(error)) from error
+    except ValueError as error:
+        # Data that cannot be read, taps that the target lacks.
+        raise typer.BadParameter(str(error)) from error
+    found = result.evaluation
+    typer.echo(
+        f"{result.folder}: tau {found.tau_greedy:.2f} at T=0, {found.tau_sampled:.2f} at T=1; "
+        "by position, given the prefix: " + " ".join(f"{c:.2f}" for c in found.conditional)
+    )
+    if found.ece_after:
+        before, after = (100 * sum(e) / len(e) for e in (found.ece_before, found.ece_after))
+        typer.echo(f"calibration error {before:.1f} % before, {after:.1f} % after scaling")
+
+
 @app.command()
 def env(
     measure: Annotated[
@@ -141,6 +208,21 @@ def parse_options(items: list[str]) -> dict[str, Any]:
             raise typer.BadParameter(f"{name!r} is given twice; keep one", param_hint="--options")
         parsed[name] = _literal(text.strip())
     return parsed
+
+
+def _numbers(text: str, kind: type, option: str) -> tuple[Any, ...]:
+    """``"1,9,17"`` as numbers.
+
+    Raises:
+        typer.BadParameter: a part is not a number.
+    """
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not a list of numbers; write for instance {option} 1,9,17",
+            param_hint=option,
+        ) from None
 
 
 def _literal(text: str) -> Any:

@@ -32,6 +32,15 @@ from dspark_compile.models.draft_layers import DraftLayer, RMSNorm, Rotary
 Choose = Callable[[Tensor, int, list[Tensor]], Tensor]
 
 
+def _joined(before: Tensor, same: Tensor) -> Tensor:
+    """One mask ``[B, A * M, N + A * M]`` of context and blocks."""
+    batch, blocks, rows = same.shape[:3]
+    own = same.new_zeros(batch, blocks, rows, blocks, rows)
+    at = torch.arange(blocks, device=same.device)
+    own[:, at, :, at] = same.transpose(0, 1)
+    return torch.cat((before, own.flatten(3, 4).flatten(1, 2)), dim=-1)
+
+
 class Borrowed:
     """The target's embedding and output layer, where the draft has none (or not its own)."""
 
@@ -218,19 +227,25 @@ class DraftModel(nn.Module):
         places = torch.arange(length, device=ids.device).expand(batch, -1)
         at = (anchors[..., None] + torch.arange(size, device=ids.device)).flatten(1)
         context_angles, angles = self.rotary(places), self.rotary(at)
-        owner = torch.arange(at.shape[1], device=ids.device) // size
         starts = anchors.repeat_interleave(size, dim=1)[:, :, None]
         before = places[:, None] < starts
-        same = (owner[:, None] == owner).expand(batch, -1, -1)
-        allowed = torch.cat((before, same), dim=-1)
-        position = torch.cat((places, at), dim=1)[:, None]
-        sliding = self._slide(allowed, at[:, :, None], position, starts)
+        inside = at.unflatten(1, (-1, size))
+        whole = torch.ones(size, size, dtype=torch.bool, device=ids.device)
+        same = whole.expand(batch, anchors.shape[1], -1, -1)
+        near = self._slide(before, at[:, :, None], places[:, None], starts)
+        beside = self._slide(
+            same, inside[..., None], inside[..., None, :], anchors[..., None, None]
+        )
         for layer in self._layers():
             query, key, value = layer.start(x, angles)
-            ctx_key, ctx_value = layer.self_attn.key_value(context, context_angles)
-            key, value = torch.cat((ctx_key, key), dim=2), torch.cat((ctx_value, value), dim=2)
-            mask = sliding if layer.sliding else allowed
-            x = layer.finish(x, query, key, value, mask[:, None])
+            seen = layer.self_attn.key_value(context, context_angles)
+            masks = (near, beside) if layer.sliding else (before, same)
+            if ids.device.type == "cpu":
+                mixed = layer.self_attn.attend_blocks(query, seen, (key, value), *masks)
+                x = layer.after(x, mixed)
+            else:
+                keys, values = torch.cat((seen[0], key), dim=2), torch.cat((seen[1], value), dim=2)
+                x = layer.finish(x, query, keys, values, _joined(*masks)[:, None])
         return self._predicting(self.norm(x).unflatten(1, (-1, size)))
 
     def _layers(self) -> list[DraftLayer]:

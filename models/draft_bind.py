@@ -6,6 +6,7 @@ crash later. A quantised or fine-tuned target passes: that shows in the accepted
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,9 @@ def bind(draft: DraftModel, target: nn.Module, tokenizer: Any = None) -> None:
             + ". Take the draft that was trained for this target, or train one "
             "(dspark train-draft)."
         )
+    if layers is not None and layers != config.num_target_layers:
+        # The file did not say; now it is known, and saved.
+        draft.config = dataclasses.replace(config, num_target_layers=layers)
     if draft.embed_tokens is None:
         draft.borrowed.embedding = embedding
     if draft.lm_head is None:

@@ -312,7 +312,8 @@ def _fields(flat: dict[str, Any], family: str) -> dict[str, Any]:
         values["attention_scale"] = 1.0
         values["embed_scale"] = float(values["hidden_size"]) ** 0.5
     known = {f.name for f in dataclasses.fields(DraftConfig)} | {
-        *("rope_theta", "rope_scaling", "architectures", "tie_word_embeddings"),
+        *("rope_theta", "rope_scaling", "architectures", "tie_word_embeddings", "dtype"),
+        "torch_dtype",
         *("hidden_activation", "global_head_dim", "num_global_key_value_heads"),
     }
     values["extra"] = {k: v for k, v in flat.items() if k not in known}

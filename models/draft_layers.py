@@ -198,6 +198,36 @@ class Attention(nn.Module):
         )
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
+    def attend_blocks(
+        self, query: Tensor, context: KeyValue, own: KeyValue, before: Tensor, same: Tensor
+    ) -> Tensor:
+        """`attend` of many blocks over one context without a mask of all blocks by all blocks.
+
+        Scores of the context and of each block's own rows share a softmax. That saves most of the
+        arithmetic where blocks outnumber the context; it keeps the scores, which suits a CPU.
+
+        Args:
+            query: ``[B, H, A * M, D]``. context: ``[B, G, N, D]``. own: ``[B, G, A * M, D]``.
+            before: which context each row sees ``[B, A * M, N]``. same: which rows of its block
+                ``[B, A, M, M]``.
+        """
+        blocks, rows = same.shape[1:3]
+        share = self.heads // self.kv_heads
+        query = query.unflatten(1, (self.kv_heads, share)) * self.scale
+        scores = query.flatten(2, 3) @ context[0].transpose(-1, -2)
+        scores = scores.unflatten(2, (share, -1))
+        scores = scores.masked_fill(~before[:, None, None], -torch.inf)
+        key, value = (t.unflatten(2, (blocks, rows)) for t in own)
+        # [B, G, share, A, M, D] by [B, G, 1, A, D, M]
+        inside = query.unflatten(3, (blocks, rows)) @ key[:, :, None].transpose(-1, -2)
+        inside = inside.masked_fill(~same[:, None, None], -torch.inf).flatten(3, 4)
+        weights = torch.softmax(torch.cat((scores, inside), dim=-1).float(), dim=-1)
+        outer, inner = weights.to(value.dtype).split((scores.shape[-1], rows), dim=-1)
+        mixed = (outer.flatten(2, 3) @ context[1]).unflatten(2, (share, -1))
+        inner = inner.unflatten(3, (blocks, rows)) @ value[:, :, None]
+        mixed = (mixed + inner.flatten(3, 4)).flatten(1, 2)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
 
 class MLP(nn.Module):
     """Gated: ``down(act(gate(x)) * up(x))``."""
@@ -261,7 +291,10 @@ class DraftLayer(nn.Module):
         self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor
     ) -> Tensor:
         """The layer's output from its input and what the rows attend to."""
-        mixed = self.self_attn.attend(query, key, value, allowed)
+        return self.after(x, self.self_attn.attend(query, key, value, allowed))
+
+    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """What follows attention: residuals, norms, MLP."""
         if not self.sandwich:
             x = x + mixed
             return x + self.mlp(self.post_attention_layernorm(x))

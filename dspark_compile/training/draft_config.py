@@ -57,7 +57,7 @@ def new_config(target: Any, tokenizer: Any, options: TrainOptions) -> DraftConfi
     return DraftConfig(
         vocab_size=vocabulary,
         hidden_size=width,
-        intermediate_size=_inner(text, width),
+        intermediate_size=options.intermediate_size or _inner(text, width),
         num_hidden_layers=options.layers,
         num_attention_heads=heads,
         num_key_value_heads=keys,

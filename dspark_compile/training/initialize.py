@@ -52,6 +52,10 @@ def _copy(draft: DraftModel, target: Any) -> list[str]:
         if _same(mine, theirs):
             mine.load_state_dict(theirs.state_dict(), strict=True)
             copied.append("layer")
+        elif _same(mine.self_attn, getattr(theirs, "self_attn", nn.Identity())):
+            # An MLP of another size: attention is worth having by itself.
+            mine.self_attn.load_state_dict(theirs.self_attn.state_dict())
+            copied.append("attention")
     base = getattr(target, "get_decoder", lambda: None)() or target
     norm = getattr(base, "norm", None)
     if norm is not None and _same(draft.norm, norm):
@@ -62,7 +66,8 @@ def _copy(draft: DraftModel, target: Any) -> list[str]:
         draft.fc.weight[:, -width:] += torch.eye(width)
         copied.append("fc")
         first = getattr(layers[-1], "input_layernorm", None)
-        if "layer" in copied and first is not None and _same(draft.hidden_norm, first):
+        alike = copied[0] in ("layer", "attention")
+        if alike and first is not None and _same(draft.hidden_norm, first):
             draft.hidden_norm.load_state_dict(first.state_dict())
             copied.append("hidden_norm")
     return copied

@@ -151,9 +151,7 @@ class Trainer:
         self.path = work / "checkpoint.pt"
         self.log = work / "log.jsonl"
         self.parameters = [p for p in draft.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        )
+        self.optimizers = _optimizers(draft, options)
         if self.path.is_file():
             self._restore()
 
@@ -182,10 +180,11 @@ class Trainer:
                     self.draft, blocks, self.dtype, self.options.loss_elements, programs
                 )
                 norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = learning_rate(self.progress, self.options.lr)
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
+                for optimizer in self.optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = learning_rate(self.progress, self.options.lr)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
                 self.step += 1
                 self.elapsed += time.perf_counter() - start
                 if self.step % 10 == 0 or self.progress >= 1:
@@ -199,7 +198,7 @@ class Trainer:
     def _compiles(self) -> bool:
         if self.options.compile is not None:
             return self.options.compile
-        return self.options.minutes is not None or self.options.steps > 300
+        return self.draft.fc.weight.device.type == "cuda"
 
     def _record(self, weight: float, terms: Any, norm: float) -> str:
         """Log a step; the line for the bar."""
@@ -227,7 +226,7 @@ class Trainer:
         """Write a checkpoint; a kill while writing leaves the one before."""
         state = {
             "draft": self.draft.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "elapsed": self.elapsed,
         }
@@ -238,8 +237,31 @@ class Trainer:
     def _restore(self) -> None:
         state = torch.load(self.path, map_location=self.draft.fc.weight.device, weights_only=True)
         self.draft.load_state_dict(state["draft"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(kept)
         self.step, self.elapsed = state["step"], state["elapsed"]
+
+
+def _optimizers(draft: DraftModel, options: TrainOptions) -> list[torch.optim.Optimizer]:
+    """AdamW without weight decay as published, or Muon for what is a matrix between features."""
+    named = [(n, p) for n, p in draft.named_parameters() if p.requires_grad]
+    matrices = [
+        p
+        for n, p in named
+        if options.optimizer == "muon" and p.ndim == 2 and n.startswith(("layers.", "fc."))
+    ]
+    chosen = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in chosen]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    ]
+    if matrices:
+        # Updates of the same size as AdamW's, so that one learning rate serves both.
+        muon = torch.optim.Muon(
+            matrices, lr=options.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+        )
+        made.append(muon)
+    return made
 
 
 def _dtype(name: str | None, device: torch.device) -> torch.dtype:

@@ -17,6 +17,7 @@ class TrainOptions:
 
     Attributes:
         layers: decoder layers of the draft.
+        intermediate_size: of the draft's MLPs; 0 takes the target's.
         block_size: gamma, tokens drafted at once.
         taps: layers of the target to read; None spreads them evenly.
         markov_rank: r of the Markov head; None by the target's width, 0 for none (DFlash).
@@ -29,7 +30,7 @@ class TrainOptions:
         prompt_tokens: the longest prompt that is cut from text.
         new_tokens: what the target writes for each.
         temperatures: at which it writes, batch by batch.
-        text_batch: prompts in one batch.
+        text_batch: prompts that the target continues at once.
         given_share: share of training sequences that are the files' own text instead.
         max_length: tokens of a training sequence; longer ones are cut.
         held_out: share of the prompts kept for evaluation.
@@ -37,12 +38,14 @@ class TrainOptions:
         minutes: stop after so much training; the learning rate then follows the time.
         batch: sequences a step.
         anchors: blocks a sequence.
+        optimizer: "adamw" as published, or "muon" for the layers' matrices (and AdamW for the
+            rest), which gets further in few steps.
         lr: peak learning rate; cosine to zero after 4 % warm-up.
         dtype: of the arithmetic, "float32" or "bfloat16" (weights stay float32); None takes
             bfloat16 where the hardware multiplies it.
         device: None takes a GPU if there is one.
-        compile: whether the draft, the loss and the target's layers are compiled with Inductor;
-            None compiles runs of more than 300 steps.
+        compile: whether the draft and the target's layers are compiled with Inductor; None does
+            so on a GPU. On a CPU the matrix products dominate, and compiling takes minutes.
         loss_elements: logits held at once; larger batches are cut in pieces of that.
         checkpoint_seconds: between checkpoints.
         eval_sequences: held-out sequences that are evaluated.
@@ -50,6 +53,7 @@ class TrainOptions:
     """
 
     layers: int = 0
+    intermediate_size: int = 0
     block_size: int = 7
     taps: tuple[int, ...] | None = None
     markov_rank: int | None = None
@@ -61,7 +65,7 @@ class TrainOptions:
     prompt_tokens: int = 0
     new_tokens: int = 0
     temperatures: tuple[float, ...] = (1.0, 0.0)
-    text_batch: int = 32
+    text_batch: int = 0
     given_share: float = 0.0
     max_length: int = 0
     held_out: float = 0.02
@@ -69,6 +73,7 @@ class TrainOptions:
     minutes: float | None = None
     batch: int = 8
     anchors: int = 0
+    optimizer: str = "adamw"
     lr: float = 0.0
     dtype: str | None = None
     device: str | None = None
@@ -79,12 +84,12 @@ class TrainOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "text_batch", "batch", "eval_sequences", "loss_elements"):
+        for name in ("block_size", "batch", "eval_sequences", "loss_elements"):
             if getattr(self, name) < 1:
                 raise TrainError(f"{name}={getattr(self, name)}: give 1 or more")
         for name in (
-            *("layers", "prompts", "prompt_tokens", "new_tokens", "max_length", "steps"),
-            *("anchors", "lr", "checkpoint_seconds"),
+            *("layers", "intermediate_size", "text_batch", "prompts", "prompt_tokens"),
+            *("new_tokens", "max_length", "steps", "anchors", "lr", "checkpoint_seconds"),
         ):
             if getattr(self, name) < 0:
                 raise TrainError(f"{name}={getattr(self, name)}: positive, or 0 to choose")
@@ -94,6 +99,8 @@ class TrainOptions:
             raise TrainError(f"markov_head={self.markov_head!r}: give vanilla, gated or rnn")
         if self.init not in ("target", "random"):
             raise TrainError(f"init={self.init!r}: give target or random")
+        if self.optimizer not in ("adamw", "muon"):
+            raise TrainError(f"optimizer={self.optimizer!r}: give adamw or muon")
         if not self.temperatures or min(self.temperatures) < 0:
             raise TrainError(f"temperatures={self.temperatures}: give one or more, none negative")
         if not 0 <= self.given_share <= 1:
@@ -113,7 +120,8 @@ class TrainOptions:
         """
         tiny, small = parameters < 100e6, parameters < 1e9
         values: dict[str, Any] = {
-            "layers": 1 if tiny else 2 if small else 5,
+            "layers": 2 if small else 5,
+            "text_batch": 16 if self.device in (None, "cpu") and tiny else 64,
             "prompts": 2000 if tiny else 20_000 if small else 100_000,
             "prompt_tokens": 384 if tiny else 1024,
             "new_tokens": 256 if tiny else 512,

@@ -7,6 +7,7 @@ chunk; nothing but token ids is stored, no hidden states.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# As many sequences as a native decode step takes on a CPU.
+NATIVE_ROWS = 16
 
 
 @dataclass
@@ -89,7 +93,12 @@ def continue_(
     if temperature > 0:
         # The plain distribution: whatever the model's defaults are, the draft learns p itself.
         sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-    out = target.generate(
+    write = target.generate
+    if device.type == "cpu" and len(prompts) <= NATIVE_ROWS:
+        from dspark_compile.runtime.generate import generate
+
+        write = functools.partial(generate, target)
+    out = write(
         ids.to(device),
         attention_mask=mask.to(device),
         max_new_tokens=new_tokens,

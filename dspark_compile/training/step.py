@@ -77,15 +77,14 @@ class Programs:
 
     blocks: Callable[..., Tensor]
     forced: Callable[..., tuple[Tensor, Tensor | None]]
-    loss: Callable[..., LossTerms]
 
     @classmethod
     def of(cls, draft: DraftModel, compiled: bool = False) -> Programs:
         """Lengths are dynamic, so that two graphs of each part serve a run."""
         if not compiled:
-            return cls(draft.blocks, draft.forced, draft_loss)
+            return cls(draft.blocks, draft.forced)
         make: Any = torch.compile
-        return cls(make(draft.blocks), make(draft.forced), make(draft_loss))
+        return cls(make(draft.blocks), make(draft.forced))
 
 
 def learn(
@@ -119,7 +118,7 @@ def learn(
         rows = slice(start, start + count)
         with autocast(device, dtype):
             logits, confidence = programs.forced(leaf[rows], previous[rows])
-        piece = programs.loss(
+        piece = draft_loss(
             logits, confidence, block_logits(blocks, rows), labels[rows], mask[rows], draft.d2t
         )
         (piece.total / weight).backward()

@@ -120,8 +120,9 @@ def fit(logits: Tensor, accepted: Tensor, verified: Tensor | None = None) -> Cal
     Args:
         logits: confidence logits ``[n, K]``.
         accepted: length of the accepted prefix ``[n]``.
-        verified: how many positions were verified ``[n]``; None means all. Whether a prefix of k
-            was accepted is known if k positions were verified, or if it was cut short before.
+        verified: how many positions were verified ``[n]``; None means all. A row counts at k only
+            if k positions were verified. That an earlier rejection settles the matter is no reason
+            to count it as well: rows would then be chosen by their outcome.
     """
     logits = logits.float()
     count, length = logits.shape
@@ -131,7 +132,7 @@ def fit(logits: Tensor, accepted: Tensor, verified: Tensor | None = None) -> Cal
     plain = torch.sigmoid(logits).cumprod(-1)
     result = Calibration.identity(length, logits.device)
     for k in range(length):
-        known = (verified > k) | (accepted < verified)
+        known = verified > k
         happened = accepted > k
         result.observed.append(int(known.sum()))
         result.before.append(float(expected_calibration_error(plain[:, k], happened, known)))

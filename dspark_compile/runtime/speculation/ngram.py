@@ -37,7 +37,7 @@ def propose(
     # run[r, j]: how many tokens up to j equal as many at the end, at most `longest`.
     going = torch.ones(rows, size, dtype=torch.bool, device=history.device)
     run = torch.zeros(rows, size, dtype=torch.long, device=history.device)
-    for back in range(longest):
+    for back in range(min(longest, size)):
         last = history.gather(1, (end - back).clamp(min=0))
         here = torch.zeros_like(going)
         here[:, back:] = history[:, : size - back] == last

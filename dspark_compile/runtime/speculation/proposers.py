@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dspark_compile.models.draft import DraftModel
 from dspark_compile.runtime.speculation import ngram
+from dspark_compile.runtime.speculation.taps import crop
 
 # (logits [V] float32, ids of the request [L]) -> probabilities [V], or None for arg-max.
 Distribution = Callable[[Tensor, Tensor], Tensor]
@@ -149,7 +150,7 @@ class ModelProposer:
                     chosen.append(draw(rows[-1]))
                 feed = chosen[-1][None]
             # Whatever is rejected goes; what stands is computed again, which is simple and right.
-            cache.crop(len(ids) - 1)
+            crop(cache, len(ids) - 1)
             tokens.append(torch.stack(chosen))
             probs.append(torch.stack(rows) if rows else None)
         stacked = torch.stack(tokens)

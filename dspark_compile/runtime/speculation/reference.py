@@ -28,7 +28,7 @@ from dspark_compile.runtime.speculation.calibration import Calibration
 from dspark_compile.runtime.speculation.proposers import Proposal, proposer_for
 from dspark_compile.runtime.speculation.schedule import early_stop
 from dspark_compile.runtime.speculation.sps import SPSCurve
-from dspark_compile.runtime.speculation.taps import Taps
+from dspark_compile.runtime.speculation.taps import Taps, crop
 from dspark_compile.runtime.speculation.telemetry import Counters, SpeculationStats
 from dspark_compile.runtime.token_choice import TokenChoice
 
@@ -297,7 +297,7 @@ class _Loop:
                 continue
             count = int(done.counts[row])
             # The last committed token is the next anchor: it is not in any cache yet.
-            request.cache.crop(len(request.ids) - 1 + count)
+            crop(request.cache, len(request.ids) - 1 + count)
             if output[1] is not None:
                 states.append(output[1][:, :count])
             request.ids = torch.cat((request.ids, done.tokens[row, :count]))

@@ -48,8 +48,9 @@ def early_stop(
     rising = better[1:] > better[:-1]
     admitted = (rising & (values > 0)).long().cumprod(0).sum()
     if edges is not None:
-        at = torch.searchsorted(edges, requests + admitted).clamp(max=len(edges) - 1)
-        room = (edges[at] - requests).clamp(min=0)
+        at = torch.searchsorted(edges, (requests + admitted).view(1)).clamp(max=len(edges) - 1)
+        # Selected with a tensor of one: a scalar tensor as an index is read by the host.
+        room = (edges.index_select(0, at).sum() - requests).clamp(min=0)
         admitted = torch.maximum(admitted, torch.minimum(room, (values > 0).sum()))
         admitted = torch.minimum(admitted, (len(seconds) - 1 - requests).clamp(min=0))
     return _lengths(rank, admitted, survival)

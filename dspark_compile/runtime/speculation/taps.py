@@ -43,6 +43,16 @@ def decoder_layers(target: nn.Module) -> nn.ModuleList:
     return min(fitting, key=lambda entry: entry[0])[2]
 
 
+def crop(cache: Any, length: int) -> None:
+    """Cut a transformers cache down to ``length`` tokens.
+
+    By the number of tokens to remove, which all versions take.
+    """
+    extra = cache.get_seq_length() - length
+    if extra > 0:
+        cache.crop(-extra)
+
+
 class Taps:
     """Captures taps while it is entered.
 

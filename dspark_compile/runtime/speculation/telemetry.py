@@ -18,7 +18,7 @@ class Counters:
 
     def __init__(self, length: int, device: torch.device | str | None = None) -> None:
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float64 if device is None else None).to(device)
+            return torch.zeros(shape, device=device)
 
         self.length = length
         self.rounds = zeros()
@@ -58,8 +58,8 @@ class Counters:
         self.passed += passed.sum(0)
         self.lengths.scatter_add_(0, lengths.clamp(max=self.length), on[:, 0])
         if survival is not None:
-            # Whether a prefix of k+1 survives is known if it was verified, or cut short before.
-            known = (verified | (accepted < lengths)[:, None]) * on
+            # Not where an earlier rejection settles it: that would choose rows by their outcome.
+            known = verified * on
             self.predicted += (survival * known).sum(0)
             self.survived += ((accepted[:, None] > steps) * known).sum(0)
             self.predictions += known.sum(0)
