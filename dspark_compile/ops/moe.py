@@ -290,4 +290,4 @@ def moe_experts(
             square = h.to(wide).square().mean(-1, keepdim=True)
             h = (h.to(wide) * torch.rsqrt(square + eps)).to(h.dtype) * norm
         total.index_add_(0, tokens, h.to(wide) if weigh_input else h.to(wide) * w.to(wide))
-    return total.to(x.dtype).reshape(*x.shape[:-1], -1)
+    return total.to(x.dtype).reshape(*x.shape[:-1], total.shape[-1])
