@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dspark_compile.diagnostics.report import GraphReport
 
 from .calibrate import CacheScales, calibrated, packed_case, sample_ids
+from .draft import DraftBlock, is_draft
 from .errors import ExportError
 from .options import ExportOptions, check_path
 from .program import Program, captured
@@ -45,7 +46,7 @@ def export_onnx(
     A Hugging Face causal language model needs no ``args``: the graph takes ``input_ids [B, S]``,
     ``attention_mask [B, T]``, ``position_ids [B, S]`` and ``past_key_values.<i>.key/value``, and
     gives ``logits [B, S, V]`` and ``present.<i>.key/value``, for prompts and steps of any batch.
-    Any other module is traced on ``args``.
+    A `DraftModel` needs none either: see `export.draft`. Any other module is traced on ``args``.
 
     Args:
         model: the model; neither it nor its parameters are changed.
@@ -78,7 +79,8 @@ def export_onnx(
         raise ExportError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     dtype = _dtype(model, chosen)
     causal = args is None and is_causal_lm(model)
-    if args is None and not causal:
+    draft = args is None and is_draft(model)
+    if args is None and not causal and not draft:
         raise ExportError(
             f"args=None with a {type(model).__name__}, which is no Hugging Face causal language "
             "model: give example inputs as args=(...)"
@@ -103,6 +105,9 @@ def export_onnx(
             report = GraphReport()
             if causal:
                 subject, program, chosen = _capture_causal(ready, taps, chosen, options, report)
+            elif draft:
+                subject = DraftBlock(ready, consecutive=chosen.opset >= 24)
+                program = captured(subject, report)
             else:
                 assert args is not None
                 subject = Plain(ready, args, dynamic_shapes, check_args, input_names, output_names)
@@ -215,7 +220,7 @@ def _cases(subject: Subject, options: ExportOptions, scales: CacheScales | None)
         first = 2 + subject.takes_positions
         return [packed_case(case, scales, first, len(subject.layers)) for case in made]
     if options.kv_cache == "int8":
-        return [quantized_case(c, subject.input_names, subject.output_names) for c in made]
+        return [quantized_case(c, subject.input_names) for c in made]
     return made
 
 

@@ -20,6 +20,7 @@ from .errors import ExportError
 from .ops import op
 from .program import Program
 from .subject import Case, Subject
+from .weights import _item
 
 
 def quantize_caches(program: Program, subject: Subject) -> None:
@@ -78,36 +79,21 @@ def _quantize(
     subject.caches[f"{past}_scale"] = f"{present}_scale"
 
 
-def _item(program: Program, like: fx.Node, node: fx.Node, index: int) -> fx.Node:
-    from .weights import _item as item
-
-    return item(program, like, node, index)
-
-
-def quantized_case(case: Case, input_names: list[str], output_names: list[str]) -> Case:
-    """A case of the exact graph as one of the int8 graph; the names are the int8 graph's."""
-    return Case(
-        case.name,
-        _spread(case.inputs, input_names, "past_key_values"),
-        _spread(case.expected, output_names, "present"),
-        case.rows,
-        case.valid,
-    )
-
-
-def _spread(
-    values: list[Tensor | None] | list[Tensor], names: list[str], stem: str
-) -> list[Tensor]:
-    made: list[Tensor] = []
-    given = iter(values)
-    for name in names:
+def quantized_case(case: Case, input_names: list[str]) -> Case:
+    """A case of the exact graph as one of the int8 graph, whose inputs are named. Presents are not
+    compared, the logits they lead to are."""
+    inputs: list[Tensor] = []
+    given = iter(case.inputs)
+    for name in input_names:
         if name.endswith("_scale"):
             continue
         value = next(given)
-        assert value is not None
-        if not name.startswith(stem):
-            made.append(value)
-            continue
-        q, scale = quantize_kv(value, value.dtype)
-        made += [q, scale.unsqueeze(-1)]
-    return made
+        if name.startswith("past_key_values"):
+            q, scale = quantize_kv(value, value.dtype)
+            inputs += [q, scale.unsqueeze(-1)]
+        else:
+            inputs.append(value)
+    caches = len(inputs) - len(case.inputs)
+    expected: list[Tensor | None] = [case.expected[0], *([None] * (2 * caches))]
+    expected += case.expected[1 + caches :]
+    return Case(case.name, inputs, expected, case.rows, case.valid)

@@ -81,7 +81,7 @@ class Products:
             self.packed[key] = [
                 None if t is None else program.constant(f"{name}.{part}", t.contiguous())
                 for part, t in zip(parts, made[:3], strict=True)
-            ] + [made[3] if self.contrib else 8]
+            ] + [made[-1] if self.contrib else 8]
         data, scale_node, zero_node, bits = self.packed[key]
         if self.contrib:
             call = (x, data, scale_node, zero_node, columns, rows, bits, block)
