@@ -154,9 +154,9 @@ def _blocks(
 
 def _walk(prefix: Tensor, anchors: Tensor, whole: Tensor) -> list[int]:
     """Committed tokens of each round of greedy decoding along a text."""
-    place = {int(a): i for i, a in enumerate(anchors.tolist())}
-    at, rounds = int(anchors.min()), []
-    while at in place and whole[place[at]]:
+    place = {a: i for i, a in enumerate(anchors.tolist()) if whole[i]}
+    at, rounds = min(place, default=-1), []
+    while at in place:
         rounds.append(int(prefix[place[at]]) + 1)
         at += rounds[-1]
     return rounds

@@ -326,6 +326,7 @@ def _texts(
             pad=int(pad),
             eos=stops,
             seed=options.seed,
+            native=len(chosen) >= 256,
             progress=lambda done: show(done / len(chosen), f"{done} of {len(chosen)} prompts"),
         )
     written = [t for t in written if len(t.ids) - t.prompt >= 2]

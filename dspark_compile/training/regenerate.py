@@ -41,6 +41,7 @@ def regenerate(
     pad: int,
     eos: Sequence[int],
     seed: int,
+    native: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Text]:
     """Continue every prompt; read back what an earlier run has already written.
@@ -49,6 +50,7 @@ def regenerate(
         target: a causal language model of transformers, in eval mode.
         folder: where the chunks lie; one a batch.
         temperatures: taken in turn, batch by batch; 0 is greedy.
+        native: decode with compiled rounds on a CPU, which takes some seconds to compile.
         progress: called with the number of prompts done.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +67,8 @@ def regenerate(
         chosen = [prompts[i] for i in batches[which]]
         if not path.is_file():
             torch.manual_seed(seed * 100_003 + number)
-            _save(path, continue_(target, chosen, new_tokens, temperature, pad, eos))
+            written = continue_(target, chosen, new_tokens, temperature, pad, eos, native)
+            _save(path, written)
         sequences += _load(path, temperature)
         done += len(chosen)
         progress(done)
@@ -80,6 +83,7 @@ def continue_(
     temperature: float,
     pad: int,
     eos: Sequence[int],
+    native: bool = False,
 ) -> list[tuple[Tensor, int]]:
     """Each prompt with its continuation, and the prompt's length."""
     device = target.get_input_embeddings().weight.device
@@ -94,7 +98,7 @@ def continue_(
         # The plain distribution: whatever the model's defaults are, the draft learns p itself.
         sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     write = target.generate
-    if device.type == "cpu" and len(prompts) <= NATIVE_ROWS:
+    if native and device.type == "cpu" and len(prompts) <= NATIVE_ROWS:
         from dspark_compile.runtime.generate import generate
 
         write = functools.partial(generate, target)
