@@ -1,0 +1,195 @@
+"""Train the DSpark draft of the demonstration model (``models/demo_draft``), and its twin without
+a Markov head as a baseline.
+
+The steps, each of which goes on where it was stopped:
+
+1. *Data.*  The training files of the demonstration model: the standard library's source without
+   what ``train_demo.py`` held out (the split is by name, so any run finds the same one).
+2. *Text.*  The model continues prompts cut from them (greedily, and at two temperatures), and the
+   draft is trained on that: ``dspark_compile.training``.
+3. *Baseline.*  ``--twin`` trains the same draft with ``markov_rank`` 0 for as many steps.
+4. *Export.*  ``models/demo_draft/``: weights in bfloat16 without the shared vocabulary matrices,
+   calibration, evaluation; and ``benchmarks/results/draft.json``, from generating after the
+   held-out prompts of ``models/demo/prompts.json`` with the eager reference loop.
+
+Usage::
+
+    python models/train_demo_draft.py --steps 4000
+    python models/train_demo_draft.py --steps 4000 --twin
+    python models/train_demo_draft.py --export-only     # the last checkpoints, any time
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import shutil
+import sys
+import time
+
+import torch
+
+from dspark_compile.models import DEMO_PATH
+from dspark_compile.models.draft import DraftModel
+from dspark_compile.runtime.speculation.reference import speculate
+from dspark_compile.runtime.token_choice import TokenChoice
+from dspark_compile.training import TrainOptions, evaluate, train_draft
+from dspark_compile.training.loop import Trainer
+from dspark_compile.training.plot import write_svg
+from dspark_compile.training.regenerate import Text
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+OUT = ROOT / "models" / "demo_draft"
+RESULTS = ROOT / "benchmarks" / "results" / "draft.json"
+
+# A block of 5: the model's own text is hard to foresee further, and every row costs.  Two layers
+# with narrow MLPs: rows behind the anchor learn of it in the first and look up in the second.
+OPTIONS = {
+    "layers": 2, "intermediate_size": 352, "block_size": 5, "taps": (1, 3, 4), "prompts": 3200,
+    "prompt_tokens": 448, "new_tokens": 256, "temperatures": (0.0, 0.8, 0.0, 1.0),
+    "max_length": 704, "batch": 2, "anchors": 96, "lr": 2e-3, "optimizer": "muon", "seed": 1,
+    "dtype": "bfloat16", "compile": False, "eval_sequences": 40,
+}  # fmt: skip
+
+
+def data_file(work: pathlib.Path) -> pathlib.Path:
+    """The training files as one JSON-lines file."""
+    path = work / "code.jsonl"
+    if not path.exists():
+        sys.path.insert(0, str(ROOT / "models"))
+        import train_demo  # its data code needs transformers and tokenizers, as this script does
+
+        code = train_demo.collect(None, 1)["code"]
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in code.values()))
+    return path
+
+
+def options_for(twin: bool, args) -> TrainOptions:
+    heads = {"markov_rank": 0 if twin else 32}
+    return TrainOptions(**OPTIONS, **heads, steps=args.steps, minutes=args.minutes)
+
+
+def train(args) -> None:
+    work = pathlib.Path(args.work)
+    work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    out = work / ("twin" if args.twin else "draft")
+    texts = out / ".training" / "text"
+    other = work / ("draft" if args.twin else "twin") / ".training" / "text"
+    if other.is_dir() and not texts.exists():  # both learn from the same text
+        texts.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(other, texts)
+    train_draft(str(DEMO_PATH), data_file(work), out, options=options_for(args.twin, args))
+
+
+@torch.no_grad()
+def generate(model, draft, prompts: list[torch.Tensor], new: int, temperature: float) -> dict:
+    """Accepted lengths of generating behind held-out prompts, one request at a time."""
+    rounds = committed = 0
+    survived = torch.zeros(draft.config.num_drafted)
+    generator = torch.Generator().manual_seed(7)
+    choice = TokenChoice(sample=temperature > 0, temperature=max(temperature, 1e-3))
+    for ids in prompts:
+        out = speculate(
+            model, draft, ids[None], max_new_tokens=new, choice=choice, eos_token_id=0,
+            generator=generator,
+        )  # fmt: skip
+        rounds += out.stats.rounds
+        committed += out.stats.committed
+        survived += torch.tensor(out.stats.survival) * out.stats.rounds
+    return {
+        "tau": round(committed / max(rounds, 1), 4),
+        "rounds": rounds,
+        "tokens": committed,
+        "survival": [round(s / max(rounds, 1), 4) for s in survived.tolist()],
+    }
+
+
+def heldout_texts(model, tokenizer, prompts: list[torch.Tensor], new: int) -> list[Text]:
+    """Greedy continuations of the held-out prompts."""
+    texts = []
+    for ids in prompts:
+        out = speculate(model, None, ids[None], max_new_tokens=new, eos_token_id=0)
+        texts.append(Text(torch.cat((ids, out.generated[0])), len(ids), 0.0))
+    return texts
+
+
+def load_checkpoint(folder: pathlib.Path, options: TrainOptions, model, tokenizer) -> Trainer:
+    """A run's draft as of its last checkpoint."""
+    from dspark_compile.training.draft_config import new_config
+
+    parameters = sum(p.numel() for p in model.parameters())
+    options = options.resolve(parameters, model.config.hidden_size, model.config.num_hidden_layers)
+    draft = DraftModel(new_config(model, tokenizer, options)).bind(model)
+    trainer = Trainer(model, draft, None, options, torch.bfloat16, folder / ".training")  # type: ignore[arg-type]
+    draft.eval()
+    return trainer
+
+
+def export(args) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(args.threads)
+    work = pathlib.Path(args.work)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_PATH)
+    model = AutoModelForCausalLM.from_pretrained(DEMO_PATH, dtype=torch.float32).eval()
+    listed = json.loads((DEMO_PATH / "prompts.json").read_text())
+    prompts = [torch.tensor(tokenizer(p["prompt"]).input_ids) for p in listed]
+    texts = heldout_texts(model, tokenizer, prompts, args.new_tokens)
+    results = {}
+    for name, twin in (("markov", False), ("no_markov", True)):
+        folder = work / ("twin" if twin else "draft")
+        if not (folder / ".training" / "checkpoint.pt").exists():
+            continue
+        trainer = load_checkpoint(folder, options_for(twin, args), model, tokenizer)
+        draft = trainer.draft
+        found = evaluate(model, draft, texts, trainer.options, torch.float32)
+        draft.calibration = found.calibration()
+        start = time.perf_counter()
+        numbers = {
+            "steps": trainer.step,
+            "minutes": round(trainer.elapsed / 60, 1),
+            "parameters": sum(p.numel() for p in draft.parameters()),
+            "held_out": found.to_dict(),
+            "greedy": generate(model, draft, prompts, args.new_tokens, 0.0),
+            "sampled": generate(model, draft, prompts[:12], args.new_tokens // 2, 1.0),
+        }
+        print(name, json.dumps(numbers), f"{time.perf_counter() - start:.0f} s", flush=True)
+        results[name] = numbers
+        if not twin:
+            OUT.mkdir(parents=True, exist_ok=True)
+            draft.to(torch.bfloat16).save_pretrained(OUT)
+            write_svg(found, OUT / "evaluation.svg")
+            (OUT / "training.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    RESULTS.write_text(
+        json.dumps(
+            {
+                "what": "models/demo_draft against its twin without a Markov head; the 24 prompts "
+                f"of models/demo/prompts.json, {args.new_tokens} new tokens, the eager reference "
+                "loop in float32, whole blocks verified",
+                **results,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--minutes", type=float, help="train so long instead")
+    parser.add_argument("--work", default="/tmp/dspark-train-draft", help="not shipped")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--new-tokens", type=int, default=256, help="of an evaluated prompt")
+    parser.add_argument("--twin", action="store_true", help="train the one without a Markov head")
+    parser.add_argument("--export-only", action="store_true", help="only write the results")
+    args = parser.parse_args()
+    if not args.export_only:
+        train(args)
+    export(args)
+
+
+if __name__ == "__main__":
+    main()
