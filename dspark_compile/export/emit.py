@@ -142,6 +142,8 @@ def _finish(model: Any, subject: Subject, options: ExportOptions) -> None:
             for output in node.outputs[1:]:
                 if not _read(output):
                     output.name = ""
+        for key in [k for k in node.metadata_props if not k.startswith("dspark.")]:
+            del node.metadata_props[key]
         if node.domain == "com.microsoft":
             model.graph.opset_imports.setdefault("com.microsoft", 1)
         module = node.metadata_props.get("dspark.module", "")

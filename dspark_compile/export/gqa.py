@@ -141,7 +141,7 @@ class GroupQuery:
         interleaved = False
         if tables is not None:
             cos, sin, interleaved = tables
-            query, key = query.args[0], key.args[0]
+            query, key = self._unrotated(node, query), self._unrotated(node, key)
         flat = [self._flat(node, x) for x in (query, key, site.value)]
         packed = self._packed(node, flat)
         qkv = [packed, None, None] if packed is not None else flat
@@ -188,8 +188,8 @@ class GroupQuery:
 
     def _tables(self, site: Site, dtype: torch.dtype) -> tuple[fx.Node, fx.Node, bool] | None:
         """cos and sin tables if query and key are roped alike, right before attention."""
-        q, k = site.query, site.key
-        if not (is_dialect_op(q, "rope") and is_dialect_op(k, "rope")):
+        q, k = (self._rope_below(x) for x in (site.query, site.key))
+        if q is None or k is None:
             return None
         q_args, k_args = _args(q, 7), _args(k, 7)
         where = f"dspark::rope at {q.name}"
@@ -202,7 +202,7 @@ class GroupQuery:
             reason = "the model has no position_ids"
         _, cos, sin, rotary_dim, interleaved, _, _ = q_args
         # ONNX Runtime's kernels rotate whole heads, or parts that are multiples of 16.
-        size = int(q.meta["val"].shape[3])
+        size = int(site.query.meta["val"].shape[3])
         if reason is None and rotary_dim != size and rotary_dim % 16:
             reason = f"{rotary_dim} of {size} features are rotated, no multiple of 16"
         if reason is None:
@@ -212,6 +212,21 @@ class GroupQuery:
             reason = next(x for x in made if isinstance(x, str))
         self.program.fallbacks.append((where, f"outside of GroupQueryAttention: {reason}"))
         return None
+
+    def _rope_below(self, x: fx.Node) -> fx.Node | None:
+        """The rope that makes ``x [B, H, S, D]``, before or behind the exchange of dimensions."""
+        if _swaps_heads(x) and len(x.users) == 1:
+            below = x.args[0]
+            assert isinstance(below, fx.Node)
+            return below if is_dialect_op(below, "rope") else None
+        return x if is_dialect_op(x, "rope") else None
+
+    def _unrotated(self, like: fx.Node, x: fx.Node) -> fx.Node:
+        """``x [B, H, S, D]`` without its rope."""
+        if not _swaps_heads(x):
+            return x.args[0]  # type: ignore[return-value]
+        below = x.args[0].args[0]  # type: ignore[union-attr]
+        return self.program.emit(like, aten.permute.default, (below, [0, 2, 1, 3]))
 
     def _cast(self, table: Any, dtype: torch.dtype) -> fx.Node:
         value = self.program.value(table)

@@ -25,6 +25,7 @@ from dspark_compile.passes.graph import (
     aten,
     clean_path,
     fake_call,
+    known_equal,
     module_path,
     op_name,
     source,
@@ -156,6 +157,15 @@ class Program:
             kind = str(dtype).removeprefix("torch.")
             self._scalars[key] = self.constant(f"scalar_{kind}", torch.tensor(value, dtype=dtype))
         return self._scalars[key]
+
+    def input_with(self, size: Any) -> tuple[fx.Node, int] | None:
+        """An input and its dimension that has a given size, None if there is none."""
+        for node in self.inputs:
+            value = node.meta["val"]
+            for dim, n in enumerate(value.shape if isinstance(value, Tensor) else ()):
+                if known_equal(n, size):
+                    return node, dim
+        return None
 
     def evaluate(self, node: Any) -> Tensor | None:
         """What a node computes from the state alone, None if it depends on an input."""

@@ -128,7 +128,8 @@ class Angles:
     def half(
         self, like: fx.Node, angle: fx.Node, rotary_dim: int, interleaved: bool, x: fx.Node
     ) -> fx.Node | str:
-        """cos or sin as ``[B, S, R / 2]`` for ``x [B, H, S, D]``, or why that cannot be."""
+        """cos or sin as ``[B, S, R / 2]`` for ``x [B, H, S, D]`` or ``[B, S, H, D]``, or why that
+        cannot be."""
         key = (angle, rotary_dim, interleaved)
         if key in self.halves:
             return self.halves[key]
@@ -139,9 +140,10 @@ class Angles:
         self, like: fx.Node, angle: fx.Node, rotary_dim: int, interleaved: bool, x: fx.Node
     ) -> fx.Node | str:
         program, value = self.program, angle.meta["val"]
-        batch, _, rows, _ = x.meta["val"].shape
+        batch = x.meta["val"].shape[0]
         shape = [1] * (4 - value.dim()) + list(value.shape)
-        if not known_equal(shape[1], 1) or not known_equal(shape[2], rows):
+        heads_last = by_rows(value, x.meta["val"])
+        if heads_last is None:
             return f"the angles have shape {tuple(value.shape)} for {tuple(x.meta['val'].shape)}"
         width = int(value.shape[-1])
         if width == rotary_dim and not self._halves_equal(angle, rotary_dim, interleaved):
@@ -152,14 +154,17 @@ class Angles:
             after = after.next
         node = self._single(after, angle, rotary_dim, interleaved)
         if known_equal(node.meta["val"].dim(), 4):
-            node = program.emit(after, aten.squeeze.dim, (node, 1), origin=angle)
+            dim = 2 if heads_last else 1
+            node = program.emit(after, aten.squeeze.dim, (node, dim), origin=angle)
         elif node.meta["val"].dim() == 2:
             node = program.emit(after, aten.unsqueeze.default, (node, 0), origin=angle)
         if not known_equal(shape[0], batch):
-            ids = self.ids if self.ids is not None else self.positions
-            if ids is None:
+            source = program.input_with(batch)
+            size: Any = batch
+            if source is None and not isinstance(batch, int):
                 return "the angles have no batch dimension, and nothing says how large the batch is"
-            size = program.emit(after, aten.sym_size.int, (ids, 0), origin=angle)
+            if source is not None and not isinstance(batch, int):
+                size = program.emit(after, aten.sym_size.int, source, origin=angle)
             node = program.emit(after, aten.expand.default, (node, [size, -1, -1]), origin=angle)
         return node
 
@@ -263,8 +268,27 @@ def _lower(program: Program, node: fx.Node, angles: Angles) -> str | None:
         if half.meta["val"].dtype != dtype:
             half = program.emit(node, aten._to_copy.default, (half,), dtype=dtype)
         halves.append(half)
-    new = program.emit(node, op("rotary"), (x, *halves, None, rotary_dim, bool(interleaved), 0))
-    program.replace(node, new)
+    call = (*halves, None, rotary_dim, bool(interleaved))
+    if not by_rows(cos.meta["val"], x.meta["val"]):
+        program.replace(node, program.emit(node, op("rotary"), (x, *call, 0)))
+        return None
+    heads, size = (int(n) for n in x.meta["val"].shape[2:])
+    flat = program.emit(node, op("reshape"), (x, [0, 0, heads * size]))
+    turned = program.emit(node, op("rotary"), (flat, *call, heads))
+    program.replace(node, program.emit(node, op("reshape"), (turned, [0, 0, heads, size])))
+    return None
+
+
+def by_rows(angle: Tensor, x: Tensor) -> bool | None:
+    """Whether ``x`` is ``[B, S, H, D]`` (True) or ``[B, H, S, D]`` (False) by what the angles
+    broadcast over; None if they fit neither."""
+    shape = [1] * (4 - angle.dim()) + list(angle.shape)
+    if len(shape) != 4 or x.dim() != 4:
+        return None
+    if known_equal(shape[1], 1) and known_equal(shape[2], x.shape[2]):
+        return False
+    if known_equal(shape[2], 1) and known_equal(shape[1], x.shape[1]):
+        return True if isinstance(x.shape[2], int) else None
     return None
 
 
