@@ -293,7 +293,7 @@ class DraftModel(nn.Module):
         """
         hidden = self.block(anchor, cache)
         base = self.base_logits(hidden)
-        previous, state = anchor, hidden.new_zeros(len(anchor), self.config.markov_rank)
+        previous, state = anchor, hidden.new_zeros(anchor.shape[0], self.config.markov_rank)
         tokens: list[Tensor] = []
         every, confidences = [], []
         for k in range(hidden.shape[1]):
