@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dspark_compile.kernels.triton import attention, cache, linear, norm, rope
+from dspark_compile.kernels.triton import attention, cache, linear, moe, norm, rope
 from dspark_compile.kernels.triton._launch import Launch, Target
 from dspark_compile.kernels.triton.linear_tiles import Shape, Tiles, candidates
 
@@ -234,6 +235,38 @@ def _linear(
         yield Case(f"linear sums {name}", plan.launches[1])
 
 
+def moe_cases(target: Target) -> Iterator[Case]:
+    """Qwen3-30B-A3B's and gpt-oss's layers: one token, few, and many that are sorted."""
+    bounds = (1.702, -math.inf, 7.0, -7.0, 7.0, 1.0)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for tokens in (1, 8, 16, 4096):
+            for label, count, k, size, inner in (
+                ("qwen3", 128, 8, 2048, 768),
+                ("gpt-oss", 32, 4, 2880, 2880),
+            ):
+                turned = label == "gpt-oss"
+                shape = (count, size, 2 * inner) if turned else (count, 2 * inner, size)
+                both = _meta(*shape, dtype=dtype)
+                both = both.transpose(1, 2) if turned else both
+                gate, up = (both[:, ::2], both[:, 1::2]) if turned else both.chunk(2, 1)
+                down = _meta(count, size, inner, dtype=dtype)
+                bias = _meta(count, 2 * inner, dtype=dtype)
+                biases = [[bias[:, ::2]], [bias[:, 1::2]], [_meta(count, size, dtype=dtype)]]
+                index = _meta(tokens, k, dtype=torch.int64)
+                blocks = None
+                if tokens > moe.FEW:
+                    rows = [_meta(n, dtype=torch.int64) for n in (tokens * k, 640, 640, 640)]
+                    blocks = moe.Blocks(*rows)
+                launches, _ = moe.plan(
+                    _meta(tokens, size, dtype=dtype), index, _meta(tokens, k, dtype=dtype), [gate],
+                    [up], [down], *(biases if turned else ([], [], [])), "silu",
+                    bounds if turned else (), blocks=blocks, target=target,
+                )  # fmt: skip
+                name = f"{label} M={tokens} {str(dtype).removeprefix('torch.')}"
+                yield Case(f"experts up {name}", launches[0])
+                yield Case(f"experts down {name}", launches[1])
+
+
 def cases(target: Target) -> list[Case]:
     """Everything to compile for ``target``."""
     return [
@@ -243,4 +276,5 @@ def cases(target: Target) -> list[Case]:
         *attention_cases(target),
         *linear_cases(target),
         *linear_tile_cases(target),
+        *moe_cases(target),
     ]
