@@ -34,8 +34,9 @@ class Evaluation:
         conditional: c_k at temperature 0: accepted at k, given that it was reached.
         accept_sampled: acceptance probability at each k at temperature 1.
         rounds: greedy rounds walked; anchors: blocks looked at.
-        fitted: STS on one half of the anchors; ECE is of the other half.
-        ece_before, ece_after: of the prefix probabilities, by k.
+        fitted, fitted_sampled: STS of all anchors, to acceptance at temperature 0 and at 1.
+        ece_before, ece_after: of the prefix probabilities at temperature 0, by k: fitted to one
+            half of the anchors, measured on the other.
         reliability: ``(predicted, happened, count)`` of 15 bins, before and after, over all k.
     """
 
@@ -46,6 +47,7 @@ class Evaluation:
     rounds: int = 0
     anchors: int = 0
     fitted: Calibration | None = None
+    fitted_sampled: Calibration | None = None
     ece_before: list[float] = field(default_factory=list)
     ece_after: list[float] = field(default_factory=list)
     reliability: dict[str, list[tuple[float, float, int]]] = field(default_factory=dict)
@@ -70,7 +72,12 @@ class Evaluation:
 
     def calibration(self) -> dict[str, Any] | None:
         """What is saved beside the draft; None without a confidence head."""
-        return None if self.fitted is None else self.fitted.to_dict()
+        if self.fitted is None:
+            return None
+        data = self.fitted.to_dict()
+        if self.fitted_sampled is not None:
+            data["sampled"] = self.fitted_sampled.to_dict()
+        return data
 
 
 @torch.no_grad()
@@ -87,7 +94,8 @@ def evaluate(
     how the text was sampled; rounds are walked on the texts written at temperature 0.
     """
     length = draft.config.num_drafted
-    logits, accepted, walked = [], [], []
+    logits, accepted, sampled, walked = [], [], [], []
+    generator = torch.Generator().manual_seed(options.seed)
     accept = torch.zeros(length)
     counts = torch.zeros(length)
     reached, passed = torch.zeros(length), torch.zeros(length)
@@ -109,6 +117,8 @@ def evaluate(
         if confidence is not None:
             logits.append(confidence[whole])
             accepted.append(prefix[whole])
+            passed_by_chance = torch.rand(rates.shape, generator=generator) < rates
+            sampled.append(passed_by_chance.long().cumprod(-1).sum(-1)[whole])
         if text.temperature == 0:
             walked += _walk(prefix, blocks.anchors[0].cpu(), whole)
     result = Evaluation(
@@ -121,6 +131,7 @@ def evaluate(
     )
     if logits:
         _calibrate(result, torch.cat(logits), torch.cat(accepted))
+        result.fitted_sampled = fit(torch.cat(logits), torch.cat(sampled))
     return result
 
 

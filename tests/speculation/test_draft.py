@@ -154,6 +154,30 @@ def test_training_pass_equals_inference(case):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("case", ["vanilla", "gemma4", "sliding, causal block"])
+def test_both_ways_of_attending_in_training(case):
+    """A mask of all blocks by all blocks (GPUs), and blocks by themselves (CPUs)."""
+    from dspark_compile.models.draft import _joined
+
+    draft = make(**CASES[case])
+    batch, blocks, rows, length = 2, 3, 5, 7
+    attention = draft.layers[0].self_attn
+    x, context = torch.randn(batch, blocks * rows, WIDTH), torch.randn(batch, length, WIDTH)
+    at = torch.arange(blocks * rows).expand(batch, -1)
+    query, own = attention.query(x, draft.rotary(at)), attention.key_value(x, draft.rotary(at))
+    seen = attention.key_value(context, draft.rotary(at[:, :length]))
+    before = torch.rand(batch, blocks * rows, length) > 0.5
+    same = (torch.rand(batch, blocks, rows, rows) > 0.5) | torch.eye(rows, dtype=torch.bool)
+    joined = [torch.cat(pair, dim=2) for pair in zip(seen, own)]
+    torch.testing.assert_close(
+        attention.attend_blocks(query, seen, own, before, same),
+        attention.attend(query, *joined, _joined(before, same)[:, None]),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+
+
+@torch.no_grad()
 def test_a_draft_vocabulary_is_spread_over_the_targets():
     draft = make(draft_vocab_size=7)
     ids = torch.tensor([3, 30, 5, 0, 11, 12, 29])

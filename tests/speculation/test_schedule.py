@@ -218,6 +218,9 @@ def test_sts_restores_calibration():
     again = Calibration.from_dict(calibration.to_dict(), 4)
     torch.testing.assert_close(again.survival(logits), calibration.survival(logits))
     assert again.observed == [20_000] * 4
+    both = calibration.to_dict() | {"sampled": {"temperatures": [2.0] * 4}}
+    assert Calibration.from_dict(both, 4, sampled=True).temperatures.tolist() == [2.0] * 4
+    assert Calibration.from_dict(both, 4).temperatures.equal(again.temperatures)
 
 
 def test_unverified_positions_are_censored():

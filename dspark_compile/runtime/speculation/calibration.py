@@ -87,14 +87,21 @@ class Calibration:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any] | None, length: int) -> Calibration:
-        """Back from `to_dict`; None gives `identity`.
+    def from_dict(
+        cls, data: Mapping[str, Any] | None, length: int, *, sampled: bool = False
+    ) -> Calibration:
+        """Back from `to_dict`, or from a draft's ``calibration.json``; None gives `identity`.
+
+        Args:
+            sampled: take what was fitted to rejection sampling at temperature 1, if there is such.
 
         Raises:
             ValueError: the temperatures are not one positive number a position.
         """
         if not data:
             return cls.identity(length)
+        if sampled and data.get("sampled"):
+            data = data["sampled"]
         values = data.get("temperatures")
         legal = (
             isinstance(values, Sequence)

@@ -113,9 +113,10 @@ def speculate(
     counters = Counters(length, input_ids.device)
     if calibration is None:
         own = getattr(draft, "calibration", None) if proposer else None
-        calibration = Calibration.from_dict(own, length) if length else Calibration.identity(0)
+        calibration = Calibration.from_dict(own, length, sampled=loop.sample)
+    scheduler = _scheduler(schedule)
     while not all(r.done for r in requests):
-        loop.round(requests, max_new_tokens, ends, _scheduler(schedule), calibration, counters)
+        loop.round(requests, max_new_tokens, ends, scheduler, calibration, counters)
     stats = SpeculationStats.read(
         counters, proposer=proposer.name if proposer else "none", seconds=dict(loop.seconds)
     )
@@ -310,10 +311,10 @@ class _Loop:
 def _scheduler(schedule: Schedule | SPSCurve | None) -> Schedule | None:
     if not isinstance(schedule, SPSCurve):
         return schedule
-    curve = schedule
+    table = schedule.table()
 
     def by_curve(survival: Tensor, live: Tensor) -> Tensor:
-        return early_stop(survival, curve.table(device=survival.device), live)
+        return early_stop(survival, table.to(survival.device), live)
 
     return by_curve
 
