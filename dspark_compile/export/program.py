@@ -285,6 +285,7 @@ def captured(subject: Subject, report: GraphReport, disable: tuple[str, ...] = (
         for spec in signature.output_specs
         if spec.kind == torch.export.graph_signature.OutputKind.BUFFER_MUTATION
     }
+    _check_dynamic(subject, signature, placeholders)
     tensors: dict[int, Tensor] = {}
     names: dict[int, str] = {}
     user: list[int] = []
@@ -340,3 +341,24 @@ def captured(subject: Subject, report: GraphReport, disable: tuple[str, ...] = (
 def _dimensions(subject: Subject) -> tuple[dict[int, Any], ...]:
     auto = torch.export.Dim.AUTO
     return tuple(dict.fromkeys(dims, auto) for dims in subject.dynamic)
+
+
+def _check_dynamic(subject: Subject, signature: Any, placeholders: list[fx.Node]) -> None:
+    """Whether every dimension that is to be dynamic is.
+
+    Raises:
+        ExportError: the model's code fixes one to the example's size.
+    """
+    kind = torch.export.graph_signature.InputKind.USER_INPUT
+    values = [
+        node.meta["val"]
+        for node, spec in zip(placeholders, signature.input_specs, strict=True)
+        if spec.kind == kind
+    ]
+    for name, value, dims in zip(subject.input_names, values, subject.dynamic):
+        for dim, meaning in dims.items():
+            if isinstance(value.shape[dim], int):
+                raise ExportError(
+                    f"the model's code fixes dimension {dim} ({meaning}) of {name} to "
+                    f"{value.shape[dim]}: it uses that size as a Python number"
+                )

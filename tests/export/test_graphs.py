@@ -163,6 +163,36 @@ def test_gqa_serves_a_shared_buffer(gqa):
         assert relative(got, want) <= 1e-5
 
 
+def test_gqa_takes_padding_on_the_right(gqa):
+    """A prompt of five tokens and one of three, then a step of both."""
+    model, path, _ = gqa
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(1))
+    lengths, names = (5, 3), [f"{i}.{kind}" for i in range(2) for kind in ("key", "value")]
+    mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], np.int64)
+    feed = {
+        "input_ids": ids[:, :5].numpy(),
+        "attention_mask": mask,
+        "position_ids": np.arange(5)[None].repeat(2, 0),
+        **{f"past_key_values.{n}": np.zeros((2, 2, 0, 16), np.float32) for n in names},
+    }
+    prompt = dict(zip([o.name for o in session.get_outputs()], session.run(None, feed)))
+    feed = {
+        "input_ids": ids[:, 5:6].numpy(),
+        "attention_mask": np.array([[1] * 6, [1, 1, 1, 1, 0, 0]], np.int64),
+        "position_ids": np.array(lengths)[:, None],
+        **{f"past_key_values.{n}": prompt[f"present.{n}"] for n in names},
+    }
+    step = session.run(["logits"], feed)[0]
+    for row, length in enumerate(lengths):
+        whole = torch.cat((ids[row, :length], ids[row, 5:6]))[None]
+        with torch.no_grad():
+            want = model(whole).logits[0]
+        got = torch.from_numpy(prompt["logits"][row, :length])
+        assert relative(got, want[:length]) <= 1e-5
+        assert relative(torch.from_numpy(step[row, 0]), want[length]) <= 1e-5
+
+
 def test_a_wrong_translation_is_found_and_named(tmp_path, monkeypatch):
     from dspark_compile.export import emit
 
