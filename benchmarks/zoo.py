@@ -27,7 +27,7 @@ from zoo.runner import site_counts  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.json"
 DOCUMENT = ROOT / "docs" / "zoo.md"
-KINDS = ("attention", "norm", "rope", "mlp")
+KINDS = ("attention", "norm", "rope", "mlp", "experts")
 MODES = ("prefill", "static", "dynamic")
 
 
@@ -176,8 +176,8 @@ def document(results: dict[str, Any]) -> None:
         *totals(ours, half),
         "",
         "| family | prefill | static | dynamic | bf16 (eager) | graphs (Dynamo) | attention | norm "
-        "| RoPE | MLP |",
-        "|" + "---|" * 10,
+        "| RoPE | MLP | experts |",
+        "|" + "---|" * 11,
     ]
     for family in sorted(ours):
         result = ours[family]

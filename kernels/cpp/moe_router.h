@@ -176,9 +176,15 @@ struct Router {
     const size_t own = aligned(sizeof(WT) * M * s.K) + route_bytes(E) + aligned(12 * s.k);
     memory += own * team.thread;
     const int64_t ldx = Packed<WT, M>::padded(s.K);
+    // One row of the right type and size is read where it lies.
+    constexpr bool SAME = M == 1 && std::is_same<XT, WT>::value &&
+                          std::is_same<WT, Element>::value &&
+                          Packed<WT, M>::FORM != Form::Tiles;
+    const bool direct = SAME && s.tokens == 1 && s.K % Packed<WT, M>::STEP == 0;
+    if (direct) packed = (Element*)x;
     {
       WT* rows = (WT*)memory;
-      const auto [first, last] = team.share(passes);
+      const auto [first, last] = team.share(direct ? 0 : passes);
       for (int64_t p = first; p < last; ++p) {
         for (int m = 0; m < M; ++m)
           for (int64_t n = 0; n < s.K; n += Vec::W) {
@@ -192,7 +198,7 @@ struct Router {
       if (correction != nullptr && team.thread == team.threads - 1)
         for (int64_t e = 0; e < E; ++e) added[e] = to_float(correction[e]);
     }
-    team.barrier();
+    if (!direct) team.barrier();
     const WT* const weight[1] = {w};
     const auto [first, last] = team.share(E, E >= team.threads * BLOCK ? BLOCK : 16);
     product_passes<WT, M, 1>(

@@ -66,13 +66,13 @@ def blocks_of(indices: Tensor, experts: int, rows: int) -> Blocks:
 
 def _tiles(tokens: int, dtype: torch.dtype, target: Target) -> tuple[int, int, int, int, int]:
     """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages)."""
-    wide = dtype == torch.float32
-    stages = 2 if target.backend == "hip" else 3
+    wide = dtype == torch.float32  # whose products take registers, not matrix units
+    stages = 2 if wide or target.backend == "hip" else 3
     if tokens == 1:
         return 1, 16, 128 if wide else 256, 4, 1
     if tokens <= FEW:
-        return 16, 32, 64 if wide else 128, 4, stages
-    return 64, 64, 32 if wide else 64, 4, stages
+        return 16, 32, 32 if wide else 128, 4, stages
+    return (32, 32, 32, 4, stages) if wide else (64, 64, 64, 4, stages)
 
 
 def plan(

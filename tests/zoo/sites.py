@@ -1,7 +1,7 @@
-"""How many attention, norm, RoPE and MLP sites a model runs, counted in eager mode without the
+"""How many attention, norm, RoPE, MLP and experts sites a model runs, counted in eager mode without the
 compiler.
 
-Norms and MLPs are counted by forward hooks on modules, by class name; attention by wrapping
+Norms, MLPs and modules of stacked experts are counted by forward hooks on modules, by class name; attention by wrapping
 ``scaled_dot_product_attention`` and the modeling files' own ``eager_attention_forward``; RoPE by
 wrapping their ``apply_rotary…`` functions. Counting calls and not modules counts shared layers as
 often as they run.
@@ -20,13 +20,14 @@ from unittest import mock
 import torch
 from torch import nn
 
-KINDS = ("attention", "norm", "rope", "mlp")
+KINDS = ("attention", "norm", "rope", "mlp", "experts")
 
 _NORM = re.compile(r"Norm(Gated|1P|PerHead)?$")
 _NOT_NORM = re.compile(r"GroupNorm|BatchNorm|SpatialNorm|WeightNorm|ScaleNorm")
 _MLP = re.compile(r"(MLP|Mlp|FeedForward|FFN|DenseReluDense)\d*$")
 _ROUTED = re.compile(r"Expert|Router|Gate$|MoE|Moe|TopK")
 _ROPE = re.compile(r"^_?apply_.*(rotary|rope)", re.IGNORECASE)
+_EXPERTS = re.compile(r"(?<!Parallel)Experts$")
 _EXPERT_PATH = re.compile(r"(^|\.)experts(\.|$)")
 
 
@@ -67,6 +68,8 @@ def _module_kind(path: str, module: nn.Module) -> str | None:
     if _NORM.search(name) and not _NOT_NORM.search(name):
         leaf = not any(_NORM.search(child) for child in children)
         return "norm" if leaf and not any("Attention" in child for child in children) else None
+    if _EXPERTS.search(name):
+        return "experts"
     if _EXPERT_PATH.search(path):
         return None
     if _MLP.search(name) or name == "MLP":
