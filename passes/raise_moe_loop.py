@@ -8,7 +8,8 @@ and what is the same: ``y[token] += …``, ``y = y + expert[e](x) * (weight * (c
 over all tokens. Each expert is an MLP that `raise_mlp` has raised already.
 
 Conditions: every step of the sum takes one expert's rows of the same tokens, choices and weights;
-experts are numbered from 0 without a gap and compute one activation. A loop over the experts that
+experts are numbered from 0 without a gap and compute one activation; their weights are not
+quantised. A loop over the experts that
 are hit (``for e in hit.nonzero()``) has no fixed length and is no graph to begin with.
 
 Worth: E gathers, products and scatters become one op, which reads only the experts that are hit.
@@ -97,6 +98,13 @@ class RaiseMoELoop(Pass):
     def check(self, match: Match, ctx: PassContext) -> Problem | None:
         chain: list[Step] = match["chain"]
         first = chain[0]
+        for step in chain:
+            if any(is_dialect_op(w, "dequantize_weight") for w in _weights(step.mlp)):
+                return Problem(
+                    "the experts' weights are quantised, and each would be dequantised for it",
+                    "the loop's own products read them quantised",
+                    step.mlp,
+                )
         for step in chain[1:]:
             if step.x is not first.x or step.choice is not first.choice:
                 return Problem("the experts see different tokens or choices", "", step.mlp)

@@ -176,6 +176,22 @@ def test_loops(style):
     assert not {"gated_mlp", "mlp"} & set(ops)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_experts_stay_right(bits):
+    torchao = pytest.importorskip("torchao.quantization")
+    from torchao.quantization.granularity import PerGroup
+
+    model = Loop("all", hidden=64, inner=96).eval()
+    config = torchao.Int8WeightOnlyConfig()
+    if bits == 4:
+        config = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+    torchao.quantize_(model.experts, config)
+    got, want, report = compiled(model, torch.randn(7, 64))
+    close(got, want)
+    assert "moe_experts" not in ops_of(report)
+    assert any("quantised" in r.condition for r in report.rejections if r.kind == "experts")
+
+
 def test_a_loop_with_a_gap_is_left_alone():
     class Gap(Loop):
         def forward(self, x):
