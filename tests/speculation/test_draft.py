@@ -75,8 +75,16 @@ CASES = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("block", [4, 7, 16])
+@pytest.mark.parametrize(
+    ("case", "block"),
+    [(case, 7) for case in CASES]
+    + [(head, block) for head in ("vanilla", "gated", "rnn") for block in (4, 16)]
+    + [
+        pytest.param(case, block, marks=pytest.mark.slow)
+        for case in list(CASES)[3:]
+        for block in (4, 5, 10, 16)
+    ],
+)
 def test_agrees_with_a_plain_reading(case, block):
     draft = make(block_size=block, **CASES[case])
     plain = straight(draft)
