@@ -128,42 +128,57 @@ class Decoder:
         return names[0].numpy()
 
 
-def measure(style: str, shape: str, context: int, rounds: int, steps: int) -> dict[str, Any]:
-    """Counts, agreement and speed of the three graphs of one model."""
+def prepare(style: str, shape: str, folder: Path) -> dict[str, Path]:
+    """The three graphs of one model in ``folder``; what is there already stays."""
     from dspark_compile.export import export_onnx
 
+    folder.mkdir(parents=True, exist_ok=True)
     model = build(style, shape)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    if not (folder / "source").exists():
         model.save_pretrained(folder / "source")
         _tokenizer(folder / "source")
-        export_onnx(model, folder / "ours.onnx", target="gqa")
-        paths = {
-            "ours": folder / "ours.onnx",
-            "builder": built(folder / "source", folder / "built"),
-            "plain": plain(model, folder / "plain.onnx"),
-        }
-        counts = {key: op_counts(path) for key, path in paths.items()}
-        decoders = {
-            key: Decoder(path, model.config, context, shared=key != "plain")
-            for key, path in paths.items()
-        }
-        logits = {key: decoder.step(7) for key, decoder in decoders.items()}
-        seconds: dict[str, list[float]] = {key: [] for key in decoders}
-        order = list(decoders)
-        for turn in range(rounds):
-            for key in order[turn % 3 :] + order[: turn % 3]:
-                decoders[key].step(5)
-                start = time.perf_counter()
-                for token in range(steps):
-                    decoders[key].step(token)
-                seconds[key].append((time.perf_counter() - start) / steps)
+    paths = {
+        "ours": folder / "ours.onnx",
+        "builder": folder / "built" / "model.onnx",
+        "plain": folder / "plain.onnx",
+    }
+    if not paths["ours"].exists():
+        export_onnx(model, paths["ours"], target="gqa")
+    if not paths["builder"].exists():
+        built(folder / "source", folder / "built")
+    if not paths["plain"].exists():
+        plain(model, paths["plain"])
+    return paths
+
+
+def measure(
+    style: str, shape: str, context: int, rounds: int, steps: int, folder: Path
+) -> dict[str, Any]:
+    """Counts, agreement and speed of the three graphs of one model."""
+    from transformers import AutoConfig
+
+    paths = prepare(style, shape, folder)
+    config = AutoConfig.from_pretrained(folder / "source")
+    counts = {key: op_counts(path) for key, path in paths.items()}
+    decoders = {
+        key: Decoder(path, config, context, shared=key != "plain") for key, path in paths.items()
+    }
+    logits = {key: decoder.step(7) for key, decoder in decoders.items()}
+    seconds: dict[str, list[float]] = {key: [] for key in decoders}
+    order = list(decoders)
+    for turn in range(rounds):
+        for key in order[turn % 3 :] + order[: turn % 3]:
+            decoders[key].step(5)
+            start = time.perf_counter()
+            for token in range(steps):
+                decoders[key].step(token)
+            seconds[key].append((time.perf_counter() - start) / steps)
     median = {key: statistics.median(times) for key, times in seconds.items()}
     scale = float(np.abs(logits["builder"]).max())
     return {
         "style": style,
         "shape": shape,
-        "layers": model.config.num_hidden_layers,
+        "layers": config.num_hidden_layers,
         "context": context,
         "nodes": {key: sum(c.values()) for key, c in counts.items()},
         "ops": counts,
@@ -197,13 +212,20 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--work", type=Path, help="Where the graphs are kept between runs.")
+    parser.add_argument("--prepare", action="store_true", help="Make the graphs, measure nothing.")
     parser.add_argument("--out", type=Path, default=RESULTS / "onnx_export.json")
     args = parser.parse_args()
     import onnxruntime
 
-    found = [
-        measure(style, args.shape, args.context, args.rounds, args.steps) for style in args.styles
-    ]
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        if args.prepare:
+            for style in args.styles:
+                prepare(style, args.shape, work / style)
+            return
+        call = (args.shape, args.context, args.rounds, args.steps)
+        found = [measure(style, *call, work / style) for style in args.styles]
     for item in found:
         print(json.dumps({k: v for k, v in item.items() if k != "ops"}))
     result = {

@@ -62,10 +62,27 @@ class StandardAttention:
             call: tuple[Any, ...] = (query, key, value, mask, sinks, [], [])
             new = program.emit(node, node.target, call, scale=kwargs["scale"], softcap=softcap)
         else:
-            if mask is not None and mask.meta["val"].dim() < 4:
-                mask = program.emit(node, aten.view.default, (mask, _four(mask)))
+            mask = None if mask is None else self._whole(node, mask, query, key)
             new = program.emit(node, op("attention"), (query, key, value, mask, kwargs["scale"]))
         program.replace(node, new)
+
+    def _whole(self, node: fx.Node, mask: fx.Node, query: fx.Node, key: fx.Node) -> fx.Node:
+        """``mask`` with four dimensions, the last two those of the scores: Attention broadcasts
+        over batch and heads only."""
+        program = self.program
+        while mask.meta["val"].dim() < 4:
+            mask = program.emit(node, aten.unsqueeze.default, (mask, 0))
+        sizes: list[Any] = [-1, -1, -1, -1]
+        for dim, source in ((2, query), (3, key)):
+            size = source.meta["val"].shape[2]
+            if not known_equal(mask.meta["val"].shape[dim], size):
+                constant = isinstance(size, int)
+                sizes[dim] = (
+                    size if constant else program.emit(node, aten.sym_size.int, (source, 2))
+                )
+        if sizes == [-1, -1, -1, -1]:
+            return mask
+        return program.emit(node, aten.expand.default, (mask, sizes))
 
     def _int8(self, node: fx.Node) -> None:
         """Dequantised keys and values, then attention as any other."""
@@ -134,8 +151,3 @@ def first_of_range(node: Any) -> Any:
         plain = not isinstance(b, fx.Node) or not isinstance(b.meta["val"], torch.Tensor)
         return b if plain and first_of_range(a) == 0 else None
     return None
-
-
-def _four(node: fx.Node) -> list[Any]:
-    shape = list(node.meta["val"].shape)
-    return [1] * (4 - len(shape)) + shape

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from dspark_compile._torch_compat import is_subclass
 from dspark_compile.passes.subclasses import Rebuild
@@ -417,7 +418,7 @@ class _Written:
 
 
 class Plain(Subject):
-    """Any module that takes tensors and gives a tensor or a flat tuple or list of them.
+    """Any module that takes tensors and gives tensors, in lists, tuples and dicts if it likes.
 
     Args:
         model: in eval mode.
@@ -464,7 +465,7 @@ class Plain(Subject):
         self.given_outputs = list(output_names or [])
         with torch.no_grad(), _buffers_kept(model):
             result = model(*self.example)
-        results = [result] if isinstance(result, Tensor) else list(result)
+        results = tree_leaves(result)
         if not all(isinstance(r, Tensor) for r in results):
             raise ExportError(
                 f"{type(model).__name__} returns {[type(r).__name__ for r in results]}, not "
@@ -500,7 +501,7 @@ class Plain(Subject):
                 before = [self._buffer(name).clone() for name in self.buffers]
                 result = self.model(*inputs)
                 after = [self._buffer(name).clone() for name in self.buffers]
-            results = [result] if isinstance(result, Tensor) else list(result)
+            results = tree_leaves(result)
             shapes_text = ", ".join(str(tuple(x.shape)) for x in inputs)
             made.append(Case(f"inputs {i}: {shapes_text}", [*inputs, *before], [*results, *after]))
         return made
@@ -510,15 +511,14 @@ class Plain(Subject):
 
 
 class _Listed(nn.Module):
-    """A module's result as a tuple."""
+    """A module's result as a flat tuple."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
-        result = self.model(*args)
-        return (result,) if isinstance(result, Tensor) else tuple(result)
+        return tuple(tree_leaves(self.model(*args)))
 
 
 class _buffers_kept:

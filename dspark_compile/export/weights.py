@@ -29,6 +29,8 @@ class Products:
 
     def run(self) -> None:
         """Lower every site."""
+        if self.contrib:
+            self.merge()
         for node in list(self.program.graph.nodes):
             if is_dialect_op(node, "linear"):
                 self.program.replace(node, self.linear(node, *_args(node, 3)))
@@ -141,18 +143,75 @@ class Products:
 
     def _gated(self, node: fx.Node) -> None:
         x, gate, up, down, gate_bias, up_bias, down_bias, name, wide = _args(node, 9)
+        both = self._stacked([gate, up], [gate_bias, up_bias]) if self.contrib else None
+        if both is not None:
+            y = self._wide(node, self.linear(node, x, *both), bool(wide))
+            self._halves(node, y, down, down_bias, name, x.meta["val"].dtype)
+            return
         g = self._wide(node, self.linear(node, x, gate, gate_bias), bool(wide))
         u = self._wide(node, self.linear(node, x, up, up_bias), bool(wide))
         self._finish(node, g, u, down, down_bias, name, x.meta["val"].dtype)
 
     def _gated_merged(self, node: fx.Node) -> None:
         x, both, down, both_bias, down_bias, name, wide = _args(node, 7)
-        program = self.program
         y = self._wide(node, self.linear(node, x, both, both_bias), bool(wide))
+        self._halves(node, y, down, down_bias, name, x.meta["val"].dtype)
+
+    def _halves(
+        self,
+        node: fx.Node,
+        y: fx.Node,
+        down: fx.Node,
+        bias: fx.Node | None,
+        name: str,
+        dtype: torch.dtype,
+    ) -> None:
+        """What follows gate and up side by side."""
         inner = y.meta["val"].shape[-1] // 2
-        parts = program.emit(node, aten.split_with_sizes.default, (y, [inner, inner], -1))
-        g, u = (_item(program, node, parts, i) for i in range(2))
-        self._finish(node, g, u, down, down_bias, name, x.meta["val"].dtype)
+        parts = self.program.emit(node, aten.split_with_sizes.default, (y, [inner, inner], -1))
+        g, u = (_item(self.program, node, parts, i) for i in range(2))
+        self._finish(node, g, u, down, bias, name, dtype)
+
+    def _stacked(
+        self, weights: list[fx.Node], biases: list[fx.Node | None]
+    ) -> tuple[fx.Node, fx.Node | None] | None:
+        """Weights on top of each other, as one constant, and their biases; None where one is no
+        plain constant of its own."""
+        program = self.program
+        values = [program.value(w) for w in weights]
+        offsets = [program.value(b) for b in biases]
+        if any(v is None for v in values) or any(len(w.users) > 1 for w in weights):
+            return None
+        if any(b is not None for b in biases) and any(v is None for v in offsets):
+            return None
+        name = program.names[weights[0]].removesuffix(".weight") + "_stacked"
+        weight = program.constant(f"{name}.weight", torch.cat(values))  # type: ignore[arg-type]
+        if biases[0] is None:
+            return weight, None
+        return weight, program.constant(f"{name}.bias", torch.cat(offsets))  # type: ignore[arg-type]
+
+    def merge(self) -> None:
+        """Linears of one input become one product, and a split."""
+        program = self.program
+        groups: dict[fx.Node, list[fx.Node]] = {}
+        for node in program.graph.nodes:
+            if is_dialect_op(node, "linear"):
+                groups.setdefault(node.args[0], []).append(node)
+        for x, nodes in groups.items():
+            if len(nodes) < 2:
+                continue
+            calls = [_args(n, 3) for n in nodes]
+            if len({c[1] for c in calls}) != len(calls):
+                continue
+            made = self._stacked([c[1] for c in calls], [c[2] for c in calls])
+            if made is None:
+                continue
+            first = nodes[0]
+            y = program.emit(first, torch.ops.dspark.linear.default, (x, *made))
+            sizes = [int(n.meta["val"].shape[-1]) for n in nodes]
+            parts = program.emit(first, aten.split_with_sizes.default, (y, sizes, -1))
+            for i, node in enumerate(nodes):
+                program.replace(node, _item(program, first, parts, i))
 
     def _finish(
         self,

@@ -124,10 +124,10 @@ def test_gqa_has_one_attention_two_norms_and_no_reshape_a_layer(gqa):
     _, path, report = gqa
     assert report.error <= 1e-5
     layers = 2
-    # For each layer: QKV, attention, output, two norms, gate, up, SiLU, product, down.
+    # For each layer: QKV, attention, output, two norms, gate and up, split, SiLU, product, down.
     assert report.nodes == {
-        "Cast": 2, "Gather": 1, "MatMul": 5 * layers + 1, "Mul": layers, "RMSNormalization": 1,
-        "ReduceSum": 1, "Shape": 1, "Sub": 1,
+        "Cast": 2, "Gather": 1, "MatMul": 4 * layers + 1, "Mul": layers, "RMSNormalization": 1,
+        "ReduceSum": 1, "Shape": 1, "Split": layers, "Sub": 1,
         "com.microsoft::GroupQueryAttention": layers, "com.microsoft::QuickGelu": layers,
         "com.microsoft::SkipSimplifiedLayerNormalization": 2 * layers,
     }  # fmt: skip
