@@ -406,3 +406,39 @@ def splits(units: int, keys: int, threads: int, block: int = 64) -> int:
     if units >= threads and units % threads == 0:
         return 1
     return max(1, min(math.ceil(keys / block), math.ceil(4 * threads / max(units, 1))))
+
+
+# -- mixtures of experts: read are the experts that tokens are sent to, each once
+
+
+def experts_hit(experts: Size, k: Size, tokens: Size) -> sympy.Expr:
+    """How many of ``experts`` are hit by ``tokens`` with k choices each that know nothing of each
+    other: ``E (1 - (1 - k / E)^T)``."""
+    e = sympy.sympify(experts)
+    return e * (1 - (1 - sympy.sympify(k) / e) ** sympy.sympify(tokens))
+
+
+@_formula("moe_router")
+def _moe_router(
+    x: T, weight: T, bias: T | None, correction: T | None, top_k: int, *rest: Any
+) -> Cost:
+    rows, experts = _rows(x), weight.shape[0]
+    written = rows * (experts * rest[2].itemsize + top_k * (rest[3].itemsize + 8))
+    flops = _product(x, experts, weight.shape[1]) + 16 * rows * experts
+    return Cost(_bytes(x, weight, bias, correction), written, flops, weight.dtype)
+
+
+@_formula("moe_experts")
+def _moe_experts(x: T, indices: T, weights: T, gate: Any, up: Any, down: Any, *rest: Any) -> Cost:
+    stacks = [[tensor(t) for t in stack] for stack in (gate, up, down, *rest[:3])]
+    inner, k = stacks[1][0].shape[-2:]
+    n = stacks[2][0].shape[-2]
+    whole = stacks[2][0]
+    experts = whole.shape[0] if len(whole.shape) == 3 else len(stacks[2])
+    total = sympy.Add(*(t.bytes for stack in stacks for t in stack))
+    tokens, choices = _rows(x), indices.shape[-1]
+    read = total * experts_hit(experts, choices, tokens) / experts
+    matrices = 1 + len(stacks[0][:1])
+    flops = choices * (_product(x, inner, k) * matrices + 2 * tokens * n * inner)
+    written = tokens * n * x.dtype.itemsize
+    return Cost(read + _bytes(x, indices, weights), written, flops, x.dtype)

@@ -107,6 +107,19 @@ def test_every_formula_takes_real_arguments():
         "qk_norm_rope_append_": (*front, cache, cache, positions, *prepare),
         "qk_norm_rope_append_int8": (*front, int8, scale, int8, scale, positions, *prepare),
         "qk_norm_rope_append_int8_": (*front, int8, scale, int8, scale, positions, *prepare),
+        "moe_router": (x, w, None, None, 2, "softmax", "sum", torch.float32, torch.float32),
+        "moe_experts": (
+            x,
+            torch.zeros(*x.shape[:-1], 2, dtype=torch.int64),
+            torch.zeros(*x.shape[:-1], 2),
+            [w],
+            [w],
+            [w],
+            [],
+            [],
+            [],
+            "silu",
+        ),
         "greedy_token": (x,),
         "sample_token": (x, torch.zeros(2)),
     }
@@ -129,3 +142,17 @@ def test_symbols_of_a_graph_are_kept():
     c = of_node(node)
     symbols = tensor(node.args[0].meta["val"]).numel.free_symbols
     assert symbols and symbols <= c.flops.free_symbols
+
+
+def test_experts_are_read_once_each():
+    def experts(tokens):
+        up, down = T((64, 512, 1024)), T((64, 1024, 512))
+        x, chosen = T((tokens, 1024)), T((tokens, 8), torch.int64)
+        args = (x, chosen, T((tokens, 8)), [up], [up], [down], [], [], [], "silu")
+        return cost("moe_experts", *args)
+
+    one = 3 * 512 * 1024 * 2
+    assert float(experts(1).read) == pytest.approx(8 * one, rel=1e-3)
+    assert float(experts(4096).read) == pytest.approx(64 * one, rel=0.1)
+    assert 25 * one < float(experts(4).read) < 32 * one  # fewer than 32: some are shared
+    assert experts(M).bytes.free_symbols == {M}
