@@ -21,7 +21,7 @@ from transformers import (
 
 import dspark_compile
 from dspark_compile import DecodeCache, last_generation
-from dspark_compile.runtime import decode_cache
+from dspark_compile.runtime import decode_cache, room
 from dspark_compile.runtime.errors import KVCacheError
 from dspark_compile.runtime.generate import free
 from dspark_compile.runtime.rounds import POOL, Rounds
@@ -92,7 +92,7 @@ def test_ragged_batch_padded_to_a_bucket(model):
 
 
 def test_one_compilation_for_any_length(model, monkeypatch):
-    monkeypatch.setattr(decode_cache, "SMALLEST", 16)
+    monkeypatch.setattr(room, "SMALLEST", 16)
     free(model)
     from dspark_compile.runtime import capture
 
@@ -120,7 +120,7 @@ def _stingy(reserve):
 
 
 def test_growth_keeps_what_is_held(model, monkeypatch):
-    monkeypatch.setattr(decode_cache, "SMALLEST", 8)
+    monkeypatch.setattr(room, "SMALLEST", 8)
     monkeypatch.setattr(Rounds, "reserve", _stingy(Rounds.reserve))
     free(model)
     report = check(model, **ragged(4, 11), max_new_tokens=150)

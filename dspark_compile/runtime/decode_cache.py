@@ -25,13 +25,7 @@ from transformers.cache_utils import Cache, StaticCache, StaticLayer, StaticSlid
 from dspark_compile.ops.cache import SCALE_DTYPE
 
 from .errors import KVCacheError
-
-SMALLEST = 256  # rows
-
-
-def bucket(rows: int) -> int:
-    """The power of two, at least `SMALLEST`, that holds ``rows``."""
-    return max(SMALLEST, 1 << (rows - 1).bit_length())
+from .room import bucket
 
 
 class DecodeLayer(StaticLayer):  # type: ignore[misc]

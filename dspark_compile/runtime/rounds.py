@@ -13,16 +13,18 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .capture import Captured, CaptureError
-from .decode_cache import DecodeCache
 from .errors import KVCacheError
 from .token_choice import Chooser
+
+if TYPE_CHECKING:
+    from .decode_cache import DecodeCache
 
 # How far the compiled step's logits may lie from eager ones, as a part of their norm.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -53,12 +55,24 @@ class Rounds:
         scheme: str = "model",
         options: Mapping[str, Any] | None = None,
     ) -> None:
+        from .decode_cache import DecodeCache
+
+        self._start(model, rows, masked, scheme, options, model.device)
+        self.key = pool_key(rows, masked, scheme, self.options)
+        self.cache: Any = DecodeCache(model.config, scheme=scheme, rows=rows)
+        accepted = inspect.signature(model.forward).parameters
+        self._keeps = "logits_to_keep" in accepted
+        # Given even where they are no more than the length: code that makes them from the cache's
+        # length slices by it, and a length that is data cannot be sliced by.
+        self._positioned = "position_ids" in accepted
+
+    def _start(
+        self, model: Any, rows: int, masked: bool, scheme: str,
+        options: Mapping[str, Any] | None, device: torch.device,
+    ) -> None:  # fmt: skip
         self._model = weakref.ref(model)
         self.rows, self.masked, self.scheme = rows, masked, scheme
         self.options = dict(options or {})
-        self.key = pool_key(rows, masked, scheme, self.options)
-        self.cache = DecodeCache(model.config, scheme=scheme, rows=rows)
-        device = model.device
         self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.done = torch.zeros(rows, dtype=torch.bool, device=device)
         self.positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
@@ -66,12 +80,8 @@ class Rounds:
         self.length = 0
         self.program: Captured | None = None
         self.reason: str | None = None  # why there is no program
-        self._signature = _signature(model)
-        accepted = inspect.signature(model.forward).parameters
-        self._keeps = "logits_to_keep" in accepted
-        # Given even where they are no more than the length: code that makes them from the cache's
-        # length slices by it, and a length that is data cannot be sliced by.
-        self._positioned = "position_ids" in accepted
+        self._signature = signature(model)
+        self._keeps = self._positioned = False
 
     @property
     def model(self) -> Any:
@@ -87,7 +97,7 @@ class Rounds:
 
     def fits(self) -> bool:
         """Whether the model is still what the program was compiled for."""
-        return self._signature == _signature(self.model)
+        return self._signature == signature(self.model)
 
     # ----------------------------------------------------------------------------- a prompt
 
@@ -119,6 +129,17 @@ class Rounds:
         self.cache, self.mask, self.length = cache, mask, cache.known
         if self.program is not None:
             self.program.replace(replaced, cache.room)
+
+    def another_cache(self) -> Any:
+        """An empty one of the same kind."""
+        from .decode_cache import DecodeCache
+
+        return DecodeCache(self.model.config, scheme=self.scheme, rows=self.rows)
+
+    def expect(self, tokens: int) -> None:
+        """Sequences will perhaps reach ``tokens``: room at once, so that a short text never moves
+        its cache."""
+        self.reserve(tokens)
 
     def reserve(self, tokens: int) -> None:
         """Have room for sequences of ``tokens``, without another compilation.
@@ -236,31 +257,14 @@ class Rounds:
 
     def _compile(self) -> Tensor:
         """Compile the step by taking it, and compare it with an eager one."""
-        model, cache, tokens, mask, positions = (
-            self.model, self.cache, self.tokens, self.mask, self.positions,
-        )  # fmt: skip
-        positioned = self._positioned
-        given: dict[str, Any] = {}
-        if self.masked:
-            given["attention_mask"] = mask
-        if positioned:
-            given["position_ids"] = positions
-
-        def step() -> Tensor:
-            logits = model(input_ids=tokens, past_key_values=cache, use_cache=True, **given).logits
-            if positioned:
-                positions.add_(1)
-            return logits[:, -1]
-
-        growing = [(x, 2) for _, _, x in cache.tensors()]
-        if self.masked:
-            growing.append((mask, 1))
+        cache, positions = self.cache, self.positions
+        step, growing = self._step()
         before = positions.clone()
         try:
             program = Captured(step, growing, self.options)
             got = program.first.clone()
         except CaptureError as error:
-            if not self.masked:
+            if not self.masked and self._positioned:
                 # A model that makes positions or masks from the length alone may do better with
                 # a mask, even one that hides nothing.
                 self.masked = True
@@ -280,25 +284,46 @@ class Rounds:
         self.program = program
         return expected
 
+    def _step(self) -> tuple[Callable[[], Tensor], list[tuple[Tensor, int]]]:
+        """The step as a function of nothing, and the tensors that grow with their dimension."""
+        model, cache, tokens, positions = self.model, self.cache, self.tokens, self.positions
+        positioned = self._positioned
+        given: dict[str, Any] = {}
+        if self.masked:
+            given["attention_mask"] = self.mask
+        if positioned:
+            given["position_ids"] = positions
+
+        def step() -> Tensor:
+            logits = model(input_ids=tokens, past_key_values=cache, use_cache=True, **given).logits
+            if positioned:
+                positions.add_(1)
+            return logits[:, -1]
+
+        growing = [(x, 2) for _, _, x in cache.tensors()]
+        if self.masked:
+            growing.append((self.mask, 1))
+        return step, growing
+
     def set_length(self, tokens: int) -> None:
         """``tokens`` are held from now on."""
         self.length = tokens
         self.cache.set_length(tokens)
 
 
-def _signature(model: Any) -> tuple[Any, ...]:
+def signature(model: Any) -> tuple[Any, ...]:
     """What a compiled step depends on and a user may change between calls."""
     tensors = [*model.parameters(), *model.buffers()]
     return (
         model.training,
-        getattr(model.config, "_attn_implementation", None),
-        getattr(model.config, "_experts_implementation", None),
+        getattr(getattr(model, "config", None), "_attn_implementation", None),
+        getattr(getattr(model, "config", None), "_experts_implementation", None),
         torch.get_num_threads(),
         *((id(x), x.data_ptr(), x.dtype, x.device) for x in tensors),
     )
 
 
-def pool_key(rows: int, masked: bool, scheme: str, options: Mapping[str, Any]) -> Any:
+def pool_key(rows: int, masked: bool | str, scheme: str, options: Mapping[str, Any]) -> Any:
     """What `Rounds` must have in common to stand in for each other."""
     return rows, masked, scheme, tuple(sorted((k, str(v)) for k, v in options.items()))
 
@@ -317,7 +342,11 @@ class RoundsPool:
         self, model: Any, rows: int, masked: bool, scheme: str, options: Mapping[str, Any]
     ) -> Rounds:
         """One that nobody uses."""
-        key = pool_key(rows, masked, scheme, options)
+        idle = self.idle(model, pool_key(rows, masked, scheme, options))
+        return idle or Rounds(model, rows, masked, scheme, options)
+
+    def idle(self, model: Any, key: Any) -> Rounds | None:
+        """One that was given back and still fits, or None."""
         with self._lock:
             idle = self._idle.setdefault(model, {}).setdefault(key, [])
             while idle:
@@ -325,7 +354,7 @@ class RoundsPool:
                 if rounds.fits():
                     rounds.begin()
                     return rounds
-        return Rounds(model, rows, masked, scheme, options)
+        return None
 
     def give(self, rounds: Rounds) -> None:
         """It is idle again."""

@@ -1,0 +1,200 @@
+"""`generate` for Hugging Face models: transformers prepares its arguments, and hands over here
+where its own loop would begin. What cannot be decoded in rounds goes to that loop."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from dspark_compile.passes.incremental import NotIncremental
+
+from .decode_cache import DecodeCache, unsupported
+from .decode_loop import PREFILL_CHUNK, DecodeLoop, GenerationReport, Plan
+from .inserted import InsertedRounds
+from .rounds import POOL, Rounds, batch_bucket, pool_key
+from .token_choice import TokenChoice, parse
+
+log = logging.getLogger(__name__)
+
+# What a step does not need, or is read here.
+_KNOWN = {
+    "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
+    "cache_position", "tokenizer", "synced_gpus", "return_dict", "streamer",
+}  # fmt: skip
+
+
+def callers_streamer() -> Any:
+    """transformers prepares a ``streamer`` and does not hand it to a ``custom_generate`` function:
+    it is found where it is a local variable of ``GenerationMixin.generate``."""
+    frame = sys._getframe(1)
+    for _ in range(12):
+        if frame is None:
+            return None
+        if frame.f_code.co_name == "generate" and "generation_mode_kwargs" in frame.f_locals:
+            return frame.f_locals.get("streamer")
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def decode(
+    model: Any,
+    input_ids: Tensor,
+    processors: Any,
+    criteria: Any,
+    config: Any,
+    streamer: Any,
+    given: dict[str, Any],
+    own: Mapping[str, Any],
+    report: GenerationReport,
+) -> Any:
+    """What ``GenerationMixin._sample`` gives for prepared arguments.
+
+    Args:
+        given: keyword arguments of the model's.
+        own: ``kv_cache`` and ``options`` of `generate`.
+    """
+    reason = _refusal(model, input_ids, config, given)
+    rounds: Rounds | None = None
+    if reason is None:
+        try:
+            rounds = _take(model, input_ids.shape[0], config, given, own)
+        except NotIncremental as error:
+            reason = f"use_cache is off, and no cache can be inserted: {error}"
+    if rounds is None:
+        report.path = "transformers"
+        report.notes.append(f"decoded by transformers: {reason}")
+        log.info("decoded by transformers: %s", reason)
+        return _by_transformers(model, input_ids, processors, criteria, config, streamer, given)
+    plan = _plan(input_ids, processors, criteria, config, streamer, given, report)
+    loop = DecodeLoop(rounds, input_ids, plan, report)
+    sequences = loop.run()
+    if not config.return_dict_in_generate:
+        return sequences
+    from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+    return GenerateDecoderOnlyOutput(
+        sequences=sequences, scores=loop.scores, logits=loop.logits, past_key_values=loop.cache
+    )
+
+
+def _refusal(model: Any, input_ids: Any, config: Any, given: Mapping[str, Any]) -> str | None:
+    """Why transformers' own loop must do it."""
+    mode = str(getattr(config.get_generation_mode(), "value", ""))
+    if mode not in ("greedy_search", "sample"):
+        return f"the generation mode is {mode}"
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder model"
+    if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        return "there are no input_ids"
+    other = sorted(k for k, v in given.items() if k not in _KNOWN and v is not None)
+    if other:
+        return f"the model gets {', '.join(other)} besides tokens"
+    if config.output_attentions or config.output_hidden_states:
+        return "attentions or hidden states are wanted"
+    if given.get("synced_gpus"):
+        return "synced_gpus is on"
+    if len({p.device for p in model.parameters()}) > 1:
+        return "the model lies on several devices"
+    if not _uses_cache(config, given):
+        if given.get("attention_mask") is not None:
+            return "use_cache is off, and sequences are padded"
+        if config.return_dict_in_generate:
+            return "use_cache is off, and a dictionary is wanted"
+        return None
+    positions = given.get("position_ids")
+    if positions is not None and positions.dim() != 2:
+        return "position_ids have more than two dimensions"
+    cache = given.get("past_key_values")
+    if cache is not None and not isinstance(cache, DecodeCache):
+        if getattr(cache, "_is_user_defined", False) or _held(cache):
+            return f"past_key_values is a {type(cache).__name__} of the caller's"
+    return unsupported(model.config)
+
+
+def _uses_cache(config: Any, given: Mapping[str, Any]) -> bool:
+    return given.get("use_cache") is not False and bool(config.use_cache)
+
+
+def _held(cache: Any) -> int:
+    try:
+        return int(cache.get_seq_length())
+    except (ValueError, AttributeError, TypeError):
+        return 0
+
+
+def _take(
+    model: Any, batch: int, config: Any, given: Mapping[str, Any], own: Mapping[str, Any]
+) -> Rounds:
+    options = own["options"]
+    if not _uses_cache(config, given):
+        idle = POOL.idle(model, pool_key(batch, "inserted", "model", options))
+
+        def function(ids: Tensor) -> Tensor:
+            return model(input_ids=ids, use_cache=False).logits
+
+        return idle or InsertedRounds(model, function, batch, options)
+    masked = batch > 1 or given.get("attention_mask") is not None
+    cache = given.get("past_key_values")
+    scheme = cache.scheme if isinstance(cache, DecodeCache) else own["kv_cache"]
+    return POOL.take(model, batch_bucket(batch), masked, scheme, options)
+
+
+def _plan(
+    input_ids: Tensor, processors: Any, criteria: Any, config: Any, streamer: Any,
+    given: Mapping[str, Any], report: GenerationReport,
+) -> Plan:  # fmt: skip
+    cache, pad = given.get("past_key_values"), config._pad_token_tensor
+    plan = Plan(
+        max_length=criteria.max_length or input_ids.shape[1] + (1 << 40),
+        choice=TokenChoice(sample=bool(config.do_sample)),
+        pad=0 if pad is None else int(pad.flatten()[0]),
+        streamer=streamer,
+        chunk=getattr(config, "prefill_chunk_size", None) or PREFILL_CHUNK,
+        attention_mask=given.get("attention_mask"),
+        position_ids=given.get("position_ids"),
+        cache=cache if isinstance(cache, DecodeCache) else None,
+    )
+    if config.return_dict_in_generate:
+        plan.keep_cache = True
+        plan.keep_scores, plan.keep_logits = bool(config.output_scores), bool(config.output_logits)
+    eos, asked = [], []
+    for criterion in criteria:
+        name = type(criterion).__name__
+        if name == "EosTokenCriteria":
+            eos += criterion.eos_token_id.flatten().tolist()
+        elif name != "MaxLengthCriteria":
+            asked.append(criterion)
+            report.notes.append(f"{name} is asked in Python at every step")
+    plan.eos, plan.asked = eos, asked
+    parsed, reason = parse(processors, plan.choice.sample)
+    if plan.keep_scores and len(processors):
+        parsed, reason = None, "output_scores: logits processors are called in Python at every step"
+    if parsed is not None:
+        plan.choice = parsed
+    else:
+        plan.called = processors
+        report.notes.append(reason or "")
+    return plan
+
+
+def _by_transformers(
+    model: Any, input_ids: Any, processors: Any, criteria: Any, config: Any, streamer: Any,
+    given: dict[str, Any],
+) -> Any:  # fmt: skip
+    from transformers.generation.utils import GENERATION_MODES_MAPPING
+
+    mode = config.get_generation_mode()
+    method = GENERATION_MODES_MAPPING[mode]
+    if "/" in method:
+        raise ValueError(
+            f"{mode.value} is a custom_generate of its own: call "
+            f"model.generate(..., custom_generate={method!r})"
+        )
+    return getattr(type(model), method)(
+        model, input_ids, logits_processor=processors, stopping_criteria=criteria,
+        generation_config=config, streamer=streamer, **given,
+    )  # fmt: skip

@@ -1,0 +1,269 @@
+"""A cache for a model that has none: `insert_cache` makes an incremental decoder of a module that
+maps token ids ``[B, S]`` to logits ``[B, S, V]``.
+
+The module is traced with a symbolic S, raised, rewritten by `dspark_compile.passes.incremental`,
+and compared with the original on random tokens before it is used.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dspark_compile import _torch_compat as compat
+from dspark_compile.passes.incremental import CacheSpec, NotIncremental, make_incremental
+
+from .errors import KVCacheError
+from .room import bucket
+from .rounds import Rounds, pool_key, signature
+
+TRACED = 11  # tokens of the prompt it is traced with
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
+COARSE = 0.05
+
+
+class InsertedCache:
+    """The caches that a rewritten graph asked for, with room for the same number of tokens."""
+
+    def __init__(self, specs: list[CacheSpec], device: torch.device, limit: int | None = None):
+        self.specs, self.device, self.limit = specs, device, limit
+        self.room = self.known = 0
+        self.held: list[Tensor] = []
+        self.length = torch.zeros((), dtype=torch.long, device=device)
+
+    def tensors(self) -> Iterator[tuple[InsertedCache, int, Tensor]]:
+        """Every cache, with its number."""
+        for i, x in enumerate(self.held):
+            yield self, i, x
+
+    def growing(self) -> list[tuple[Tensor, int]]:
+        """Every cache, with the dimension that grows."""
+        return [(x, spec.dimension) for x, spec in zip(self.held, self.specs, strict=True)]
+
+    def reserve(self, tokens: int) -> bool:
+        """Have room for ``tokens``; whether tensors were replaced.
+
+        Raises:
+            KVCacheError: there is not enough memory; everything is as it was.
+        """
+        if tokens <= self.room:
+            return False
+        room = bucket(tokens)
+        if self.limit is not None:  # tables of so many rows are compared with the caches'
+            room = min(room, self.limit)
+        try:
+            new = [
+                torch.zeros(
+                    [room if n is None else n for n in spec.shape],
+                    dtype=spec.dtype, device=self.device,
+                )
+                for spec in self.specs
+            ]  # fmt: skip
+        except (RuntimeError, MemoryError) as error:
+            raise KVCacheError(
+                f"no memory for a cache of {room} tokens ({error}); ask for fewer new tokens or a "
+                "smaller batch"
+            ) from error
+        for x, old, spec in zip(new, self.held, self.specs, strict=bool(self.held)):
+            x.narrow(spec.dimension, 0, self.known).copy_(old.narrow(spec.dimension, 0, self.known))
+        self.held, self.room = new, room
+        return True
+
+    def set_length(self, tokens: int) -> None:
+        """``tokens`` are held from now on."""
+        self.known = tokens
+        self.length.fill_(tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(x.nbytes for x in self.held)
+
+
+class InsertedRounds(Rounds):
+    """`Rounds` of a function of tokens alone, over caches inserted by the compiler.
+
+    Args:
+        model: what ``function`` belongs to; held weakly.
+        function: token ids ``[B, S]`` to logits ``[B, S, V]``.
+        rows: B.
+        options: of the back end, for the step.
+
+    Raises:
+        NotIncremental: it cannot be decoded token by token; the node and the reason.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        function: Callable[[Tensor], Tensor],
+        rows: int,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        device = next((x.device for x in (*model.parameters(), *model.buffers())), None)
+        self._start(model, rows, False, "model", options, device or torch.device("cpu"))
+        self.key = pool_key(rows, "inserted", "model", self.options)
+        ids = torch.randint(1, 9, (rows, TRACED), device=self.tokens.device)
+        made = _derive(function, ids)
+        self._run, self._args, self._at, specs, self.limit = made
+        self.cache = InsertedCache(specs, self.tokens.device, self.limit)
+        self._check(function)
+
+    def _check(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Against the original, on other tokens, in pieces of several lengths."""
+        generator = torch.Generator().manual_seed(0)
+        most = 9 if self.limit is None else min(9, self.limit)
+        ids = torch.randint(1, 9, (self.rows, most), generator=generator).to(self.tokens.device)
+        want = function(ids).float()
+        self.reserve(most + 1)
+        at, got = 0, []
+        for size in (4, 1, 1, 2, 1):
+            piece = ids[:, at : at + size]
+            if piece.shape[1]:
+                got.append(self._forward({"input_ids": piece}).float())
+            at += size
+        difference = (torch.cat(got, 1) - want).norm() / want.norm()
+        allowed = TOLERANCE.get(self.dtype, COARSE)
+        if not difference <= allowed:
+            raise NotIncremental(
+                f"with a cache its logits differ by {float(difference):.1e} on random tokens"
+            )
+        self.begin()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's first parameter."""
+        return next((p.dtype for p in self.model.parameters()), torch.float32)
+
+    def fits(self) -> bool:
+        return self._signature == signature(self.model)
+
+    def begin(self) -> None:
+        self.length = 0
+        self.cache.set_length(0)
+        self.done.zero_()
+
+    def adopt(self, cache: Any) -> None:
+        raise KVCacheError("the compiler inserted this cache: it cannot be exchanged")
+
+    def expect(self, tokens: int) -> None:
+        self.reserve(tokens if self.limit is None else min(tokens, self.limit))
+
+    def reserve(self, tokens: int) -> None:
+        if self.limit is not None and tokens > self.limit + 1:
+            raise ValueError(
+                f"the model has tables for {self.limit} positions, and {tokens - 1} are asked for: "
+                "ask for fewer tokens"
+            )
+        if self.limit is not None:
+            tokens = min(tokens, self.limit)
+        before = {i: x for _, i, x in self.cache.tensors()}
+        if not self.cache.reserve(tokens):
+            return
+        replaced = {id(before[i]): x for _, i, x in self.cache.tensors() if i in before}
+        if self.program is not None:
+            self.program.replace(replaced, self.cache.room)
+
+    def prefill(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        chunk: int,
+    ) -> Tensor:
+        count = input_ids.shape[1]
+        self.reserve(self.length + count + 1)
+        logits = None
+        for at in range(0, count, chunk):
+            logits = self._forward({"input_ids": input_ids[:, at : at + chunk]})
+        assert logits is not None
+        self.length += count
+        return logits[:, -1]
+
+    def _forward(self, given: dict[str, Any]) -> Tensor:
+        ids = given["input_ids"]
+        logits = self._call(ids)
+        self.cache.set_length(self.cache.known + ids.shape[1])
+        return logits
+
+    def _call(self, ids: Tensor) -> Tensor:
+        args = list(self._args)
+        args[self._at] = ids
+        return self._run(*args, self.cache.length, *self.cache.held)[0]
+
+    def _eager_step(self) -> Tensor:
+        return self._forward({"input_ids": self.tokens})[:, -1]
+
+    def _step(self) -> tuple[Callable[[], Tensor], list[tuple[Tensor, int]]]:
+        run, at, args = self._run, self._at, list(self._args)
+        args[at] = self.tokens
+        length, held = self.cache.length, self.cache.held
+
+        def step() -> Tensor:
+            logits = run(*args, length, *held)[0]
+            length.add_(1)
+            return logits[:, -1]
+
+        return step, self.cache.growing()
+
+
+def _derive(
+    function: Callable[[Tensor], Tensor], ids: Tensor
+) -> tuple[fx.GraphModule, list[Any], int, list[CacheSpec], int | None]:
+    """(graph, its arguments, where the tokens stand among them, caches, limit)."""
+    from dspark_compile.diagnostics.report import GraphReport
+    from dspark_compile.options import Options
+    from dspark_compile.passes.base import PassContext
+    from dspark_compile.passes.capture import capture
+    from dspark_compile.passes.pipeline import RAISE
+    from dspark_compile.passes.trace import trace
+
+    seen: list[tuple[fx.GraphModule, list[Any], Any]] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        report = GraphReport(0)
+        traced, mode = trace(capture(gm, report), inputs)
+        ctx = PassContext(Options(), report, mode, list(inputs))
+        for kind in RAISE:
+            kind().run(traced.graph, ctx)
+        traced.graph.eliminate_dead_code()
+
+        def run(*args: Any) -> Any:
+            outputs = gm.forward(*args)
+            seen.append((traced, list(args), outputs))
+            return outputs
+
+        return run
+
+    def whole() -> Tensor:
+        return function(ids)
+
+    torch._dynamo.mark_dynamic(ids, 1)
+    code = whole.__code__.replace()
+    own = types.FunctionType(code, whole.__globals__, "whole", None, whole.__closure__)
+    try:
+        result = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)()
+    except compat.trace_errors() as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise NotIncremental(f"it cannot be traced whole: {line}") from error
+    finally:
+        compat.forget(code)
+    if len(seen) != 1:
+        raise NotIncremental("it is not one graph of its tokens")
+    traced, args, outputs = seen.pop()
+    output = [i for i, x in enumerate(outputs) if x is result]
+    at = [i for i, x in enumerate(args) if x is ids]
+    if not output or not at:
+        raise NotIncremental("its logits are not a result of its tokens")
+    inputs = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    tokens = inputs[at[0]]
+    size = tokens.meta["val"].shape[1]
+    if not isinstance(size, torch.SymInt):
+        raise NotIncremental("it was traced for one length only")
+    values = {n: x for n, x in zip(inputs, args, strict=True) if isinstance(x, Tensor)}
+    made = make_incremental(traced, tokens, output[0], size.node.expr, values)
+    return made.module, args, at[0], made.caches, made.limit
