@@ -6,7 +6,7 @@ inputs and outputs. A step is one token behind ``--context`` tokens; past and pr
 the builder's share a buffer, which is what both are made for; the plain graph gives presents that
 are fed back.
 
-    python -m benchmarks.onnx_export [--shape small] [--context 256] [--rounds 9] [--out FILE]
+    python -m benchmarks.onnx_export [--shape small] [--context 256 1024] [--rounds 9] [--out FILE]
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--styles", nargs="+", choices=STYLES, default=list(STYLES))
     parser.add_argument("--shape", choices=list(SHAPES), default="small")
-    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--context", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--work", type=Path, help="Where the graphs are kept between runs.")
@@ -224,8 +224,11 @@ def main() -> None:
             for style in args.styles:
                 prepare(style, args.shape, work / style)
             return
-        call = (args.shape, args.context, args.rounds, args.steps)
-        found = [measure(style, *call, work / style) for style in args.styles]
+        found = [
+            measure(style, args.shape, context, args.rounds, args.steps, work / style)
+            for style in args.styles
+            for context in args.context
+        ]
     for item in found:
         print(json.dumps({k: v for k, v in item.items() if k != "ops"}))
     result = {
