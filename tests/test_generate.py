@@ -362,7 +362,7 @@ def test_int8_cache(model):
     "given, says",
     [
         ({"num_beams": 2}, "beam_search"),
-        ({"use_cache": False}, "use_cache is off"),
+        ({"use_cache": False, "return_dict_in_generate": True}, "use_cache is off"),
         ({"past_key_values": "dynamic"}, "DynamicCache"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "hidden_states"),
     ],
@@ -428,6 +428,6 @@ def test_bad_arguments(model, given, error, says):
         dspark_compile.generate(model, prompt(), **given)
 
 
-def test_no_generate():
-    with pytest.raises(ValueError, match="Linear has no generate"):
-        dspark_compile.generate(torch.nn.Linear(2, 2), prompt())
+def test_no_module():
+    with pytest.raises(ValueError, match="model is a str: give a torch.nn.Module"):
+        dspark_compile.generate("gpt2", prompt(), max_new_tokens=3)
