@@ -4,7 +4,7 @@ a Markov head as a baseline.
 The steps, each of which goes on where it was stopped:
 
 1. *Data.*  The training files of the demonstration model: the standard library's source without
-   what ``train_demo.py`` held out (the split is by name, so any run finds the same one).
+   what ``train_demo.py`` held out (``held_out_files`` in ``models/demo/training.json``).
 2. *Text.*  The model continues prompts cut from them (greedily, and at two temperatures), and the
    draft is trained on that: ``dspark_compile.training``.
 3. *Baseline.*  ``--twin`` trains the same draft with ``markov_rank`` 0 for as many steps.
@@ -30,17 +30,18 @@ import time
 
 import torch
 
-from dspark_compile.models import DEMO_PATH
+from dspark_compile.models import DEMO_DRAFT_PATH, DEMO_PATH
 from dspark_compile.models.draft import DraftModel
 from dspark_compile.runtime.speculation.reference import speculate
 from dspark_compile.runtime.token_choice import TokenChoice
-from dspark_compile.training import TrainOptions, evaluate, train_draft
+from dspark_compile.training import TrainOptions, train_draft
+from dspark_compile.training.evaluate import evaluate
 from dspark_compile.training.loop import Trainer
 from dspark_compile.training.plot import write_svg
 from dspark_compile.training.regenerate import Text
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-OUT = ROOT / "models" / "demo_draft"
+OUT = DEMO_DRAFT_PATH
 RESULTS = ROOT / "benchmarks" / "results" / "draft.json"
 
 # A block of 5: the model's own text is hard to foresee further, and every row costs.  Two layers
@@ -60,8 +61,10 @@ def data_file(work: pathlib.Path) -> pathlib.Path:
         sys.path.insert(0, str(ROOT / "models"))
         import train_demo  # its data code needs transformers and tokenizers, as this script does
 
-        code = train_demo.collect(None, 1)["code"]
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in code.values()))
+        held = set(json.loads((DEMO_PATH / "training.json").read_text())["held_out_files"])
+        sources = train_demo.stdlib_sources().items()
+        lines = [json.dumps({"text": text}) for name, text in sources if name not in held]
+        path.write_text("\n".join(lines) + "\n")
     return path
 
 
@@ -135,7 +138,7 @@ def export(args) -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO_PATH)
     model = AutoModelForCausalLM.from_pretrained(DEMO_PATH, dtype=torch.float32).eval()
     listed = json.loads((DEMO_PATH / "prompts.json").read_text())
-    prompts = [torch.tensor(tokenizer(p["prompt"]).input_ids) for p in listed]
+    prompts = [torch.tensor(tokenizer(p["prompt"]).input_ids) for p in listed[: args.prompts]]
     texts = heldout_texts(model, tokenizer, prompts, args.new_tokens)
     results = {}
     for name, twin in (("markov", False), ("no_markov", True)):
@@ -153,7 +156,7 @@ def export(args) -> None:
             "parameters": sum(p.numel() for p in draft.parameters()),
             "held_out": found.to_dict(),
             "greedy": generate(model, draft, prompts, args.new_tokens, 0.0),
-            "sampled": generate(model, draft, prompts[:12], args.new_tokens // 2, 1.0),
+            "sampled": generate(model, draft, prompts[::2], args.new_tokens // 2, 1.0),
         }
         print(name, json.dumps(numbers), f"{time.perf_counter() - start:.0f} s", flush=True)
         results[name] = numbers
@@ -165,9 +168,9 @@ def export(args) -> None:
     RESULTS.write_text(
         json.dumps(
             {
-                "what": "models/demo_draft against its twin without a Markov head; the 24 prompts "
-                f"of models/demo/prompts.json, {args.new_tokens} new tokens, the eager reference "
-                "loop in float32, whole blocks verified",
+                "what": "models/demo_draft and its twin without a Markov head, if trained; "
+                f"{len(prompts)} prompts of models/demo/prompts.json, {args.new_tokens} new "
+                "tokens, the eager reference loop in float32, whole blocks verified",
                 **results,
             },
             indent=1,
@@ -183,6 +186,7 @@ def main() -> None:
     parser.add_argument("--work", default="/tmp/dspark-train-draft", help="not shipped")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--new-tokens", type=int, default=256, help="of an evaluated prompt")
+    parser.add_argument("--prompts", type=int, default=24, help="that are evaluated")
     parser.add_argument("--twin", action="store_true", help="train the one without a Markov head")
     parser.add_argument("--export-only", action="store_true", help="only write the results")
     args = parser.parse_args()

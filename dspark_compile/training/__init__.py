@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .evaluate import Evaluation, evaluate
+    from .evaluate import Evaluation
     from .loop import TrainResult, train_draft
     from .options import TrainError, TrainOptions
 
@@ -15,11 +15,10 @@ _HOMES = {
     "TrainError": "options",
     "TrainOptions": "options",
     "TrainResult": "loop",
-    "evaluate": "evaluate",
     "train_draft": "loop",
 }
 
-__all__ = ["Evaluation", "TrainError", "TrainOptions", "TrainResult", "evaluate", "train_draft"]
+__all__ = ["Evaluation", "TrainError", "TrainOptions", "TrainResult", "train_draft"]
 
 
 def __getattr__(name: str) -> Any:
