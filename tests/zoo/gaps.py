@@ -15,6 +15,9 @@ KNOWN_GAPS: dict[tuple[str, str], str] = {
         "the sink is computed for each query; the op takes one number for each head"
     ),
     ("minimax_m3_vl_text", "mlp"): "gate and up are clamped, and up is added to one",
+    ("inkling2_text", "experts"): (
+        "gate and up are soft-capped with tanh beside the sigmoid; the op has bounds, no soft caps"
+    ),
     ("openai-gpt", "attention"): (
         "the mask is multiplied with the scores, and that it holds only 0 and 1 is not known"
     ),
