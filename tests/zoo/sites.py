@@ -1,10 +1,10 @@
-"""How many attention, norm, RoPE, MLP and experts sites a model runs, counted in eager mode without the
-compiler.
+"""How many attention, norm, RoPE, MLP and experts sites a model runs, counted in eager mode without
+the compiler.
 
-Norms, MLPs and modules of stacked experts are counted by forward hooks on modules, by class name; attention by wrapping
-``scaled_dot_product_attention`` and the modeling files' own ``eager_attention_forward``; RoPE by
-wrapping their ``apply_rotary…`` functions. Counting calls and not modules counts shared layers as
-often as they run.
+Norms, MLPs and modules of stacked experts are counted by forward hooks on modules, by class name;
+attention by wrapping ``scaled_dot_product_attention`` and the modeling files' own
+``eager_attention_forward``; RoPE by wrapping their ``apply_rotary…`` functions. Counting calls and
+not modules counts shared layers as often as they run.
 """
 
 from __future__ import annotations
