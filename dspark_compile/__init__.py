@@ -47,6 +47,7 @@ __all__ = [
     "__version__",
     "decompress_cache",
     "explain",
+    "export_onnx",
     "generate",
     "last_generation",
     "last_report",

@@ -27,6 +27,7 @@ import pathlib
 import shutil
 import sys
 import time
+from typing import Any
 
 import torch
 
@@ -46,7 +47,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "draft.json"
 
 # A block of 5: the model's own text is hard to foresee further, and every row costs.  Two layers
 # with narrow MLPs: rows behind the anchor learn of it in the first and look up in the second.
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "layers": 2, "intermediate_size": 352, "block_size": 5, "taps": (1, 3, 4), "prompts": 3200,
     "prompt_tokens": 448, "new_tokens": 256, "temperatures": (0.0, 0.8, 0.0, 1.0),
     "max_length": 704, "batch": 2, "anchors": 96, "lr": 2e-3, "optimizer": "muon", "seed": 1,
@@ -69,8 +70,8 @@ def data_file(work: pathlib.Path) -> pathlib.Path:
 
 
 def options_for(twin: bool, args) -> TrainOptions:
-    heads = {"markov_rank": 0 if twin else 32}
-    return TrainOptions(**OPTIONS, **heads, steps=args.steps, minutes=args.minutes)
+    rank = 0 if twin else 32
+    return TrainOptions(**OPTIONS, markov_rank=rank, steps=args.steps, minutes=args.minutes)
 
 
 def train(args) -> None:

@@ -429,5 +429,5 @@ def test_bad_arguments(model, given, error, says):
 
 
 def test_no_module():
-    with pytest.raises(ValueError, match="model is a str: give a torch.nn.Module"):
+    with pytest.raises(ValueError, match=r"model is a str: give a torch\.nn\.Module"):
         dspark_compile.generate("gpt2", prompt(), max_new_tokens=3)

@@ -251,7 +251,10 @@ def moe_cases(target: Target) -> Iterator[Case]:
                 gate, up = (both[:, ::2], both[:, 1::2]) if turned else both.chunk(2, 1)
                 down = _meta(count, size, inner, dtype=dtype)
                 bias = _meta(count, 2 * inner, dtype=dtype)
-                biases = [[bias[:, ::2]], [bias[:, 1::2]], [_meta(count, size, dtype=dtype)]]
+                none: list[Tensor] = []
+                biases = (none, none, none)
+                if turned:
+                    biases = ([bias[:, ::2]], [bias[:, 1::2]], [_meta(count, size, dtype=dtype)])
                 index = _meta(tokens, k, dtype=torch.int64)
                 blocks = None
                 if tokens > moe.FEW:
@@ -259,7 +262,7 @@ def moe_cases(target: Target) -> Iterator[Case]:
                     blocks = moe.Blocks(*rows)
                 launches, _ = moe.plan(
                     _meta(tokens, size, dtype=dtype), index, _meta(tokens, k, dtype=dtype), [gate],
-                    [up], [down], *(biases if turned else ([], [], [])), "silu",
+                    [up], [down], *biases, "silu",
                     bounds if turned else (), blocks=blocks, target=target,
                 )  # fmt: skip
                 name = f"{label} M={tokens} {str(dtype).removeprefix('torch.')}"
