@@ -402,6 +402,17 @@ def test_a_step_that_cannot_be_traced_is_taken_eagerly():
     assert report.path == "eager" and "cannot be traced whole" in report.notes[0]
 
 
+def test_positions_that_are_no_tokens():
+    """CPM-Ant puts a prompt of its own in front: its cache holds more than the tokens."""
+    from tests.zoo import families
+
+    report = check(
+        families.build("cpmant").eval(), input_ids=families.tokens("cpmant", 9, 1), pad_token_id=0,
+        eos_token_id=None,
+    )  # fmt: skip
+    assert report.path == "transformers" and "positions for 9 tokens" in report.notes[0]
+
+
 def test_a_wrong_step_is_found_out(monkeypatch):
     from dspark_compile.runtime import rounds
 

@@ -15,7 +15,7 @@ from dspark_compile.passes.incremental import NotIncremental
 from .decode_cache import DecodeCache, unsupported
 from .decode_loop import PREFILL_CHUNK, DecodeLoop, GenerationReport, Plan
 from .inserted import InsertedRounds
-from .rounds import POOL, Rounds, batch_bucket, pool_key
+from .rounds import POOL, NotRounds, Rounds, batch_bucket, pool_key
 from .token_choice import TokenChoice, parse
 
 log = logging.getLogger(__name__)
@@ -64,14 +64,19 @@ def decode(
             rounds = _take(model, input_ids.shape[0], config, given, own)
         except NotIncremental as error:
             reason = f"use_cache is off, and no cache can be inserted: {error}"
-    if rounds is None:
+    sequences = None
+    if rounds is not None:
+        plan = _plan(input_ids, processors, criteria, config, streamer, given, report)
+        loop = DecodeLoop(rounds, input_ids, plan, report)
+        try:
+            sequences = loop.run()
+        except NotRounds as error:  # found out behind the prompt, before there is any token
+            reason = str(error)
+    if sequences is None:
         report.path = "transformers"
         report.notes.append(f"decoded by transformers: {reason}")
         log.info("decoded by transformers: %s", reason)
         return _by_transformers(model, input_ids, processors, criteria, config, streamer, given)
-    plan = _plan(input_ids, processors, criteria, config, streamer, given, report)
-    loop = DecodeLoop(rounds, input_ids, plan, report)
-    sequences = loop.run()
     if not config.return_dict_in_generate:
         return sequences
     from transformers.generation.utils import GenerateDecoderOnlyOutput

@@ -31,6 +31,10 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 COARSE = 0.1
 
 
+class NotRounds(Exception):
+    """A model does not hold one position for each token, so rounds cannot drive it."""
+
+
 def batch_bucket(rows: int) -> int:
     """The power of two that holds ``rows``."""
     return 1 << (rows - 1).bit_length()
@@ -197,6 +201,8 @@ class Rounds:
             logits = self._forward(given)
         assert logits is not None
         self.length = start + count
+        if self.cache.known != self.length:
+            raise NotRounds(f"it holds {self.cache.known} positions for {self.length} tokens")
         self.positions.fill_(self.length)
         if position_ids is not None:
             self.positions[:rows] = position_ids[:, -1:] + 1
