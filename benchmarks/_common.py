@@ -37,6 +37,27 @@ def conditions() -> dict[str, Any]:
     }
 
 
+def random_model(kind: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A Hugging Face model of a config, its weights drawn at random and its norms 1; the seed is
+    the caller's."""
+    import transformers.initialization
+
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with transformers.initialization.no_init_weights():
+            model = kind(config)
+    finally:
+        torch.set_default_dtype(default)
+    for p in model.parameters():
+        if p.dim() == 1:
+            p.data.fill_(1)
+        else:
+            p.data.normal_(0, 0.02)
+    model.tie_weights()
+    return model.eval()
+
+
 def read_bandwidth(megabytes: int = 512, rounds: int = 5) -> float:
     """Bytes per second of summing a tensor that no cache holds; the median of ``rounds``."""
     x = torch.ones(megabytes * 2**20 // 4, dtype=torch.int32)

@@ -23,10 +23,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers.initialization
 from transformers import Qwen3Config, Qwen3ForCausalLM, StaticCache
 
-from benchmarks._common import interleaved, write
+from benchmarks._common import interleaved, random_model, write
 from dspark_compile.codegen.machine import _probes
 
 SHAPES = {
@@ -52,20 +51,7 @@ def make(shape: str, dtype: torch.dtype, layers: int = 0) -> Qwen3ForCausalLM:
     if layers:
         config.num_hidden_layers = layers
         config.layer_types = config.layer_types[:layers]
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with transformers.initialization.no_init_weights():
-            model = Qwen3ForCausalLM(config)
-    finally:
-        torch.set_default_dtype(default)
-    for p in model.parameters():
-        if p.dim() == 1:
-            p.data.fill_(1)
-        else:
-            p.data.normal_(0, 0.02)
-    model.tie_weights()
-    return model.eval()
+    return random_model(Qwen3ForCausalLM, config, dtype)
 
 
 class Engine:

@@ -19,10 +19,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers.initialization
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, StaticCache
 
-from benchmarks._common import interleaved, write
+from benchmarks._common import interleaved, random_model, write
 from dspark_compile.codegen.machine import _probes
 from dspark_compile.runtime.expert_load import expert_load
 
@@ -53,20 +52,7 @@ def make(shape: str, dtype: torch.dtype, layers: int = 0) -> Qwen3MoeForCausalLM
     config = Qwen3MoeConfig(**SHAPES[shape])
     if layers:
         config.num_hidden_layers = layers
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with transformers.initialization.no_init_weights():
-            model = Qwen3MoeForCausalLM(config)
-    finally:
-        torch.set_default_dtype(default)
-    for p in model.parameters():
-        if p.dim() == 1:
-            p.data.fill_(1)
-        else:
-            p.data.normal_(0, 0.02)
-    model.tie_weights()
-    return model.eval()
+    return random_model(Qwen3MoeForCausalLM, config, dtype)
 
 
 def twin(model: Qwen3MoeForCausalLM, experts: str) -> Qwen3MoeForCausalLM:

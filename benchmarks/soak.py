@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import dspark_compile
 from benchmarks._common import write
 from dspark_compile.models import DEMO_PATH
-from dspark_compile.runtime import capture
+from dspark_compile.runtime import captured
 
 
 def resident() -> int:
@@ -40,13 +40,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(DEMO_PATH, dtype=torch.float32).eval()
-    draw, compiled, original = random.Random(args.seed), [], capture.Captured.__init__
+    draw, compiled, original = random.Random(args.seed), [], captured.Captured.__init__
 
     def counted(self, *given, **kwargs):
         compiled.append(1)
         original(self, *given, **kwargs)
 
-    capture.Captured.__init__ = counted  # type: ignore[method-assign]
+    captured.Captured.__init__ = counted  # type: ignore[method-assign]
     memory, wrong, checked, tokens, paths = [], 0, 0, 0, set()
     start = time.perf_counter()
     for request in range(args.requests):

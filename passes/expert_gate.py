@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from dspark_compile.ops.mlp import ACTIVATIONS
 from dspark_compile.ops.moe import PLAIN_LIMITS, gate_and_up
-from dspark_compile.passes.graph import aten, dtype, is_op, is_tensor, same_shape, shape
-
-_COPIES = (aten._to_copy.default, aten.clone.default)
-_MAX_NODES = 40
+from dspark_compile.passes.pointwise import Pointwise, close
 
 
 @dataclass(frozen=True)
@@ -35,67 +32,9 @@ class Recognised:
 _KNOWN: dict[Any, Recognised | None] = {}
 
 
-@dataclass
-class Pointwise:
-    """The pointwise nodes before ``root``, itself among them, and what they read."""
-
-    root: fx.Node
-    nodes: list[fx.Node] = field(default_factory=list)
-    leaves: list[fx.Node] = field(default_factory=list)
-
-
-def pointwise_before(root: fx.Node, stops: Callable[[fx.Node], bool]) -> Pointwise:
-    """The pointwise program that ends in ``root``; what ``stops`` takes is a leaf."""
-    program = Pointwise(root)
-
-    def collect(node: fx.Node) -> None:
-        if node in program.nodes or node in program.leaves or len(program.nodes) > _MAX_NODES:
-            return
-        if stops(node) or not _is_pointwise(node, root):
-            program.leaves.append(node)
-            return
-        program.nodes.append(node)
-        for below in node.all_input_nodes:
-            collect(below)
-
-    collect(root)
-    return program
-
-
-def _is_pointwise(node: fx.Node, root: fx.Node) -> bool:
-    if node.op != "call_function" or not is_tensor(node):
-        return False
-    if not dtype(node).is_floating_point and dtype(node) != torch.bool:
-        return False
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    pointwise = torch.Tag.pointwise in target.tags or is_op(node, *_COPIES)
-    return pointwise and same_shape(shape(node), shape(root))
-
-
-def evaluate(program: Pointwise, values: list[Tensor]) -> Tensor | None:
-    """The program on float64 ``values`` for its leaves; None if it cannot be run so."""
-    env: dict[fx.Node, Any] = dict(zip(program.leaves, values, strict=True))
-
-    def value(node: fx.Node) -> Any:
-        if node not in env:
-            if is_op(node, *_COPIES):
-                env[node] = value(node.args[0])  # type: ignore[arg-type]
-            else:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return env[node]
-
-    try:
-        return value(program.root)
-    except (RuntimeError, TypeError, NotImplementedError):
-        return None
-
-
 def recognise(program: Pointwise) -> Recognised | None:
     """What a program over one or two leaves computes; None if it is none of the dialect's."""
-    key = _key(program)
+    key = program.structure()
     if key not in _KNOWN:
         _KNOWN[key] = _recognise(program)
     return _KNOWN[key]
@@ -113,28 +52,28 @@ def _recognise(program: Pointwise) -> Recognised | None:
     grid = _grid()
     constants = _constants(program)
     if len(program.leaves) == 1:
-        out = evaluate(program, [grid])
+        out = program.evaluate([grid])
         for name, limits in _activations(constants):
-            if _close(out, gate_and_up(None, grid, name, limits)):
+            if close(out, gate_and_up(None, grid, name, limits)):
                 return None if name == "identity" and not limits else Recognised(name, limits, None)
         return None
     line = torch.tensor([1.0, -3.7, -1.0, -0.25, 0.5, 2.0, 6.9, 7.1, -7.1, 50.0, -3e3]).double()
     gate, up = torch.broadcast_tensors(grid[:, None], line)
     for index in (0, 1):
-        out = evaluate(program, [gate, up] if index == 0 else [up, gate])
+        out = program.evaluate([gate, up] if index == 0 else [up, gate])
         if out is None or out.shape != gate.shape:
             return None
         # act(gate) * f(up): one row tells f up to a factor, and with f every column tells act.
         row = out[int((grid - 3.0).abs().argmin())]
         for low, high, offset in _bounds(constants):
             factor = line.clamp(low, high) + offset
-            if not _close(row * factor[0], row[0] * factor):
+            if not close(row * factor[0], row[0] * factor):
                 continue
             for name, limits in _activations(constants):
                 slope, gate_low, gate_high = (limits or PLAIN_LIMITS)[:3]
                 whole: tuple[float, ...] = (slope, gate_low, gate_high, low, high, offset)
                 whole = () if whole == PLAIN_LIMITS else whole
-                if _close(out, gate_and_up(gate, up, name, whole)):
+                if close(out, gate_and_up(gate, up, name, whole)):
                     return Recognised(name, whole, index)
     return None
 
@@ -171,30 +110,3 @@ def _activations(constants: list[float]) -> Iterator[tuple[str, tuple[float, ...
             limits = (slope, low, high, *PLAIN_LIMITS[3:])
             if limits != PLAIN_LIMITS:
                 yield name, limits
-
-
-def _close(a: Tensor | None, b: Tensor) -> bool:
-    if a is None or a.shape != b.shape:
-        return False
-    return bool(((a - b).abs() <= 1e-6 + 1e-6 * b.abs()).all())
-
-
-def _key(program: Pointwise) -> Any:
-    """The program's structure, so that equal ones are run once."""
-    seen: dict[fx.Node, int] = {}
-
-    def key(item: Any) -> Any:
-        if isinstance(item, fx.Node):
-            if item in program.leaves:
-                return ("leaf", program.leaves.index(item))
-            if item in seen:
-                return ("again", seen[item])
-            seen[item] = len(seen)
-            return (str(item.target), key(item.args), key(item.kwargs))
-        if isinstance(item, (list, tuple)):
-            return tuple(key(v) for v in item)
-        if isinstance(item, dict):
-            return tuple((k, key(v)) for k, v in item.items())
-        return repr(item)
-
-    return (len(program.leaves), key(program.root))

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,11 +44,10 @@ from dspark_compile.passes.graph import (
     same_shape,
     shape,
 )
+from dspark_compile.passes.pointwise import COPIES, Pointwise, close, pointwise_before
 
 MLP_CLASS = re.compile(r"(MLP|Mlp|FeedForward|FFN|DenseReluDense)\d*$")
-_COPIES = (aten._to_copy.default, aten.clone.default)
 _MOVES = (aten.slice.Tensor, aten.select.int, aten.squeeze.dim, *VIEWS)
-_MAX_NODES = 40
 
 
 @dataclass(frozen=True)
@@ -63,15 +62,6 @@ class Branch:
     @property
     def whole(self) -> bool:
         return (self.start, self.step) == (0, 1) and self.stop == shape(self.linear)[-1]
-
-
-@dataclass
-class Program:
-    """The pointwise program before a linear: its nodes, outermost first, and its leaves."""
-
-    root: fx.Node
-    nodes: list[fx.Node] = field(default_factory=list)
-    leaves: list[fx.Node] = field(default_factory=list)
 
 
 class RaiseMLP(Pass):
@@ -130,7 +120,7 @@ class RaiseMLP(Pass):
         problem = match.captures.get("problem")
         if problem is not None:
             return problem
-        program: Program = match["program"]
+        program: Pointwise = match["program"]
         branches: list[Branch] = match["branches"]
         if len(branches) == 2 and branches[0].linear.args[0] is not branches[1].linear.args[0]:
             return Problem(
@@ -207,75 +197,29 @@ class RaiseMLP(Pass):
 
     # -- the activation -----------------------------------------------------------------------
 
-    def activation(self, program: Program) -> tuple[str, int] | None:
+    def activation(self, program: Pointwise) -> tuple[str, int] | None:
         """``(name, which leaf is the gate)`` of what the program computes."""
-        key = _key(program.root, program.leaves)
+        key = program.structure()
         if key not in self._known:
             self._known[key] = _recognise(program)
         return self._known[key]
 
-    def _linear_map(self, program: Program) -> bool:
+    def _linear_map(self, program: Pointwise) -> bool:
         """Whether one leaf is only scaled (no activation: not an MLP)."""
         x = torch.tensor([-3.0, -1.0, 0.5, 2.0, 7.0], dtype=torch.float64)
-        y = run(program, [x])
+        y = program.evaluate([x])
         return y is not None and bool(torch.allclose(y / x, (y / x)[0].expand_as(x)))
 
 
-def program_before(down: fx.Node) -> Program | None:
+def program_before(down: fx.Node) -> Pointwise | None:
     """The pointwise program that ends in ``down``'s input; None if there is none."""
     root = down.args[0]
     if not is_tensor(root):
         return None
     assert isinstance(root, fx.Node)
-    program = Program(root)
-    _collect(root, program)
-    trivial = all(is_op(n, *_COPIES) for n in program.nodes)
-    too_large = len(program.nodes) > _MAX_NODES
-    return None if trivial or too_large else program
-
-
-def _collect(node: fx.Node, program: Program) -> None:
-    if node in program.nodes or node in program.leaves or len(program.nodes) > _MAX_NODES:
-        return
-    if not _is_pointwise(node, program.root):
-        program.leaves.append(node)
-        return
-    program.nodes.append(node)
-    for below in node.all_input_nodes:
-        _collect(below, program)
-
-
-def _is_pointwise(node: fx.Node, root: fx.Node) -> bool:
-    if node.op != "call_function" or not is_tensor(node):
-        return False
-    if not dtype(node).is_floating_point and dtype(node) != torch.bool:
-        return False
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    pointwise = torch.Tag.pointwise in target.tags or is_op(
-        node, *_COPIES, aten.hardswish.default, aten.hardsigmoid.default
-    )
-    return pointwise and same_shape(shape(node), shape(root))
-
-
-def run(program: Program, values: list[Tensor]) -> Tensor | None:
-    """The program on float64 values for its leaves; None if it cannot be run so."""
-    env: dict[fx.Node, Any] = dict(zip(program.leaves, values, strict=True))
-
-    def evaluate(node: fx.Node) -> Any:
-        if node not in env:
-            if is_op(node, *_COPIES):
-                env[node] = evaluate(node.args[0])  # type: ignore[arg-type]
-            else:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), evaluate)
-                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return env[node]
-
-    try:
-        return evaluate(program.root)
-    except (RuntimeError, TypeError, NotImplementedError):
-        return None
+    program = pointwise_before(root)
+    trivial = all(is_op(n, *COPIES) for n in program.nodes)
+    return None if trivial or program.too_large else program
 
 
 def _grid() -> Tensor:
@@ -284,20 +228,20 @@ def _grid() -> Tensor:
     return torch.cat((near, far, -far))
 
 
-def _recognise(program: Program) -> tuple[str, int] | None:
+def _recognise(program: Pointwise) -> tuple[str, int] | None:
     grid = _grid()
     if len(program.leaves) == 1:
-        name = _name_of(run(program, [grid]), grid)
+        name = _name_of(program.evaluate([grid]), grid)
         return None if name in (None, "identity") else (name, 0)  # type: ignore[return-value]
     gate = grid[:, None]
     up = torch.tensor([1.0, -3.7, -1.0, -0.25, 0.5, 2.0, 50.0, 3e3], dtype=torch.float64)
     for index in (0, 1):
         pair = [gate.expand(-1, len(up)), up.expand(len(gate), -1)]
-        out = run(program, pair if index == 0 else pair[::-1])
+        out = program.evaluate(pair if index == 0 else pair[::-1])
         if out is None:
             return None
         name = _name_of(out[:, 0], grid)
-        if name is not None and _close(out, out[:, :1] * up):
+        if name is not None and close(out, out[:, :1] * up):
             return name, index
     return None
 
@@ -305,39 +249,14 @@ def _recognise(program: Program) -> tuple[str, int] | None:
 def _name_of(out: Tensor | None, x: Tensor) -> str | None:
     if out is None:
         return None
-    return next((name for name, f in ACTIVATIONS.items() if _close(out, f(x))), None)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return bool(((a - b).abs() <= 1e-6 + 1e-6 * b.abs()).all())
-
-
-def _key(root: fx.Node, leaves: list[fx.Node]) -> Any:
-    """The program's structure, so that equal ones are run once."""
-    seen: dict[fx.Node, int] = {}
-
-    def key(item: Any) -> Any:
-        if isinstance(item, fx.Node):
-            if item in leaves:
-                return ("leaf", leaves.index(item))
-            if item in seen:
-                return ("again", seen[item])
-            seen[item] = len(seen)
-            return (str(item.target), key(item.args), key(item.kwargs))
-        if isinstance(item, (list, tuple)):
-            return tuple(key(v) for v in item)
-        if isinstance(item, dict):
-            return tuple((k, key(v)) for k, v in item.items())
-        return repr(item)
-
-    return key(root)
+    return next((name for name, f in ACTIVATIONS.items() if close(out, f(x))), None)
 
 
 # -- the surroundings -----------------------------------------------------------------------------
 
 
 def _used_outside(
-    leaf: fx.Node, branch: Branch, program: Program
+    leaf: fx.Node, branch: Branch, program: Pointwise
 ) -> tuple[fx.Node, fx.Node] | None:
     """``(node, user)`` where something beside the program uses what the block hides."""
     inside = {*program.nodes}
@@ -358,7 +277,7 @@ def _leads_to(node: fx.Node, leaves: list[fx.Node], depth: int = 4) -> bool:
     """Whether all that comes of ``node`` are leaves."""
     if node in leaves:
         return True
-    if depth == 0 or not is_op(node, *_MOVES, *_COPIES) or not node.users:
+    if depth == 0 or not is_op(node, *_MOVES, *COPIES) or not node.users:
         return False
     return all(_leads_to(user, leaves, depth - 1) for user in node.users)
 
@@ -370,7 +289,7 @@ def is_of_inputs(node: fx.Node, depth: int = 6) -> bool:
     return depth > 0 and all(is_of_inputs(n, depth - 1) for n in node.all_input_nodes)
 
 
-def _foreign_leaf(program: Program, branches: list[Branch | None]) -> Problem:
+def _foreign_leaf(program: Pointwise, branches: list[Branch | None]) -> Problem:
     for leaf, branch in zip(program.leaves, branches, strict=True):
         if branch is None and shape(leaf) != shape(program.root) and is_of_inputs(leaf):
             return Problem(

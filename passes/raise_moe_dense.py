@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from dspark_compile.passes.base import Match, Pass, PassContext, Problem, dialect
-from dspark_compile.passes.expert_gate import Pointwise, evaluate, pointwise_before, recognise
+from dspark_compile.passes.expert_gate import recognise
 from dspark_compile.passes.graph import (
     VIEWS,
     argument,
@@ -38,6 +38,7 @@ from dspark_compile.passes.graph import (
     val,
 )
 from dspark_compile.passes.moe_rows import Miss, columns
+from dspark_compile.passes.pointwise import Pointwise, pointwise_before
 
 
 class RaiseMoEDense(Pass):
@@ -139,7 +140,7 @@ def _find(total: fx.Node) -> dict[str, Any] | None:
     if activation is None or activation.gate is None:
         raise Miss("the experts compute no gated activation of the dialect's", program.root)
     zero = torch.zeros(1, dtype=torch.float64)
-    if evaluate(program, [zero, zero]) != 0:
+    if program.evaluate([zero, zero]) != 0:
         raise Miss("an expert's result for a token of 0 is not 0", program.root)
     return {
         "down": down, "up": up, "x": tokens, "halves": halves, "activation": activation,
@@ -185,7 +186,7 @@ def _scattered(spread: Any, tokens: Any, experts: Any) -> dict[str, Any]:
     if int(dim) % 2 != 1 or empty is None or is_op(node, aten.scatter.value):
         raise Miss("dense experts with scores that are not a scattered top-k", node)
     program = Pointwise(scores, functions, [node])
-    left = evaluate(program, [torch.full((1,), empty, dtype=torch.float64)])
+    left = program.evaluate([torch.full((1,), empty, dtype=torch.float64)])
     if left is None or left != 0:
         raise Miss("the scores of experts that were not chosen are not 0", scores)
     return {

@@ -26,7 +26,7 @@ import torch
 from torch import fx
 
 from dspark_compile.passes.base import Match, Pass, PassContext, Problem, dialect
-from dspark_compile.passes.expert_gate import pointwise_before, recognise
+from dspark_compile.passes.expert_gate import recognise
 from dspark_compile.passes.graph import (
     VIEWS,
     argument,
@@ -51,6 +51,7 @@ from dspark_compile.passes.moe_rows import (
     row_product,
     tokens_of,
 )
+from dspark_compile.passes.pointwise import pointwise_before
 
 # Where the experts of a group of ranks are sharded, their indices are rewritten before: what is
 # left of that is a mask of the rows that are another rank's.

@@ -94,12 +94,12 @@ def test_ragged_batch_padded_to_a_bucket(model):
 def test_one_compilation_for_any_length(model, monkeypatch):
     monkeypatch.setattr(room, "SMALLEST", 16)
     free(model)
-    from dspark_compile.runtime import capture
+    from dspark_compile.runtime import captured
 
     made = []
-    original = capture.Captured.__init__
+    original = captured.Captured.__init__
     monkeypatch.setattr(
-        capture.Captured,
+        captured.Captured,
         "__init__",
         lambda self, *a, **k: made.append(1) or original(self, *a, **k),
     )

@@ -112,7 +112,7 @@ class Angles:
         kwargs = fx.node.map_aggregate(node.kwargs, lambda a: self._evaluate(a, ids, memo))
         kwargs = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()}  # type: ignore[union-attr]
         target: Any = node.target
-        if target in (aten.view.default, aten.expand.default) and target is aten.view.default:
+        if target is aten.view.default:
             target = aten.reshape.default
         try:
             with torch.no_grad():

@@ -18,6 +18,24 @@ def greedy_token(logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
+def penalised(logits: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
+    """Float32 logits ``[..., V]`` with the repetition penalty of bool ``seen [..., V]``."""
+    z = logits.float()
+    if seen is None or penalty == 1:
+        return z
+    return torch.where(seen, torch.where(z < 0, z * penalty, z / penalty), z)
+
+
+def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse-CDF draw: ids ``[...]`` from weights ``[..., V]`` that need not sum to one."""
+    cdf = weights.cumsum(-1)
+    # Scaled by the last entry so that rounding in the sum cannot run off the end.
+    picked = (cdf <= uniform.float().unsqueeze(-1) * cdf[..., -1:]).sum(-1)
+    # Nor past the last token that has any weight.
+    last = weights.shape[-1] - 1 - weights.flip(-1).gt(0).to(torch.int64).argmax(-1)
+    return torch.minimum(picked, last)
+
+
 def filtered_probabilities(
     logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> Tensor:
@@ -65,9 +83,4 @@ def sample_token(
     """
     if temperature < 1e-5:
         return logits.argmax(-1)
-    p = filtered_probabilities(logits, temperature, top_k, top_p, min_p)
-    cdf = p.cumsum(-1)
-    # Scaled by the last entry so that rounding in the sum cannot run off the end.
-    picked = (cdf <= (uniform.float().unsqueeze(-1) * cdf[..., -1:])).sum(-1)
-    last = p.shape[-1] - 1 - p.flip(-1).gt(0).to(torch.int64).argmax(-1)
-    return torch.minimum(picked, last)
+    return draw(filtered_probabilities(logits, temperature, top_k, top_p, min_p), uniform)

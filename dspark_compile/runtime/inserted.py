@@ -7,19 +7,18 @@ and compared with the original on random tokens before it is used.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from dspark_compile import _torch_compat as compat
 from dspark_compile.passes.incremental import CacheSpec, NotIncremental, make_incremental
 
 from .errors import KVCacheError
 from .room import bucket
-from .rounds import Rounds, pool_key, signature
+from .rounds import Rounds, pool_key
+from .trace_whole import CaptureError, trace_whole
 
 TRACED = 11  # tokens of the prompt it is traced with
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
@@ -139,9 +138,6 @@ class InsertedRounds(Rounds):
         """Of the model's first parameter."""
         return next((p.dtype for p in self.model.parameters()), torch.float32)
 
-    def fits(self) -> bool:
-        return self._signature == signature(self.model)
-
     def begin(self) -> None:
         self.length = 0
         self.cache.set_length(0)
@@ -222,42 +218,26 @@ def _derive(
     from dspark_compile.passes.pipeline import RAISE
     from dspark_compile.passes.trace import trace
 
-    seen: list[tuple[fx.GraphModule, list[Any], Any]] = []
+    graphs: list[fx.GraphModule] = []
 
-    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    def compiler(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         report = GraphReport(0)
         traced, mode = trace(capture(gm, report), inputs)
         ctx = PassContext(Options(), report, mode, list(inputs))
         for kind in RAISE:
             kind().run(traced.graph, ctx)
         traced.graph.eliminate_dead_code()
-
-        def run(*args: Any) -> Any:
-            outputs = gm.forward(*args)
-            seen.append((traced, list(args), outputs))
-            return outputs
-
-        return run
-
-    def whole() -> Tensor:
-        return function(ids)
+        graphs.append(traced)
+        return gm.forward
 
     torch._dynamo.mark_dynamic(ids, 1)
-    code = whole.__code__.replace()
-    own = types.FunctionType(code, whole.__globals__, "whole", None, whole.__closure__)
     try:
-        result = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)()
-    except compat.trace_errors() as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise NotIncremental(f"it cannot be traced whole: {line}") from error
-    finally:
-        compat.forget(code)
-    if len(seen) != 1:
-        raise NotIncremental("it is not one graph of its tokens")
-    traced, args, outputs = seen.pop()
-    output = [i for i, x in enumerate(outputs) if x is result]
+        whole = trace_whole(lambda: function(ids), compiler)
+    except CaptureError as error:
+        raise NotIncremental(str(error)) from error
+    traced, args = graphs[-1], whole.args
     at = [i for i, x in enumerate(args) if x is ids]
-    if not output or not at:
+    if not at:
         raise NotIncremental("its logits are not a result of its tokens")
     inputs = [n for n in traced.graph.nodes if n.op == "placeholder"]
     tokens = inputs[at[0]]
@@ -265,5 +245,5 @@ def _derive(
     if not isinstance(size, torch.SymInt):
         raise NotIncremental("it was traced for one length only")
     values = {n: x for n, x in zip(inputs, args, strict=True) if isinstance(x, Tensor)}
-    made = make_incremental(traced, tokens, output[0], size.node.expr, values)
+    made = make_incremental(traced, tokens, whole.place, size.node.expr, values)
     return made.module, args, at[0], made.caches, made.limit

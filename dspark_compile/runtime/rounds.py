@@ -1,7 +1,7 @@
 """`Rounds`: a model's decode step as one program over state that stays where it is.
 
 Tokens, positions, lengths, the padding mask and the cache lie on the device and are written in
-place by the step itself; the step is compiled once (`capture`) for a batch bucket, and everything
+place by the step itself; the step is compiled once (`captured`) for a batch bucket, and everything
 that differs between calls (prompt lengths, cache room, which rows are done) is data.
 
     prefill(ids)      eager, in chunks: the cache and the logits of the last token
@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .capture import Captured, CaptureError
+from .captured import Captured
 from .errors import KVCacheError
 from .token_choice import Chooser
+from .trace_whole import CaptureError
 
 if TYPE_CHECKING:
     from .decode_cache import DecodeCache

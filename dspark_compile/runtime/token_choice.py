@@ -1,20 +1,20 @@
 """How a decode loop chooses tokens: what Hugging Face's logits processors say, as one kernel.
 
 Repetition penalty, temperature, top-k, top-p and min-p, in this order, are known (`TokenChoice`);
-others are called as they are (`Chooser.processors`), which costs a few torch ops a step.
+others are called as they are by the decode loop, which costs a few torch ops a step.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dspark_compile.ops.token import filtered_probabilities
+from dspark_compile.ops.token import draw, filtered_probabilities, penalised
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,6 @@ class Chooser:
         choice: how.
         eos: tokens that end a row; then it gets ``pad``.
         seen: bool ``[R, V]``: tokens that came before; None without a penalty.
-        processors: called as ``f(input_ids, scores)`` before ``choice``.
-        generator: of the random numbers; None: torch's own.
     """
 
     tokens: Tensor
@@ -111,8 +109,6 @@ class Chooser:
     eos: list[int]
     pad: int
     seen: Tensor | None = None
-    processors: Callable[[Tensor, Tensor], Tensor] | None = None
-    generator: torch.Generator | None = None
     _native: Any | None = field(default=None, repr=False)
     _for: tuple[int, ...] = field(default=(), repr=False)
     _drawn: Tensor | None = field(default=None, repr=False)
@@ -127,10 +123,8 @@ class Chooser:
         if self.uniform is None:
             return
         if self._drawn is None or self._next == len(self._drawn):
-            self._drawn = torch.rand(
-                64, *self.uniform.shape, device=self.uniform.device, generator=self.generator
-            )
-            self._next = 0
+            self._drawn, self._next = self.draw_many(64), 0
+        assert self._drawn is not None
         self.uniform.copy_(self._drawn[self._next])
         self._next += 1
 
@@ -138,17 +132,11 @@ class Chooser:
         """Uniform numbers ``[count, R]``; None: nothing is random."""
         if self.uniform is None:
             return None
-        shape = (count, *self.uniform.shape)
-        return torch.rand(shape, device=self.uniform.device, generator=self.generator)
+        return torch.rand(count, *self.uniform.shape, device=self.uniform.device)
 
-    def __call__(self, logits: Tensor, input_ids: Tensor | None = None) -> int | None:
-        """Choose from ``logits [R, V]``; how many rows are not done, on a CPU.
-
-        ``input_ids [R, L]`` are what processors get.
-        """
+    def __call__(self, logits: Tensor) -> int | None:
+        """Choose from ``logits [R, V]``; how many rows are not done, on a CPU."""
         self.draw()
-        if self.processors is not None:
-            logits = self.processors(input_ids, logits.to(torch.float32, copy=True))  # type: ignore[arg-type]
         if logits.device.type == "cpu":
             native = self.native(logits)
             if native is not None:
@@ -178,18 +166,13 @@ class Chooser:
 
     def _plain(self, logits: Tensor) -> None:
         """The same in torch ops, without a synchronisation."""
-        how, z = self.choice, logits.float()
-        if self.seen is not None and how.penalty != 1:
-            hit = torch.where(z < 0, z * how.penalty, z / how.penalty)
-            z = torch.where(self.seen, hit, z)
+        how = self.choice
+        z = penalised(logits, self.seen, how.penalty)
         if self.uniform is None:
             chosen = z.argmax(-1)
         else:
             p = filtered_probabilities(z, how.temperature, how.top_k, how.top_p, how.min_p)
-            cdf = p.cumsum(-1)
-            picked = (cdf <= self.uniform.unsqueeze(-1) * cdf[:, -1:]).sum(-1)
-            last = p.shape[-1] - 1 - p.flip(-1).gt(0).to(torch.int64).argmax(-1)
-            chosen = torch.minimum(picked, last)
+            chosen = draw(p, self.uniform)
         chosen = torch.where(self.done, self.pad, chosen)
         if self.seen is not None:
             self.seen.scatter_(1, chosen[:, None], True)

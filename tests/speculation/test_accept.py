@@ -6,10 +6,10 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import given, settings
 
+from dspark_compile.ops.token import draw
 from dspark_compile.runtime.speculation.accept import (
     commit,
     distribution,
-    draw,
     greedy,
     rejection,
     residual,

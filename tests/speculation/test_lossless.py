@@ -10,8 +10,9 @@ import torch
 
 from dspark_compile.models.draft import DraftModel
 from dspark_compile.models.draft_config import DraftConfig
+from dspark_compile.ops.token import draw
 from dspark_compile.runtime.speculation import ngram
-from dspark_compile.runtime.speculation.accept import commit, distribution, draw, rejection
+from dspark_compile.runtime.speculation.accept import commit, distribution, rejection
 from dspark_compile.runtime.speculation.schedule import (
     DelayedBudgets,
     best_budget,

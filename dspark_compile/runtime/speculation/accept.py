@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dspark_compile.ops.token import filtered_probabilities
+from dspark_compile.ops.token import draw, filtered_probabilities, penalised
 from dspark_compile.runtime.token_choice import TokenChoice
 
 # Below this the residual is rounding, and the two distributions are the same.
@@ -121,15 +121,6 @@ def residual(
     return torch.where(rejected[:, None], rest, target)
 
 
-def draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse-CDF draw: ids ``[R]`` from weights ``[R, V]`` that need not sum to one."""
-    cdf = weights.cumsum(-1)
-    picked = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1)
-    # Rounding may run past the last token that has any weight.
-    last = weights.shape[-1] - 1 - weights.flip(-1).gt(0).to(torch.int64).argmax(-1)
-    return torch.minimum(picked, last)
-
-
 def commit(
     drafted: Tensor, accepted: Tensor, following: Tensor, ends: Tensor | Sequence[int] = ()
 ) -> Accepted:
@@ -157,19 +148,10 @@ def is_greedy(choice: TokenChoice) -> bool:
     return not choice.sample or choice.temperature < 1e-5
 
 
-def penalised(logits: Tensor, choice: TokenChoice, seen: Tensor | None) -> Tensor:
-    """Logits ``[..., V]`` float32 with the repetition penalty of tokens ``seen [..., V]``."""
-    logits = logits.float()
-    if seen is None or choice.penalty == 1:
-        return logits
-    hit = torch.where(logits < 0, logits * choice.penalty, logits / choice.penalty)
-    return torch.where(seen, hit, logits)
-
-
 def distribution(logits: Tensor, choice: TokenChoice, seen: Tensor | None = None) -> Tensor:
     """Probabilities ``[..., V]`` float32 of target or draft: both sides go through this."""
     return filtered_probabilities(
-        penalised(logits, choice, seen),
+        penalised(logits, seen, choice.penalty),
         choice.temperature,
         choice.top_k,
         choice.top_p,

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspark_compile.ops.token import draw, penalised
 from dspark_compile.runtime.speculation.accept import (
     commit,
     distribution,
-    draw,
     greedy,
     is_greedy,
-    penalised,
     rejection,
 )
 from dspark_compile.runtime.speculation.calibration import Calibration
@@ -145,7 +144,7 @@ class _Loop:
         seen = None
         if self.choice.penalty != 1:
             seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(0, ids, True)
-        return penalised(logits, self.choice, seen)
+        return penalised(logits, seen, self.choice.penalty)
 
     def probs(self, logits: Tensor, ids: Tensor) -> Tensor:
         """What a token behind ``ids`` is drawn from ``[V]``."""

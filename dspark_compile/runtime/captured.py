@@ -8,18 +8,13 @@ are the same tensor objects every time. On the CPU that is one native call and n
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dspark_compile import _torch_compat as compat
-
-
-class CaptureError(Exception):
-    """A function cannot be driven directly; the message says why."""
+from .trace_whole import CaptureError, trace_whole
 
 
 class Captured:
@@ -37,53 +32,22 @@ class Captured:
     def __init__(
         self,
         function: Callable[[], Tensor],
-        growing: Iterable[tuple[Tensor, int]] = (),
+        growing: Sequence[tuple[Tensor, int]] = (),
         options: Mapping[str, Any] | None = None,
     ) -> None:
         from dspark_compile.backend import dspark
 
-        made: list[tuple[Callable[..., Any], list[Any], Any]] = []
-        symbols: list[list[int]] = []
-
-        def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-            compiled = dspark(gm, inputs, options=dict(options or {}))
-            symbols.append([i for i, x in enumerate(inputs) if isinstance(x, torch.SymInt)])
-
-            def run(*args: Any) -> Any:
-                outputs = compiled(*args)
-                made.append((compiled, list(args), outputs))
-                return outputs
-
-            return run
-
-        # For what asks which back end traces.
-        backend._torchdynamo_orig_backend = dspark  # type: ignore[attr-defined]
-
         sizes = {x.shape[dimension] for x, dimension in growing}
         for x, dimension in growing:
             torch._dynamo.mark_dynamic(x, dimension)
-        # Dynamo keeps what it compiled with the code object: this one is ours alone.
-        code = function.__code__.replace()
-        own = types.FunctionType(
-            code, function.__globals__, function.__name__, None, function.__closure__
+        whole = trace_whole(
+            function, lambda gm, inputs: dspark(gm, inputs, options=dict(options or {}))
         )
-        try:
-            # dynamic=False: sizes are numbers but for those that are marked.
-            first = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)()
-        except compat.trace_errors() as error:
-            raise CaptureError(f"it cannot be traced whole: {_first_line(error)}") from error
-        finally:
-            compat.forget(code)
-        if len(made) != 1:
-            raise CaptureError("it computes nothing" if not made else "it is more than one graph")
-        self._compiled, self._args, outputs = made.pop()  # the back end outlives this: empty it
-        places = [i for i, x in enumerate(outputs) if x is first]
-        if not places:
-            raise CaptureError("its result is not an output of the graph")
-        self.first, self._place = first, places[0]
-        self._symbols = symbols[0]
-        if any(self._args[i] not in sizes for i in self._symbols):
+        if any(whole.args[i] not in sizes for i in whole.symbols):
             raise CaptureError("a size that is not the cache's is a symbol")
+        self.first = whole.result
+        self._compiled, self._args = whole.compiled, whole.args
+        self._symbols, self._place = whole.symbols, whole.place
         self._call: Callable[[], Any] | None = None
 
     def replace(self, tensors: Mapping[int, Tensor], size: int) -> None:
@@ -126,8 +90,3 @@ class Captured:
     def native(self) -> bool:
         """Whether a call is one native call."""
         return hasattr(self._compiled, "bind")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

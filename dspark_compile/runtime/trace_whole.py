@@ -1,0 +1,85 @@
+"""`trace_whole`: a function traced once by Dynamo, as one graph with the tensors it reads."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dspark_compile import _torch_compat as compat
+
+
+class CaptureError(Exception):
+    """A function cannot be taken as one graph; the message says why."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A function's graph.
+
+    Attributes:
+        compiled: what the compiler made of it.
+        args: the tensors and numbers it was called with: the same objects as the function reads.
+        symbols: which of them are numbers that stand for a symbolic size.
+        result: what the function returned, and ``place``, which output of the graph that is.
+    """
+
+    compiled: Callable[..., Any]
+    args: list[Any]
+    symbols: list[int]
+    result: Tensor
+    place: int
+
+
+def trace_whole(
+    function: Callable[[], Tensor],
+    compiler: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]],
+) -> Whole:
+    """Run ``function()``, which returns one tensor, through ``compiler``.
+
+    Sizes are numbers but for dimensions that were marked as dynamic.
+
+    Raises:
+        CaptureError: it cannot be traced as one graph, or its result is not of the graph.
+    """
+    from dspark_compile.backend import dspark
+
+    made: list[tuple[Callable[..., Any], list[Any], list[int], Any]] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        compiled = compiler(gm, inputs)
+        symbols = [i for i, x in enumerate(inputs) if isinstance(x, torch.SymInt)]
+
+        def run(*args: Any) -> Any:
+            outputs = compiled(*args)
+            made.append((compiled, list(args), symbols, outputs))
+            return outputs
+
+        return run
+
+    # For what asks which back end traces.
+    backend._torchdynamo_orig_backend = dspark  # type: ignore[attr-defined]
+    # Dynamo keeps what it compiled with the code object: this one is ours alone.
+    code = function.__code__.replace()
+    own = types.FunctionType(
+        code, function.__globals__, function.__name__, None, function.__closure__
+    )
+    try:
+        result = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)()
+    except compat.trace_errors() as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        name = type(error).__name__
+        raise CaptureError(f"it cannot be traced whole: {name}: {line}") from error
+    finally:
+        compat.forget(code)
+    if len(made) != 1:
+        raise CaptureError("it computes nothing" if not made else "it is more than one graph")
+    compiled, args, symbols, outputs = made.pop()  # the back end outlives this: empty it
+    places = [i for i, x in enumerate(outputs) if x is result]
+    if not places:
+        raise CaptureError("its result is not an output of the graph")
+    return Whole(compiled, args, symbols, result, places[0])
