@@ -23,6 +23,7 @@ from torch import fx
 
 from dspark_compile.codegen.machine import Machine
 from dspark_compile.ops import OPS
+from dspark_compile.passes.graph import dialect_name
 
 Size = Any  # int or sympy.Expr
 
@@ -154,7 +155,7 @@ def _named(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[An
 def of_node(node: fx.Node, **kwargs: Any) -> Cost:
     """The cost of a dialect node of a graph, from the fake tensors in its metadata."""
     args, named = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+    name = dialect_name(node)
     return cost(name, *args, **named, **kwargs)
 
 

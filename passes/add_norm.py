@@ -23,6 +23,7 @@ from dspark_compile.passes.base import Match, Pass, PassContext, Problem, dialec
 from dspark_compile.passes.graph import (
     VIEWS,
     aten,
+    dialect_name,
     dtype,
     emit,
     emit_getitem,
@@ -75,7 +76,7 @@ class AddNorm(Pass):
         if position[x] < position[residual]:
             # The later addend is the branch, the earlier one the residual stream.
             x, residual = residual, x
-        name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+        name = dialect_name(node)
         with graph.inserting_before(spot):
             pair = emit(
                 graph,

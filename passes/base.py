@@ -19,7 +19,7 @@ from torch import fx
 
 from dspark_compile.diagnostics.report import GraphReport, PassRecord
 from dspark_compile.options import Options
-from dspark_compile.passes.graph import module_path, op_counts, source
+from dspark_compile.passes.graph import dialect_name, module_path, op_counts, source
 
 # What the report counts as raised or not; other kinds only have passes and rejections.
 SITE_KINDS = ("attention", "norm", "rope", "mlp", "experts")
@@ -105,7 +105,7 @@ class PassContext:
 
     def moved(self, old: fx.Node, new: fx.Node) -> None:
         """Record that the site of the dialect op ``old`` is now part of ``new``."""
-        op = new.target._schema.name.split("::")[-1]  # type: ignore[union-attr]
+        op = dialect_name(new)
         self.report.sites[:] = [
             replace(s, node=new.name, op=op) if s.node == old.name and s.status == "raised" else s
             for s in self.report.sites

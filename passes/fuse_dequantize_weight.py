@@ -27,6 +27,7 @@ from dspark_compile.passes.base import Match, Pass, PassContext, Problem, dialec
 from dspark_compile.passes.graph import (
     argument,
     aten,
+    dialect_name,
     dtype,
     emit,
     is_dialect_op,
@@ -54,7 +55,7 @@ class FuseDequantizeWeight(Pass):
         for node in list(graph.nodes):
             if not is_dialect_op(node, *_WEIGHTS):
                 continue
-            name = _name(node)
+            name = dialect_name(node)
             weights = [node.args[i] for i in _WEIGHTS[name]]
             if any(is_dialect_op(w, "dequantize_weight") for w in weights):
                 yield Match(node, [node], {"name": name, "weights": weights})
@@ -161,10 +162,6 @@ def _packed_fake(q: fx.Node, ctx: PassContext) -> torch.Tensor:
     with ctx.fake_mode:
         size = (rows, (columns + BLOCK - 1) // BLOCK * (BLOCK // 2))
         return torch.empty(size, dtype=torch.uint8, device=val(q).device)
-
-
-def _name(node: fx.Node) -> str:
-    return node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
 
 
 def _split(tensor: fx.Node, make: Any) -> list[fx.Node]:

@@ -38,12 +38,18 @@ def is_op(node: object, *targets: Any) -> bool:
 
 def is_dialect_op(node: object, *names: str) -> bool:
     """Whether ``node`` is one of the named dialect ops (any, if no name is given)."""
+    name = dialect_name(node)
+    return bool(name) and (not names or name in names)
+
+
+def dialect_name(node: object) -> str:
+    """``"rms_norm"`` for a call of ``dspark::rms_norm``; ``""`` for what calls no dialect op."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
-        return False
-    target = node.target
+        return ""
+    target: Any = node.target
     if getattr(target, "namespace", None) != "dspark":
-        return False
-    return not names or target._schema.name.split("::")[1] in names  # type: ignore[union-attr]
+        return ""
+    return target._schema.name.split("::")[1]
 
 
 def val(node: fx.Node) -> Any:

@@ -17,7 +17,7 @@ from torch import fx
 from dspark_compile.codegen.registry import implementations
 from dspark_compile.ops import OPS
 from dspark_compile.passes.base import PassContext
-from dspark_compile.passes.graph import aten, emit, emit_getitem, is_dialect_op, is_op
+from dspark_compile.passes.graph import aten, dialect_name, emit, emit_getitem, is_dialect_op, is_op
 
 
 def _device(node: fx.Node) -> torch.device:
@@ -61,7 +61,7 @@ def lower(module: fx.GraphModule, ctx: PassContext, *, native: bool = False) -> 
             node.target = aten.reshape.default
         if not is_dialect_op(node):
             continue
-        name = node.target._schema.name.split("::")[1]
+        name = dialect_name(node)
         report.ops[name] = report.ops.get(name, 0) + 1
         if native:
             chosen[node.name] = ("native", "")

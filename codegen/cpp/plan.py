@@ -31,7 +31,7 @@ from dspark_compile.kernels.cpp import norm as norm_kernels
 from dspark_compile.kernels.cpp import quantized as quantized_kernels
 from dspark_compile.kernels.cpp import rope as rope_kernels
 from dspark_compile.kernels.cpp._launch import Call
-from dspark_compile.passes.graph import argument, aten, is_dialect_op, is_op
+from dspark_compile.passes.graph import argument, aten, dialect_name, is_dialect_op, is_op
 
 VIEWS = frozenset(
     {
@@ -61,17 +61,13 @@ def reason(node: fx.Node) -> str | None:
     if node.target is operator.getitem or node.target in VIEWS:
         return None
     if is_dialect_op(node):
-        name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+        name = dialect_name(node)
         if name not in (*PRODUCTS, *_NORMS, *_OTHERS, *EXPERTS):
             return f"{name} has no stage"
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         with emit.deferred():
             return cpp.supports(name, *args, **kwargs)
     return glue.reason(node)
-
-
-def _name(node: fx.Node) -> str:
-    return node.target._schema.name.split("::")[1] if is_dialect_op(node) else ""  # type: ignore[union-attr]
 
 
 class Planner:
@@ -134,14 +130,14 @@ class Planner:
         """Additions whose one operand is a product that nothing else reads."""
         for node in self.nodes:
             plain = is_op(node, aten.add.Tensor) and node.kwargs.get("alpha", 1) == 1
-            if not plain and _name(node) not in ("add_rms_norm", "add_layer_norm"):
+            if not plain and dialect_name(node) not in ("add_rms_norm", "add_layer_norm"):
                 continue
             operands = (node.args[0], node.args[1])
             for product, other in (operands, operands[::-1]):
                 source = self._source(product)
                 if not isinstance(other, fx.Node) or not isinstance(source, fx.Node):
                     continue
-                if _name(source) not in ("linear", *_MLPS) or source in self.residuals:
+                if dialect_name(source) not in ("linear", *_MLPS) or source in self.residuals:
                     continue
                 leaves = self._leaves(source)
                 if leaves is None or len(leaves) != 1 or leaves[0] is not node:
@@ -155,7 +151,7 @@ class Planner:
                 if any(
                     s is not source
                     and s in self.order
-                    and _name(s) == "linear"
+                    and dialect_name(s) == "linear"
                     and s.args[0] is source.args[0]
                     for s in source.args[0].users
                 ):  # type: ignore[union-attr]
@@ -167,7 +163,7 @@ class Planner:
     def find_prologues(self) -> None:
         """Norms that only products read."""
         for node in self.nodes:
-            name = _name(node)
+            name = dialect_name(node)
             if name not in _NORMS:
                 continue
             added = name.startswith("add_")
@@ -184,11 +180,13 @@ class Planner:
             if value.dtype != source.dtype or not isinstance(value.shape[-1], int):
                 continue
             leaves = self._leaves(result)
-            if not leaves or any(_name(leaf) not in (*_LINEARS, *_MLPS) for leaf in leaves):
+            if not leaves or any(dialect_name(leaf) not in (*_LINEARS, *_MLPS) for leaf in leaves):
                 continue
             if any(self._source(leaf.args[0]) is not result for leaf in leaves):
                 continue
-            products = {self._source(x.args[0]) if _name(x) in _LINEARS else x for x in leaves}
+            products = {
+                self._source(x.args[0]) if dialect_name(x) in _LINEARS else x for x in leaves
+            }
             if value.numel() > value.shape[-1] and len(products) > 1:
                 continue  # several rows, several readers: once is cheaper
             self.prologues[result] = node
@@ -202,7 +200,7 @@ class Planner:
         for node in self.nodes:
             if node in self.done:
                 continue
-            name = _name(node)
+            name = dialect_name(node)
             if name:
                 self._check(node)
             if name in _LINEARS:
@@ -240,7 +238,7 @@ class Planner:
         known = lambda x: self.values.get(x, x.meta["val"])  # noqa: E731
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), known)
         with emit.deferred():
-            why = cpp.supports(_name(node), *args, **kwargs)
+            why = cpp.supports(dialect_name(node), *args, **kwargs)
         if why is not None:
             raise PlanError(f"{node.name}: {why}")
 
@@ -337,7 +335,7 @@ class Planner:
         norm_node = self.prologues.get(self._source(x))
         if norm_node is None:
             return self.rows(self.get(x), x.name), None
-        name = _name(norm_node)
+        name = dialect_name(norm_node)
         if name.startswith("add_"):
             value = self.values[self.totals[norm_node]]
         else:
@@ -371,7 +369,7 @@ class Planner:
                 for user in self.nodes
                 if user in x.users
                 and user not in self.done
-                and _name(user) in _LINEARS
+                and dialect_name(user) in _LINEARS
                 and user.args[0] is x
                 and user not in self.residuals
                 and all(w is None or w in self.values for w in user.args[1:3])
@@ -383,7 +381,7 @@ class Planner:
             self._check(user)
             weight = self.get(user.args[1])
             bias = self.contiguous(self.get(argument(user, 2, "bias")), user.name)
-            if _name(user) == "merged_linear":
+            if dialect_name(user) == "merged_linear":
                 sizes = user.args[3]
                 outs = [rows.new_empty((*lead, n)) for n in sizes]  # type: ignore[union-attr]
                 parts += linear_kernels.merged_parts(weight, bias, sizes, outs)  # type: ignore[arg-type]
@@ -398,7 +396,7 @@ class Planner:
         self.add(call, "+".join(user.name for user in group))
 
     def _mlp(self, node: fx.Node) -> None:
-        name = _name(node)
+        name = dialect_name(node)
         rows, norm = self._operand(node.args[0])  # type: ignore[arg-type]
         args = [self.get(a) for a in node.args[1:]]
         if name == "gated_mlp":
@@ -421,7 +419,7 @@ class Planner:
         self.add(call, node.name)
 
     def _norm(self, node: fx.Node) -> None:
-        name = _name(node)
+        name = dialect_name(node)
         added = name.startswith("add_")
         fused = node in self.totals
         parts = {u.args[1]: u for u in node.users if u.target is operator.getitem} if added else {}
@@ -527,7 +525,7 @@ def _early_first(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> list[fx
 
 def _norm_arguments(node: fx.Node) -> tuple[Any, Any, float, float, bool]:
     """(weight, bias, eps, weight offset, whether the weight joins before the rounding)."""
-    name = _name(node)
+    name = dialect_name(node)
     rest = list(node.args[2:] if name.startswith("add_") else node.args[1:])
     weight = rest.pop(0)
     bias = rest.pop(0) if "layer" in name else None

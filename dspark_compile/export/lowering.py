@@ -12,7 +12,7 @@ from torch import fx
 from dspark_compile.codegen.aten import FORMS
 from dspark_compile.ops import OPS
 from dspark_compile.ops.predicate import evaluate
-from dspark_compile.passes.graph import aten, is_dialect_op, is_op
+from dspark_compile.passes.graph import aten, dialect_name, is_dialect_op, is_op
 
 from .attention import StandardAttention
 from .calibrate import CacheScales
@@ -81,7 +81,7 @@ def _decompositions(program: Program) -> dict[Any, Any]:
     for node in program.graph.nodes:
         if not is_dialect_op(node):
             continue
-        name = node.target._schema.name.split("::")[1]
+        name = dialect_name(node)
         forms[node.target] = FORMS.get(name) or OPS[name].reference
         if node.name not in said and (node.meta.get("dspark_op") or "") not in said:
             if not any(where.startswith(f"dspark::{name} ") for where, _ in program.fallbacks):
