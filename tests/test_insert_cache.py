@@ -196,12 +196,12 @@ def test_refused_with_the_node_and_the_reason(kind, says):
 
 
 def test_a_wrong_cache_is_found_out(monkeypatch):
-    from dspark_compile.passes import incremental
+    from dspark_compile.passes.incremental_core import Maker
 
     # Keys where values belong: everything fits, and is wrong.
-    original = incremental._Maker._cached
+    original = Maker._cached
     monkeypatch.setattr(
-        incremental._Maker, "_cached",
+        Maker, "_cached",
         lambda self, node, modes, value: self.graph.call_function(
             torch.ops.aten.neg.default, (original(self, node, modes, value),)
         ),

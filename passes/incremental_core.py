@@ -1,0 +1,317 @@
+"""What `dspark_compile.passes.incremental` makes a graph with: sizes, values by mode, caches.
+
+A *rule* makes one op of the new graph; they are in ``incremental_views``, ``incremental_ops`` and
+``incremental_dialect``, each registered with `rule` under the ops that it is for.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from dspark_compile.passes.graph import aten, dialect_name, is_dialect_op
+
+NEW, ALL = "new", "all"
+Modes = tuple[str | None, ...]
+
+POINTWISE_TOO = frozenset(
+    {
+        aten.where.self, aten.clone.default, aten._to_copy.default, aten.masked_fill.Scalar,
+        aten.masked_fill.Tensor, aten.alias.default, aten.detach.default,
+        aten.lift_fresh_copy.default, aten.dropout.default, aten.zeros_like.default,
+        aten.ones_like.default, aten.full_like.default,
+    }
+)  # fmt: skip
+
+
+class NotIncremental(Exception):
+    """A graph cannot be decoded token by token; the message names the node and the reason."""
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """A cache that the new graph reads and writes.
+
+    Attributes:
+        name: of the value that it holds.
+        shape: of the cache; None stands for the room N.
+        dtype: of the cache.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: torch.dtype
+
+    @property
+    def dimension(self) -> int:
+        """The one that grows."""
+        return self.shape.index(None)
+
+
+Rule = Callable[["Maker", fx.Node, Modes, Tensor], fx.Node]
+RULES: dict[Any, Rule] = {}
+
+
+def rule(*targets: Any) -> Callable[[Rule], Rule]:
+    """Register a rule for ops: overloads, and dialect ops by name."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(targets, function))
+        return function
+
+    return register
+
+
+def rule_of(node: fx.Node) -> Rule | None:
+    """The rule for a call."""
+    return RULES.get(dialect_name(node) if is_dialect_op(node) else node.target)
+
+
+class Maker:
+    """Makes the new graph; `make_incremental` says of what."""
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        tokens: fx.Node,
+        symbol: sympy.Symbol,
+        values: Mapping[fx.Node, Tensor],
+    ):
+        self.module, self.tokens, self.symbol, self.values = module, tokens, symbol, values
+        self.graph = fx.Graph()
+        self.made: dict[tuple[fx.Node, Modes], fx.Node] = {}
+        self.caches: list[CacheSpec] = []
+        self.cache_nodes: list[fx.Node] = []
+        self.limit: int | None = None
+        self.dependent: dict[fx.Node, bool] = {}
+        for node in module.graph.nodes:  # in order
+            self.dependent[node] = node is tokens or any(
+                self.dependent[x] for x in node.all_input_nodes
+            )
+
+    def make(self, output: int) -> fx.GraphModule:
+        """The new graph; output number ``output`` of the old one is the logits."""
+        (result,) = (n for n in self.module.graph.nodes if n.op == "output")
+        logits = result.args[0][output]  # type: ignore[index]
+        if not isinstance(logits, fx.Node) or not self.dependent[logits]:
+            raise NotIncremental("the logits do not depend on the tokens")
+        self.inputs: dict[fx.Node, fx.Node] = {}
+        for node in self.module.graph.nodes:
+            if node.op == "placeholder":
+                new = self.graph.placeholder(node.name)
+                self.inputs[node] = new
+        self.position = self.graph.placeholder("position")
+        # Caches are found on the way; their placeholders belong here.
+        self.anchor = self.position
+        # Everything else comes behind what follows.
+        self.rows = self.graph.call_function(aten.sym_size.int, (self.inputs[self.tokens], 1))
+        self.room: fx.Node | None = None
+        self.room_at = self.rows
+        arange = self.graph.call_function(
+            aten.arange.default, (self.rows,), {"device": self.device(self.tokens)}
+        )
+        self.positions = self.graph.call_function(aten.add.Tensor, (arange, self.position))
+        value = logits.meta["val"]
+        modes = self.default(logits, NEW)
+        if sum(m is not None for m in modes) > 1:
+            raise NotIncremental(f"{logits.name}: the logits carry the sequence twice")
+        if modes.count(NEW) == 0 and value.dim() == 3:
+            raise NotIncremental(f"{logits.name}: the logits are not of every token")
+        made = self.get(logits, modes)
+        self.graph.output((made,))
+        module = fx.GraphModule(self.module, self.graph)
+        module.graph.eliminate_dead_code(
+            lambda n: n.is_impure() or n.target is aten.index_copy_.default
+        )
+        module.graph.lint()
+        module.recompile()
+        return module
+
+    def device(self, node: fx.Node) -> torch.device:
+        return node.meta["val"].device
+
+    def carries(self, size: Any) -> bool:
+        """Whether a size has S in it."""
+        return isinstance(size, torch.SymInt) and self.symbol in size.node.expr.free_symbols
+
+    def pure(self, size: Any) -> bool:
+        """Whether a size is S."""
+        return isinstance(size, torch.SymInt) and size.node.expr == self.symbol
+
+    def default(self, node: fx.Node, mode: str) -> Modes:
+        """``mode`` for every dimension that carries the sequence."""
+        value = node.meta["val"]
+        return tuple(mode if self.carries(n) else None for n in value.shape)
+
+    def N(self) -> fx.Node:
+        """The room, as a node."""
+        if self.room is None:
+            if not self.cache_nodes:  # one that only says how much room there is
+                self._new_cache(CacheSpec("room", (None,), torch.uint8))
+            with self.graph.inserting_after(self.room_at):
+                self.room = self.graph.call_function(
+                    aten.sym_size.int, (self.cache_nodes[0], self.caches[0].dimension)
+                )
+        return self.room
+
+    def size(self, value: Any, mode: str | None) -> Any:
+        """A size argument of the old graph in the new one."""
+        if isinstance(value, fx.Node):
+            value = value.meta["val"]
+        if isinstance(value, torch.SymInt):
+            expression = value.node.expr
+            if self.symbol not in expression.free_symbols:
+                if expression.is_number:
+                    return int(expression)
+                raise NotIncremental(f"the size {expression} is not known")
+            return self._expression(expression, self.rows if mode != ALL else self.N())
+        return value
+
+    def number(self, x: Any) -> int | None:
+        if isinstance(x, fx.Node):
+            x = x.meta["val"]
+        if isinstance(x, torch.SymInt):
+            return int(x.node.expr) if x.node.expr.is_number else None
+        return int(x)
+
+    def _expression(self, expression: sympy.Expr, rows: fx.Node) -> Any:
+        if expression == self.symbol:
+            return rows
+        if expression.is_Integer:
+            return int(expression)
+        if expression.is_Add or expression.is_Mul:
+            function = operator.add if expression.is_Add else operator.mul
+            parts = [self._expression(x, rows) for x in expression.args]
+            result = parts[0]
+            for part in parts[1:]:
+                result = self.graph.call_function(function, (result, part))
+            return result
+        raise NotIncremental(f"the size {expression} is no sum or product")
+
+    def get(self, node: Any, modes: Modes | None = None) -> Any:
+        """The new graph's node for ``node`` in ``modes``; what is no node is itself."""
+        if not isinstance(node, fx.Node):
+            return node
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            if isinstance(value, (torch.SymInt, int)):
+                raise NotIncremental(f"{node.name} is a number that an op reads")
+            raise NotIncremental(f"{node.name} is {type(value).__name__}")
+        modes = modes if modes is not None else self.default(node, NEW)
+        key = (node, modes)
+        if key not in self.made:
+            self.made[key] = self._make(node, modes, value)
+        return self.made[key]
+
+    def _make(self, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
+        if len(modes) != value.dim():
+            raise NotIncremental(f"{node.name}: {len(modes)} modes for {value.dim()} dimensions")
+        if node.op == "placeholder":
+            if node is self.tokens:
+                if modes != (None, NEW):
+                    return self._cached(node, modes, value)
+                return self.inputs[node]
+            if any(modes):
+                raise NotIncremental(f"the input {node.name} has a row for every token")
+            return self.inputs[node]
+        if node.op == "get_attr":
+            return self.graph.get_attr(str(node.target))
+        if ALL in modes and NEW not in modes and self.dependent[node]:
+            return self._cached(node, modes, value)
+        try:
+            return self._op(node, modes, value)
+        except NotIncremental:
+            if self.dependent[node]:
+                raise
+        # No token in it: compute every row, and take those that are wanted. That rows do not change
+        # as the sequence grows is found out when the result is compared with the original.
+        every = tuple(ALL if m else None for m in modes)
+        if every == modes:
+            return self._again(node)
+        made = self.get(node, every)
+        for dimension, mode in enumerate(modes):
+            if mode == NEW:
+                if not self.pure(value.shape[dimension]):
+                    raise NotIncremental(f"{node.name}: its rows are not the sequence's")
+                made = self.graph.call_function(
+                    aten.index_select.default, (made, dimension, self.positions)
+                )
+        return made
+
+    def _again(self, node: fx.Node) -> fx.Node:
+        """The op as it stands, N being the length of the sequence."""
+
+        def convert(x: fx.Node) -> Any:
+            if isinstance(x.meta["val"], Tensor):
+                return self.get(x, self.default(x, ALL))
+            return self.size(x, ALL)
+
+        if node.op != "call_function":
+            raise NotIncremental(f"{node.name} has a row for every token")
+        kwargs = fx.node.map_arg(node.kwargs, convert)
+        return self.emit(node, fx.node.map_arg(node.args, convert), kwargs)
+
+    def _cached(self, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
+        """A value that depends on tokens, all rows of it: kept."""
+        where = [d for d, m in enumerate(modes) if m is not None]
+        if len(where) != 1 or modes[where[0]] != ALL or not self.pure(value.shape[where[0]]):
+            raise NotIncremental(f"{node.name} is wanted whole, and it is not made of tokens' rows")
+        dimension = where[0]
+        fresh = self.get(node, tuple(NEW if m else None for m in modes))
+        shape = tuple(None if d == dimension else int(n) for d, n in enumerate(value.shape))
+        cache = self._new_cache(CacheSpec(node.name, shape, value.dtype))
+        return self.graph.call_function(
+            aten.index_copy_.default, (cache, dimension, self.positions, fresh)
+        )
+
+    def _new_cache(self, spec: CacheSpec) -> fx.Node:
+        self.caches.append(spec)
+        with self.graph.inserting_after(self.anchor):
+            cache = self.graph.placeholder(f"cache_{len(self.caches) - 1}")
+        self.anchor = cache
+        self.cache_nodes.append(cache)
+        return cache
+
+    def _op(self, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
+        rule = rule_of(node)
+        if rule is not None:
+            return rule(self, node, modes, value)
+        target: Any = node.target
+        if target in POINTWISE_TOO or torch.Tag.pointwise in getattr(target, "tags", ()):
+            return self._pointwise(node, modes, value)
+        name = dialect_name(node) if is_dialect_op(node) else target
+        raise NotIncremental(f"{node.name}: {name} is not known to keep tokens apart")
+
+    def emit(self, node: fx.Node, args: Sequence[Any], kwargs: Any = None) -> fx.Node:
+        """The same op on other arguments."""
+        kwargs = node.kwargs if kwargs is None else kwargs
+        return self.graph.call_function(node.target, tuple(args), dict(kwargs))  # type: ignore[arg-type]
+
+    def operand(self, node: Any, modes: Modes) -> Any:
+        """``node`` as it is broadcast to dimensions of ``modes``."""
+        if not isinstance(node, fx.Node):
+            return node
+        value = node.meta["val"]
+        if not isinstance(value, Tensor):
+            raise NotIncremental(f"{node.name} is a number that an op reads")
+        own: list[str | None] = []
+        for d, n in enumerate(value.shape):
+            at = len(modes) - value.dim() + d
+            mode = modes[at] if at >= 0 else None
+            if self.carries(n) and mode is None:
+                raise NotIncremental(f"{node.name}: a dimension of the sequence is lost")
+            own.append(mode if self.carries(n) else None)
+        return self.get(node, tuple(own))
+
+    def _pointwise(self, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
+        def convert(x: Any) -> Any:
+            return self.operand(x, modes) if isinstance(x, fx.Node) else x
+
+        kwargs = fx.node.map_arg(node.kwargs, convert)
+        return self.emit(node, fx.node.map_arg(node.args, convert), kwargs)

@@ -1,0 +1,98 @@
+"""Rules of `dspark_compile.passes.incremental` for dialect ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx
+
+from dspark_compile.passes.causal import proves_causal, shifted
+from dspark_compile.passes.incremental_core import ALL, NEW, Maker, Modes, NotIncremental, rule
+
+# Dialect ops that treat leading dimensions alike; the last one is theirs.
+ROWWISE = (
+    "linear", "merged_linear", "rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "mlp",
+    "gated_mlp", "gated_mlp_merged", "linear_int8", "linear_int4", "gated_mlp_int8",
+    "gated_mlp_int4", "moe_router", "moe_experts",
+)  # fmt: skip
+
+
+@rule("greedy_token")
+def greedy_token(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
+    return maker.emit(node, (maker.get(node.args[0], (*modes, None)),))
+
+
+@rule(*ROWWISE)
+def rowwise(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
+    """Leading dimensions are rows, of the result and of every operand that has rows."""
+
+    def convert(x: fx.Node) -> Any:
+        tensor = x.meta["val"]
+        if not isinstance(tensor, Tensor):
+            raise NotIncremental(f"{x.name} is a number that an op reads")
+        carrying = [d for d, n in enumerate(tensor.shape) if maker.carries(n)]
+        if not carrying:
+            return maker.get(x)
+        if carrying == [tensor.dim() - 1]:
+            raise NotIncremental(f"{node.name}: it works along the sequence")
+        mode = next((m for m in modes if m is not None), None)
+        if mode is None or len(carrying) > 1:
+            raise NotIncremental(f"{node.name}: its rows cannot be followed")
+        return maker.get(x, maker.default(x, mode))
+
+    kwargs = fx.node.map_arg(node.kwargs, convert)
+    return maker.emit(node, fx.node.map_arg(node.args, convert), kwargs)
+
+
+@rule("rope")
+def rope(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
+    x, cos, sin, *rest = node.args
+    # Tables broadcast to [..., S, rotated]: their last dimension is never the sequence.
+    aligned = (*modes[:-1], None)
+    return maker.emit(
+        node,
+        (maker.get(x, modes), maker.operand(cos, aligned), maker.operand(sin, aligned), *rest),
+    )
+
+
+@rule("attention")
+def attention(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
+    if modes != (None, None, NEW, None):
+        raise NotIncremental(f"{node.name}: its result is wanted in another form")
+    query, key, values, bias, sinks, tensors, ints = node.args
+    for x in (query, key, values):
+        shape = x.meta["val"].shape  # type: ignore[union-attr]
+        if not maker.pure(shape[2]) or any(maker.carries(shape[d]) for d in (0, 1, 3)):
+            raise NotIncremental(f"{node.name}: {x.name} has no row for each token")  # type: ignore[union-attr]
+    why = proves_causal(node, maker.symbol, maker.values, maker.tokens)
+    if why is not None:
+        raise NotIncremental(f"{node.name} is not causal: {why}")
+    k = maker.get(key, (None, None, ALL, None))
+    v = maker.get(values, (None, None, ALL, None))
+    q = maker.get(query, (None, None, NEW, None))
+    if bias is not None:
+        rank = bias.meta["val"].dim()  # type: ignore[union-attr]
+        bias = maker.operand(
+            bias, (None, None, NEW, ALL)[-rank:] if rank < 4 else (None, None, NEW, ALL)
+        )
+    tensors = [_mask_table(maker, t, node) for t in tensors]  # type: ignore[union-attr]
+    for number in ints:  # type: ignore[union-attr]
+        if maker.number(number) is None:
+            raise NotIncremental(f"{node.name}: its mask reads the length")
+    ints = [maker.number(n) for n in ints]  # type: ignore[union-attr]
+    kwargs = dict(node.kwargs)
+    mask = str(kwargs.get("mask", ""))
+    name = f"t{len(tensors)}"
+    moved = shifted(mask, name)
+    # Rows of the caches that no token has been written to are never allowed.
+    causal = f"k <= q + {name}"
+    kwargs["mask"] = moved if moved == causal else f"({moved}) & ({causal})" if moved else causal
+    return maker.emit(node, (q, k, v, bias, sinks, [*tensors, maker.position], ints), kwargs)
+
+
+def _mask_table(maker: Maker, x: Any, node: fx.Node) -> Any:
+    if any(maker.carries(n) for n in x.meta["val"].shape):
+        if maker.dependent[x]:
+            raise NotIncremental(f"{node.name}: its mask reads {x.name}, which depends on tokens")
+        return maker.get(x, maker.default(x, ALL))
+    return maker.get(x)

@@ -1,0 +1,159 @@
+"""Rules of `dspark_compile.passes.incremental` for views, slices and joins."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from dspark_compile.passes.graph import VIEWS, aten
+from dspark_compile.passes.incremental_core import NEW, Maker, Modes, NotIncremental, rule
+
+
+@rule(*VIEWS)
+def view(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    own = _view_modes(maker, source, source.meta["val"].shape, value.shape, modes)
+    sizes = [maker.size(n, modes[d]) for d, n in enumerate(value.shape)]
+    return maker.graph.call_function(aten.reshape.default, (maker.get(source, own), sizes))
+
+
+def _view_modes(
+    maker: Maker, source: fx.Node, before: Sequence[Any], after: Sequence[Any], modes: Modes
+) -> Modes:
+    """Modes of a view's source: dimensions are matched in groups of equal size."""
+    expression = lambda n: n.node.expr if isinstance(n, torch.SymInt) else sympy.Integer(n)  # noqa: E731
+    own: list[str | None] = [None] * len(before)
+    i = j = 0
+    while i < len(before) or j < len(after):
+        left: list[int] = []
+        right: list[int] = []
+        a = b = sympy.Integer(1)
+        while True:
+            if i < len(before) and (not left or (a != b and not _less(b, a))):
+                left.append(i)
+                a *= expression(before[i])
+                i += 1
+            elif j < len(after) and (not right or a != b):
+                right.append(j)
+                b *= expression(after[j])
+                j += 1
+            else:
+                break
+            if left and right and a == b:
+                break
+            if i == len(before) and j == len(after):
+                break
+        if a != b:
+            raise NotIncremental(f"{source.name}: its view cannot be followed")
+        wanted = {modes[d] for d in right if modes[d] is not None}
+        carrying = [d for d in left if maker.carries(before[d])]
+        if len(wanted) > 1 or len(carrying) > 1:
+            raise NotIncremental(f"{source.name}: a view joins two sequences")
+        for d in carrying:
+            if not wanted:
+                raise NotIncremental(f"{source.name}: a view hides the sequence")
+            own[d] = next(iter(wanted))
+    return tuple(own)
+
+
+def _less(a: sympy.Expr, b: sympy.Expr) -> bool:
+    """Whether a is surely smaller: both are products of a number and maybe S."""
+    ratio = sympy.simplify(b / a)
+    return bool(ratio.is_number and ratio > 1) or (
+        not ratio.is_number and bool(ratio.has(sympy.Symbol)) and sympy.denom(ratio).is_number
+    )
+
+
+@rule(aten.permute.default, aten.transpose.int, aten.t.default)
+def permute(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
+    source = node.args[0]
+    rank = len(modes)
+    if node.target is aten.permute.default:
+        order = [d % rank for d in node.args[1]]  # type: ignore[union-attr]
+    else:
+        a, b = (node.args[1], node.args[2]) if len(node.args) > 2 else (0, 1)
+        order = list(range(rank))
+        if rank > 1:
+            order[a % rank], order[b % rank] = order[b % rank], order[a % rank]  # type: ignore[operator]
+    own: list[str | None] = [None] * rank
+    for d, s in enumerate(order):
+        own[s] = modes[d]
+    return maker.emit(node, (maker.get(source, tuple(own)), *node.args[1:]))
+
+
+@rule(aten.unsqueeze.default)
+def unsqueeze(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
+    d = node.args[1] % value.dim()  # type: ignore[operator]
+    return maker.emit(node, (maker.get(node.args[0], modes[:d] + modes[d + 1 :]), d))
+
+
+@rule(aten.squeeze.dim, aten.squeeze.dims)
+def squeeze(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
+    source = node.args[0].meta["val"]  # type: ignore[union-attr]
+    dims = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
+    gone = {d % source.dim() for d in dims if source.shape[d] == 1}  # type: ignore[index]
+    left = iter(modes)
+    own = tuple(None if d in gone else next(left) for d in range(source.dim()))
+    return maker.emit(node, (maker.get(node.args[0], own), *node.args[1:]))
+
+
+@rule(aten.expand.default)
+def expand(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
+    sizes = [maker.size(n, modes[d]) for d, n in enumerate(value.shape)]
+    return maker.emit(node, (maker.operand(node.args[0], modes), sizes))
+
+
+@rule(aten.slice.Tensor)
+def slice_(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
+    source, dim, start, _, step = [*node.args, *(0, None, None, 1)[len(node.args) - 1 :]][:5]
+    assert isinstance(source, fx.Node)
+    before = source.meta["val"].shape
+    dim = dim % len(before)  # type: ignore[operator]
+    start = 0 if start is None else start
+    if not maker.carries(before[dim]) and not maker.carries(value.shape[dim]):
+        return maker.emit(node, (maker.get(source, modes), *node.args[1:]))
+    known = maker.number(start)
+    if maker.pure(value.shape[dim]) and not maker.carries(before[dim]) and step == 1:
+        # The first S rows of a table.
+        if known is None or known < 0:
+            raise NotIncremental(f"{node.name}: its start depends on the length")
+        rows = int(before[dim]) - known
+        maker.limit = rows if maker.limit is None else min(maker.limit, rows)
+        own = tuple(None if d == dim else m for d, m in enumerate(modes))
+        table = maker.get(source, own)
+        if modes[dim] == NEW:
+            at = maker.positions
+            if known:
+                at = maker.graph.call_function(aten.add.Tensor, (at, known))
+            return maker.graph.call_function(aten.index_select.default, (table, dim, at))
+        stop = maker.graph.call_function(operator.add, (maker.N(), known))
+        return maker.graph.call_function(aten.slice.Tensor, (table, dim, known, stop))
+    if maker.pure(before[dim]) and maker.pure(value.shape[dim]) and known == 0:
+        return maker.get(source, modes)  # all of it
+    raise NotIncremental(f"{node.name}: a slice of the sequence")
+
+
+@rule(aten.select.int)
+def select(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
+    source, dim, index = node.args
+    assert isinstance(source, fx.Node)
+    before = source.meta["val"].shape
+    dim = dim % len(before)  # type: ignore[operator]
+    if maker.carries(before[dim]):
+        raise NotIncremental(f"{node.name}: one row of the sequence")
+    return maker.emit(node, (maker.get(source, (*modes[:dim], None, *modes[dim:])), dim, index))
+
+
+@rule(aten.cat.default)
+def cat(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
+    dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % value.dim()  # type: ignore[operator]
+    if modes[dim] is not None:
+        raise NotIncremental(f"{node.name}: it joins along the sequence")
+    parts = [maker.get(x, modes) for x in node.args[0]]  # type: ignore[union-attr]
+    return maker.graph.call_function(aten.cat.default, (parts, dim))
