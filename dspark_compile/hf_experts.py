@@ -2,16 +2,18 @@
 
 ``experts_implementation="eager"`` runs a Python loop over the experts that are hit, whose number
 depends on data: Dynamo cannot trace it. The other implementations compute the same from the same
-parameters, and `passes.raise_moe_experts` knows them. So while Dynamo traces for this back end, and
-only then, "eager" means ``grouped_mm``; outside of our graphs, and under other back ends, nothing
-changes.
+parameters, and `passes.raise_moe_experts` knows them. So while Dynamo traces for this back end, or
+an export traces (`traced_grouped`), and only then, "eager" means ``grouped_mm``; outside of our
+graphs, and under other back ends, nothing changes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +21,18 @@ import torch
 from . import _torch_compat as compat
 
 _MODULE = "transformers.integrations.moe"
+_EXPORTING = contextvars.ContextVar("dspark_exporting", default=False)
+
+
+@contextlib.contextmanager
+def traced_grouped() -> Iterator[None]:
+    """Inside, "eager" means ``grouped_mm``: for a trace that is not Dynamo's."""
+    install()
+    token = _EXPORTING.set(True)
+    try:
+        yield
+    finally:
+        _EXPORTING.reset(token)
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
@@ -29,8 +43,11 @@ def _traced_for_dspark() -> bool:
 def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_interface(self: Any, experts_implementation: Any, default: Any) -> Any:
-        if experts_implementation == "eager" and torch.compiler.is_dynamo_compiling():
-            if _traced_for_dspark():
+        if experts_implementation == "eager":
+            if torch.compiler.is_dynamo_compiling():
+                if _traced_for_dspark():
+                    return original(self, "grouped_mm", default)
+            elif _EXPORTING.get():
                 return original(self, "grouped_mm", default)
         return original(self, experts_implementation, default)
 

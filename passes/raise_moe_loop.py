@@ -99,7 +99,8 @@ class RaiseMoELoop(Pass):
         chain: list[Step] = match["chain"]
         first = chain[0]
         for step in chain:
-            if any(is_dialect_op(w, "dequantize_weight") for w in _weights(step.mlp)):
+            quantised = any(is_dialect_op(w, "dequantize_weight") for w in _weights(step.mlp))
+            if quantised and not ctx.shared.get("quantised_experts"):
                 return Problem(
                     "the experts' weights are quantised, and each would be dequantised for it",
                     "the loop's own products read them quantised",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dspark_compile.diagnostics.report import GraphReport
 
-from .calibrate import CacheScales, calibrated, packed_case, sample_ids
+from .calibrate import CacheScales, calibrated, packed_case, rotation_of, sample_ids
 from .draft import DraftBlock, is_draft
 from .errors import ExportError
 from .options import ExportOptions, check_path
@@ -111,7 +111,7 @@ def export_onnx(
             else:
                 assert args is not None
                 subject = Plain(ready, args, dynamic_shapes, check_args, input_names, output_names)
-                program = captured(subject, report)
+                program = captured(subject, report, quantised_experts=chosen.contrib)
         return _finish(
             program, subject, chosen, target, dtype, report, seconds, calibration, tokenizer
         )
@@ -135,7 +135,7 @@ def _finish(
 
     with _timed(seconds, "lower"):
         rows = options.max_length or context_length(subject)
-        scales = _scales(subject, options, calibration, tokenizer)
+        scales = _scales(program, subject, options, calibration, tokenizer)
         forms = lower(program, subject, options, rows, scales)
     with _timed(seconds, "translate"):
         made, exported = onnx_model(program, subject, options, forms)
@@ -185,7 +185,8 @@ def _capture_causal(
     traced with, a growing one."""
     subject = CausalLM(model, static=options.static, taps=taps)
     try:
-        return subject, captured(subject, report), options
+        program = captured(subject, report, quantised_experts=options.contrib)
+        return subject, program, options
     except ExportError as error:
         if not options.static:
             raise
@@ -202,14 +203,15 @@ def _capture_causal(
 
 
 def _scales(
-    subject: Subject, options: ExportOptions, calibration: Any, tokenizer: Any
+    program: Program, subject: Subject, options: ExportOptions, calibration: Any, tokenizer: Any
 ) -> CacheScales | None:
     """Static scales of the caches where GroupQueryAttention wants them."""
     if not options.contrib or options.kv_cache == "model":
         return None
     assert isinstance(subject, CausalLM)
     subject.pool = sample_ids(calibration, tokenizer, subject)
-    return calibrated(subject, subject.pool, 8 if options.kv_cache == "int8" else 4)
+    bits = 8 if options.kv_cache == "int8" else 4
+    return calibrated(subject, subject.pool, bits, rotation_of(program))
 
 
 def _cases(subject: Subject, options: ExportOptions, scales: CacheScales | None) -> list[Case]:

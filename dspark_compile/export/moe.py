@@ -6,6 +6,8 @@ dense, ``share [T, E]``, zero where an expert was not chosen, and then
     contrib     com.microsoft::MoE over ``log(share)``: its softmax over the k largest gives back
                 ``share / sum(share)``, whatever the router was; the sum is multiplied in after
                 it. Its form is SwiGLU with rows of gate and up interleaved.
+    contrib, 8 or 4 bits
+                com.microsoft::QMoE, which takes ``share`` itself beside what to choose by.
     otherwise   every expert on every token, as products over a stack of experts, weighed by
                 ``share``: E / k times the arithmetic, in standard ops and bounded memory.
 """
@@ -23,6 +25,7 @@ from dspark_compile.passes.graph import aten, is_dialect_op
 
 from .ops import op
 from .program import Program
+from .qmoe import interleaved, packed, stacked
 from .weights import _args
 
 _NOT_CHOSEN = -1e30
@@ -44,6 +47,10 @@ class Experts:
         program = self.program
         names = [a.name for a in node.target._schema.arguments][:14]  # type: ignore[union-attr]
         call = dict(zip(names, _args(node, len(names)), strict=True))
+        y = self._quantised(node, call) if self.contrib else None
+        if y is not None:
+            program.replace(node, y)
+            return
         stacks = {
             name: self._stack(call[name])
             for name in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
@@ -54,7 +61,7 @@ class Experts:
             )
             return
         share = self._share(node, call, stacks["down"].shape[0])  # type: ignore[union-attr]
-        reason = self._refusal(call, stacks)
+        reason = self._refusal(call)
         if reason is None:
             y = self._fused(node, call, stacks, share)
         else:
@@ -91,11 +98,11 @@ class Experts:
             node, aten.sum.dim_IntList, (emit(node, aten.where.self, (chosen, weights, zero)), [-2])
         )
 
-    def _refusal(self, call: dict[str, Any], stacks: dict[str, Any]) -> str | None:
+    def _refusal(self, call: dict[str, Any]) -> str | None:
         """Why MoE does not do what these experts do, None if it does."""
         if not self.contrib:
             return "standard ONNX has no experts: every expert on every token"
-        if stacks["gate"] is None or call["activation"] != "silu":
+        if not call["gate"] or call["activation"] != "silu":
             return f"MoE is SwiGLU, these are {call['activation']}: every expert on every token"
         if call["weigh_input"] or call["norm"] is not None:
             return "MoE weighs plain outputs of experts: every expert on every token"
@@ -150,6 +157,55 @@ class Experts:
         )  # fmt: skip
         total = emit(node, aten.sum.dim_IntList, (share, [-1], True))
         return emit(node, aten.mul.Tensor, (y, self._cast(node, total, dtype)))
+
+    def _quantised(self, node: fx.Node, call: dict[str, Any]) -> fx.Node | None:
+        """QMoE, if the experts' weights are integers that it computes exactly with."""
+        program = self.program
+        stacks = [stacked(program, call[name]) for name in ("gate", "up", "down")]
+        if any(s is None for s in stacks) or self._refusal(call) is not None:
+            return None
+        gate, up, down = stacks
+        assert gate is not None and up is not None and down is not None
+        both = interleaved(gate, up)
+        made: Any = "gate and up have groups of different sizes: experts are dequantised"
+        made = packed(both, down) if both is not None else made
+        if isinstance(made, str):
+            program.fallbacks.append((f"dspark::moe_experts at {node.name}", made))
+            return None
+        x = call["x"]
+        dtype = x.meta["val"].dtype
+        count, width = int(down.numbers.shape[0]), int(x.meta["val"].shape[-1])
+        if down.numbers.shape[1] != width:
+            return None
+        emit = program.emit
+        share = self._share(node, call, count)
+        share = self._cast(node, emit(node, op("reshape"), (share, [-1, count])), dtype)
+        chosen = self._cast(node, emit(node, aten.ne.Scalar, (share, 0.0)), dtype)
+        slope, _, gate_high, _, _, offset = call["limits"] or PLAIN_LIMITS
+        biases: list[fx.Node | None] = [None, None]
+        pairs = [self._stack(call[n]) for n in ("gate_bias", "up_bias", "down_bias")]
+        if pairs[0] is not None:
+            joined = torch.stack(pairs[:2], 2).reshape(count, -1).to(dtype)
+            biases[0] = program.constant(f"{node.name}.fc1.bias", joined.contiguous())
+        if pairs[2] is not None:
+            biases[1] = program.constant(f"{node.name}.fc2.bias", pairs[2].to(dtype).contiguous())
+        held: list[list[fx.Node | None]] = []
+        for part, name in zip(made, ("fc1", "fc2"), strict=True):
+            tensors = {"quantized": part.data, "scales": part.scales, "zero_points": part.zeros}
+            held.append([
+                None if t is None else program.constant(f"{node.name}.{name}.{key}", t)
+                for key, t in tensors.items()
+            ])  # fmt: skip
+        (fc1, scale1, zero1), (fc2, scale2, zero2) = held
+        return emit(
+            node,
+            op("qmoe"),
+            (
+                x, chosen, share, fc1, scale1, biases[0], fc2, scale2, biases[1], zero1, zero2,
+                int(call["indices"].meta["val"].shape[-1]), float(slope), float(offset),
+                0.0 if math.isinf(gate_high) else float(gate_high), made[0].bits, made[0].block,
+            ),
+        )  # fmt: skip
 
     def _half(self, node: fx.Node, logits: fx.Node, dtype: torch.dtype) -> fx.Node:
         """Logits for a dtype whose smallest number is nearer: far below, and no infinity."""

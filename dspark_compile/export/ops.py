@@ -16,7 +16,7 @@ verification uses to find the first node whose value differs. They live in the n
     matmul_nbits             MatMulNBits
     dequantize               DequantizeLinear
     silu                     QuickGelu with alpha 1
-    moe                      MoE; gate_and_up is decomposed before translation
+    moe, qmoe                MoE, QMoE; gate_and_up is decomposed before translation
 """
 
 from __future__ import annotations
@@ -335,15 +335,68 @@ def moe(
     rows = x.reshape(-1, x.shape[-1])
     top = logits.float().topk(k, -1)
     share = torch.zeros_like(logits.float()).scatter(-1, top.indices, top.values.softmax(-1))
+    y = _experts(rows, fc1, fc1_bias, fc2, fc2_bias, alpha, beta, limit)
+    y = (y * share.t().unsqueeze(-1)).sum(0).to(x.dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+@_define(
+    "qmoe(Tensor x, Tensor chosen, Tensor share, Tensor fc1, Tensor fc1_scale, Tensor? fc1_bias, "
+    "Tensor fc2, Tensor fc2_scale, Tensor? fc2_bias, Tensor? fc1_zero, Tensor? fc2_zero, int k, "
+    "float alpha, float beta, float limit, int bits, int block) -> Tensor",
+    fake=lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+def qmoe(
+    x: Tensor,
+    chosen: Tensor,
+    share: Tensor,
+    fc1: Tensor,
+    fc1_scale: Tensor,
+    fc1_bias: Tensor | None,
+    fc2: Tensor,
+    fc2_scale: Tensor,
+    fc2_bias: Tensor | None,
+    fc1_zero: Tensor | None,
+    fc2_zero: Tensor | None,
+    k: int,
+    alpha: float,
+    beta: float,
+    limit: float,
+    bits: int,
+    block: int,
+) -> Tensor:
+    """QMoE: the k experts with the largest ``chosen [T, E]``, weighed by ``share [T, E]``; weights
+    as `dspark_compile.export.qmoe` packs them, otherwise as `moe`."""
+    from .qmoe import Packed, dequantised
+
+    first = dequantised(Packed(fc1, fc1_scale.float(), fc1_zero, bits, block)).to(x.dtype)
+    second = dequantised(Packed(fc2, fc2_scale.float(), fc2_zero, bits, block)).to(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    top = chosen.float().topk(k, -1).indices
+    weights = torch.zeros_like(share.float()).scatter(-1, top, share.float().gather(-1, top))
+    y = _experts(rows, first, fc1_bias, second, fc2_bias, alpha, beta, limit)
+    y = (y * weights.t().unsqueeze(-1)).sum(0).to(x.dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _experts(
+    rows: Tensor,
+    fc1: Tensor,
+    fc1_bias: Tensor | None,
+    fc2: Tensor,
+    fc2_bias: Tensor | None,
+    alpha: float,
+    beta: float,
+    limit: float,
+) -> Tensor:
+    """Every expert of every row ``[E, T, N]``."""
     y = torch.einsum("tk,eik->eti", rows, fc1)
     y = y if fc1_bias is None else y + fc1_bias.unsqueeze(1)
     gate, up = y[..., 0::2], y[..., 1::2]
     if limit:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     y = torch.einsum("eti,eni->etn", gate * torch.sigmoid(alpha * gate) * (up + beta), fc2)
-    y = y if fc2_bias is None else y + fc2_bias.unsqueeze(1)
-    y = (y * share.t().unsqueeze(-1)).sum(0).to(x.dtype)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return y if fc2_bias is None else y + fc2_bias.unsqueeze(1)
 
 
 @_define(

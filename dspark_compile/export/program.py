@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from dspark_compile import ops as _dialect  # noqa: F401 - registers the dialect
 from dspark_compile.diagnostics.report import GraphReport
+from dspark_compile.hf_experts import traced_grouped
 from dspark_compile.options import Options
 from dspark_compile.passes.base import PassContext
 from dspark_compile.passes.capture import capture
@@ -255,15 +256,24 @@ def _module(node: fx.Node) -> str:
     return clean_path(module_path(node)).removeprefix("model.")
 
 
-def captured(subject: Subject, report: GraphReport, disable: tuple[str, ...] = ()) -> Program:
+def captured(
+    subject: Subject,
+    report: GraphReport,
+    disable: tuple[str, ...] = (),
+    quantised_experts: bool = False,
+) -> Program:
     """``torch.export`` of the subject, made functional.
+
+    Args:
+        disable: passes to leave out.
+        quantised_experts: loops over experts with quantised weights become one op too.
 
     Raises:
         ExportError: ``torch.export`` cannot trace the model; its message is passed on.
     """
     dims = _dimensions(subject)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), traced_grouped():
             exported = torch.export.export(
                 subject.module, tuple(subject.example), dynamic_shapes=(dims,), strict=False
             )
@@ -333,7 +343,8 @@ def captured(subject: Subject, report: GraphReport, disable: tuple[str, ...] = (
         inner="eager", kernels="aten", verify=False, disable=(*RUNTIME_ONLY, *disable)
     )
     with report.timed("passes"):
-        run_pipeline(traced, PassContext(options, report, mode, inputs))
+        shared = {"quantised_experts": quantised_experts}
+        run_pipeline(traced, PassContext(options, report, mode, inputs, shared=shared))
     program.clean()
     return program
 

@@ -168,6 +168,43 @@ def table(opset_version: int) -> Table:
             **extra,
         )
 
+    @translates("qmoe")
+    def qmoe(
+        x: Any,
+        chosen: Any,
+        share: Any,
+        fc1: Any,
+        fc1_scale: Any,
+        fc1_bias: Any,
+        fc2: Any,
+        fc2_scale: Any,
+        fc2_bias: Any,
+        fc1_zero: Any,
+        fc2_zero: Any,
+        k: int,
+        alpha: float,
+        beta: float,
+        limit: float,
+        bits: int,
+        block: int,
+    ) -> Any:
+        extra: dict[str, Any] = {"swiglu_limit": limit} if limit else {}
+        if block:
+            extra["block_size"] = block
+        return ort("QMoE")(
+            *(x, chosen, fc1, fc1_scale, fc1_bias, fc2, fc2_scale, fc2_bias, None, None, None),
+            *(fc1_zero, fc2_zero, None, share),
+            k=k,
+            activation_type="swiglu",
+            normalize_routing_weights=0,
+            swiglu_fusion=1,
+            activation_alpha=alpha,
+            activation_beta=beta,
+            expert_weight_bits=bits,
+            weights_prepacked=0,
+            **extra,
+        )
+
     @translates("matmul_nbits")
     def matmul_nbits(
         x: Any,
@@ -220,11 +257,12 @@ _CONTRIB: dict[str, tuple[str, int, int, dict[str, str]]] = {
         },
     ),
     "QMoE": (
-        "com.microsoft", 14, 1,
+        "com.microsoft", 15, 1,
         {
             "k": _INT, "activation_type": _STRING, "normalize_routing_weights": _INT,
             "swiglu_fusion": _INT, "swiglu_limit": _FLOAT, "activation_alpha": _FLOAT,
             "activation_beta": _FLOAT, "expert_weight_bits": _INT, "block_size": _INT,
+            "weights_prepacked": _INT,
         },
     ),
 }  # fmt: skip

@@ -103,6 +103,76 @@ def test_static_cache_scales_round_trip(bits):
     assert ((back - x).abs() <= scale / 2 + 1e-6).all()
 
 
+@pytest.mark.parametrize(("bits", "groups"), [(8, 1), (4, 1), (4, 3)])
+@pytest.mark.parametrize("zero", [False, True])
+def test_packed_experts_mean_the_same(bits, groups, zero):
+    from dspark_compile.export.qmoe import Stack, dequantised, interleaved, packed
+
+    torch.manual_seed(0)
+    top = 7 if bits == 4 else 127
+
+    def stack(rows, columns):
+        numbers = torch.randint(-top - 1, top + 1, (3, rows, columns), dtype=torch.int8)
+        zeros = torch.randint(-4, 4, (3, rows, groups), dtype=torch.int8) if zero else None
+        return Stack(numbers, torch.rand(3, rows, groups) + 0.1, zeros)
+
+    def wide(s):
+        size = s.numbers.shape[-1] // groups
+        shift = 0 if s.zeros is None else s.zeros.repeat_interleave(size, -1).float()
+        return (s.numbers.float() - shift) * s.scales.repeat_interleave(size, -1)
+
+    gate, up, down = stack(48, 96), stack(48, 96), stack(96, 48)
+    both = interleaved(gate, up)
+    made = packed(both, down)
+    assert not isinstance(made, str)
+    assert made[0].bits == bits and made[0].block == (0 if groups == 1 else 16)
+    want = torch.stack((wide(gate), wide(up)), 2).flatten(1, 2)
+    assert torch.allclose(dequantised(made[0]), want, atol=1e-5)
+    assert torch.allclose(dequantised(made[1]), wide(down), atol=1e-5)
+
+
+def test_blocks_of_eight_bits_are_no_qmoe():
+    from dspark_compile.export.qmoe import Stack, packed
+
+    numbers = torch.full((2, 8, 64), 100, dtype=torch.int8)
+    found = packed(*[Stack(numbers, torch.ones(2, 8, 2), None)] * 2)
+    assert isinstance(found, str) and "rounds activations" in found
+
+
+@pytest.mark.parametrize("rotation", [None, (16, False), (16, True), (8, False)])
+def test_scales_bound_what_rope_makes_of_a_key(rotation):
+    """Keys at other positions are the sample's keys turned: none is clipped."""
+    from dspark_compile.export.calibrate import _largest
+    from dspark_compile.ops import OPS
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 40, 16)
+    largest = _largest(x, rotation)
+    assert largest.shape == (1, 3, 1, 16) and (x.abs() <= largest * 1.00001).all()
+    if rotation is None:
+        assert torch.equal(largest, x.abs().amax((0, 2), keepdim=True))
+        return
+    width, interleaved = rotation
+    angle = torch.rand(1, 1, 40, width // 2) * 6.28
+    turned = OPS["rope"].reference(x, angle.cos(), angle.sin(), width, interleaved)
+    assert (turned.abs() <= largest * 1.00001).all()
+    assert torch.equal(largest[..., width:], x[..., width:].abs().amax((0, 2), keepdim=True))
+
+
+def test_four_bits_take_the_scale_with_the_least_error():
+    from dspark_compile.export.calibrate import _least_squares, headroom
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 400, 16)
+
+    def error(scale):
+        packed = export_ops.quantize_static(x, scale, 4)
+        return (export_ops.dequantize_static(packed, scale, 4) - x).square().sum()
+
+    assert error(_least_squares(x)) < 0.9 * error(x.abs().amax((0, 2), keepdim=True) / 7)
+    assert headroom(100_000) == 1.25 and headroom(256) == 1.5
+
+
 def test_an_interrupted_export_leaves_nothing(tmp_path):
     target = tmp_path / "model.onnx"
     with pytest.raises(KeyboardInterrupt), scratch(target) as folder:
