@@ -8,265 +8,11 @@
 // In a block: test the mask (nothing allowed: the keys are not read), scores, softmax step,
 // output. Keys are read once however many query rows there are.
 #pragma once
-#include <limits>
-
-#include "parallel.h"
-#include "predicate.h"
-#include "tiles.h"
-#include "tiles_int8.h"
-#include "vec.h"
-
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
-#define DSPARK_DOT 1
-#endif
+#include "attention_config.h"
+#include "attention_lanes.h"
+#include "attention_vectors.h"
 
 namespace dspark {
-
-constexpr int KEYS = 128;
-constexpr float NEVER = -std::numeric_limits<float>::infinity();
-
-// Sizes and strides, in elements. The last dimension of q, k and v is contiguous.
-struct Shape {
-  int64_t batch, kv_heads, keys;
-  int64_t q_b, q_h, q_m;
-  int64_t k_b, k_h, k_n;
-  int64_t v_b, v_h, v_n;
-  int64_t ks_b, ks_h, ks_n;
-  int64_t vs_b, vs_h, vs_n;
-  int64_t bias_b, bias_h, bias_m, bias_n;
-};
-
-// No scales: the cache is exact. No bias.
-struct None {};
-inline float to_float(None) { return 0; }
-
-template <class Q_, class K_, class S_, class B_, class SINK_, int G_, int M_, int D_, int DV_,
-          bool SOFTCAP_, bool ADD_>
-struct Config {
-  using Q = Q_;        // query and output
-  using K = K_;        // keys and values
-  using S = S_;        // scales of an int8 cache, or None
-  using B = B_;        // bias: a float type, bool, or None
-  using Sink = SINK_;  // sinks, or None
-  static constexpr int G = G_, M = M_, D = D_, DV = DV_, R = G * M;
-  static constexpr bool SOFTCAP = SOFTCAP_;
-  static constexpr bool ADD = ADD_;  // a forbidden key's score is moved by mask_value
-  static constexpr bool SCALED = !std::is_same<S, None>::value;
-  static constexpr bool SINKS = !std::is_same<Sink, None>::value;
-  static constexpr bool ALLOWS = std::is_same<B, bool>::value;
-  static constexpr bool BIAS = !ALLOWS && !std::is_same<B, None>::value;
-#if defined(DSPARK_DOT)
-  static constexpr bool DOT = std::is_same<Q, bf16>::value && std::is_same<K, bf16>::value;
-#else
-  static constexpr bool DOT = false;
-#endif
-#if defined(DSPARK_BYTE_TILES)
-  static constexpr bool BYTES = R <= 8 && !std::is_same<Q, float>::value &&
-                                std::is_same<K, int8_t>::value && D % 64 == 0 && DV % 64 == 0;
-#else
-  static constexpr bool BYTES = false;
-#endif
-#if defined(DSPARK_TILES)
-  // For fewer rows vectors do as well: memory is the limit.
-  static constexpr bool TILES = R >= 4 && !BYTES && std::is_same<Q, bf16>::value && D % 32 == 0 &&
-                                DV % 32 == 0 &&
-                                (DOT || std::is_same<K, int8_t>::value);
-#else
-  static constexpr bool TILES = false;
-#endif
-  static constexpr int RP = TILES ? (R + 15) / 16 * 16 : R;  // rows of sums, padded for tiles
-  static constexpr int STEP = DOT ? 32 : Vec::W;
-  static constexpr int DP = (D + STEP - 1) / STEP * STEP;
-  static constexpr int DVP = (DV + Vec::W - 1) / Vec::W * Vec::W;
-  using Staged = typename std::conditional<DOT, bf16, float>::type;
-};
-
-template <class C>
-struct Tensors {
-  const typename C::Q* q;
-  const typename C::K *k, *v;
-  const typename C::S *ks, *vs;
-  const typename C::B* bias;
-  const typename C::Sink* sinks;
-  typename C::Q* out;  // [B, M, Hq, DV], contiguous
-  float scale, softcap, mask_value;
-  // mask_value is so low that a forbidden key weighs nothing beside an allowed one.
-  bool absorbing;
-};
-
-// The running softmax of R rows.
-template <class C>
-struct alignas(64) State {
-  float top[(C::R + 15) / 16 * 16];
-  float total[(C::R + 15) / 16 * 16];
-  float out[C::RP][C::DVP];
-
-  void clear() {
-    for (int r = 0; r < C::R; ++r) top[r] = NEVER, total[r] = 0;
-    std::memset(out, 0, sizeof(out));
-  }
-  // Another state over other keys.
-  void join(const State& other) {
-    for (int r = 0; r < C::R; ++r) {
-      const float both = std::max(top[r], other.top[r]);
-      if (both == NEVER) continue;
-      const float mine = std::exp(top[r] - both), theirs = std::exp(other.top[r] - both);
-      top[r] = both;
-      total[r] = total[r] * mine + other.total[r] * theirs;
-      for (int d = 0; d < C::DVP; d += Vec::W)
-        store(out[r] + d, load(out[r] + d) * all(mine) + load(other.out[r] + d) * all(theirs));
-    }
-  }
-};
-
-#if defined(DSPARK_TILES)
-template <class C>
-using Tiled = typename std::conditional<C::TILES, TileRoom<C::R, C::D, C::DV, KEYS>, None>::type;
-#else
-template <class C>
-using Tiled = None;
-#endif
-#if defined(DSPARK_BYTE_TILES)
-template <class C>
-using Bytes = typename std::conditional<C::BYTES, ByteRoom<C::R, C::D, C::DV, KEYS>, None>::type;
-#else
-template <class C>
-using Bytes = None;
-#endif
-
-// What a thread works with in one unit.
-template <class C>
-struct alignas(64) Room {
-  Tiled<C> tiled;
-  Bytes<C> bytes;
-  State<C> state;
-  State<C> slot[2];  // pieces of units: [0] one that another thread began, [1] one begun here
-  typename C::Staged q[C::R][C::DP];
-  float scores[C::R][KEYS];
-  uint8_t allowed[C::R][KEYS];
-  float ks[KEYS], vs[KEYS];
-};
-
-template <class C>
-size_t attention_bytes(int threads) {
-  return sizeof(Room<C>) * threads;
-}
-
-// Memory gives more to several readers that are pages apart than to one, so a block's keys are read
-// as KR runs side by side, and its values as RUNS.
-constexpr int RUNS = 4;
-
-// Whether a row's element `d`, or one of the `step` behind it, begins a cache line: the rows of the
-// next block are asked for a line at a time, between the instructions that work on this one.
-template <class K>
-constexpr bool begins_line(int d, int step) {
-  constexpr int LINE = 64 / int(sizeof(K));
-  return step >= LINE || d % LINE == 0;
-}
-
-
-// scores[r][i * run] = q[r] . k[i * run] for i < KR keys and RR rows, one register each.
-template <class C, int RR>
-inline void score_tile(const typename C::Staged (*q)[C::DP], int rows, const typename C::K* k,
-                       int64_t ldk, int64_t run, int keys, float* scores,
-                       const typename C::K* soon) {
-  constexpr int W = Vec::W, KR = W / RR;
-  Vec a[W];
-  for (int i = 0; i < W; ++i) a[i] = zero();
-  const typename C::K* key[KR];
-  const typename C::Staged* row[RR];
-  for (int i = 0; i < KR; ++i) key[i] = k + (i * run < keys ? i * run : 0) * ldk;
-  for (int r = 0; r < RR; ++r) row[r] = q[r < rows ? r : rows - 1];
-#pragma GCC unroll 8
-  for (int d = 0; d < C::D; d += C::STEP) {
-    constexpr int LAST = C::D % C::STEP;
-    if (soon != nullptr && d < C::DV && begins_line<typename C::K>(d, C::STEP))
-      for (int i = 0; i < KR; ++i) __builtin_prefetch(soon + i * run * ldk + d, 0, 2);
-    const bool whole = LAST == 0 || d + C::STEP <= C::D;
-    if constexpr (C::DOT) {
-#if defined(DSPARK_DOT)
-      __m512bh b[RR];
-      for (int r = 0; r < RR; ++r) b[r] = (__m512bh)_mm512_loadu_si512(row[r] + d);
-      for (int i = 0; i < KR; ++i) {
-        const __m512bh c = (__m512bh)(whole ? _mm512_loadu_si512(key[i] + d)
-                                            : _mm512_maskz_loadu_epi16((1u << LAST) - 1, key[i] + d));
-        for (int r = 0; r < RR; ++r)
-          a[r * KR + i].v = _mm512_dpbf16_ps(a[r * KR + i].v, c, b[r]);
-      }
-#endif
-    } else {
-      Vec b[RR];
-      for (int r = 0; r < RR; ++r) b[r] = load(row[r] + d);
-      for (int i = 0; i < KR; ++i) {
-        const Vec c = whole ? load(key[i] + d) : load(key[i] + d, LAST);
-        for (int r = 0; r < RR; ++r) a[r * KR + i] = fma(c, b[r], a[r * KR + i]);
-      }
-    }
-  }
-  float flat[W];
-  store(flat, sums(a));
-  for (int i = 0; i < KR && i * run < keys; ++i)
-    for (int r = 0; r < RR && r < rows; ++r) scores[r * KEYS + i * run] = flat[r * KR + i];
-}
-
-// `v`, if not null, is where the values lie that come next.
-template <class C>
-inline void score_block(const Room<C>& room, const typename C::K* k, int64_t ldk, int keys,
-                        float (*scores)[KEYS], const typename C::K* v, int64_t ldv) {
-  constexpr int RR = C::R >= 4 ? 4 : C::R >= 2 ? 2 : 1;
-  constexpr int KR = Vec::W / RR;
-  const int64_t run = (keys + KR - 1) / KR;
-  for (int64_t j = 0; j < run; ++j)
-    for (int r = 0; r < C::R; r += RR)
-      score_tile<C, RR>(room.q + r, C::R - r, k + j * ldk, ldk, run, keys - int(j), scores[r] + j,
-                        r == 0 && ldv == ldk ? v + j * ldv : nullptr);
-}
-
-// out[r] += p[r] V for RR rows and DT vectors of columns.
-template <class C, int RR, int DT>
-inline void value_tile(const float (*p)[KEYS], int rows, const typename C::K* v, int64_t ldv,
-                       int keys, float (*out)[C::DVP], int d, const typename C::K* soon) {
-  constexpr int W = Vec::W;
-  Vec a[RR][DT];
-  const float* row[RR];
-  for (int r = 0; r < RR; ++r) {
-    row[r] = p[r < rows ? r : rows - 1];
-    for (int i = 0; i < DT; ++i) a[r][i] = load(out[r < rows ? r : rows - 1] + d + i * W);
-  }
-  const int run = (keys + RUNS - 1) / RUNS;
-  for (int from = 0; from < run; ++from)
-    for (int j = from; j < keys; j += run) {
-      const typename C::K* at = v + j * ldv + d;
-      Vec c[DT];
-      for (int i = 0; i < DT; ++i) {
-        if (soon != nullptr && begins_line<typename C::K>(d + i * W, W))
-          __builtin_prefetch(soon + j * ldv + d + i * W, 0, 2);
-        c[i] = d + (i + 1) * W <= C::DV ? load(at + i * W) : load(at + i * W, C::DV - d - i * W);
-      }
-      for (int r = 0; r < RR; ++r) {
-        const Vec b = all(row[r][j]);
-        for (int i = 0; i < DT; ++i) a[r][i] = fma(b, c[i], a[r][i]);
-      }
-    }
-  for (int r = 0; r < RR && r < rows; ++r)
-    for (int i = 0; i < DT; ++i) store(out[r] + d + i * W, a[r][i]);
-}
-
-template <class C>
-inline void value_block(const float (*p)[KEYS], const typename C::K* v, int64_t ldv, int keys,
-                        float (*out)[C::DVP], const typename C::K* k, int64_t ldk) {
-  constexpr int W = Vec::W, RR = C::R >= 4 ? 4 : C::R >= 2 ? 2 : 1;
-  constexpr int MOST = (W == 16 ? 16 : 8) / RR, VECTORS = C::DVP / W;
-  constexpr int DT = MOST < VECTORS ? MOST : VECTORS;
-  const typename C::K* soon = ldk == ldv ? k : nullptr;
-  for (int r = 0; r < C::R; r += RR) {
-    int d = 0;
-    for (; d + DT * W <= C::DVP; d += DT * W)
-      value_tile<C, RR, DT>(p + r, C::R - r, v, ldv, keys, out + r, d, r == 0 ? soon : nullptr);
-    for (; d < C::DVP; d += W)
-      value_tile<C, RR, 1>(p + r, C::R - r, v, ldv, keys, out + r, d, r == 0 ? soon : nullptr);
-  }
-}
 
 template <class C, class Mask>
 class Attention {
@@ -282,7 +28,7 @@ class Attention {
     Room<C>* rooms = reinterpret_cast<Room<C>*>(memory);
     Room<C>& room = rooms[team.thread];
 #if defined(DSPARK_TILES)
-    if constexpr (C::TILES || C::BYTES) configure_square_tiles();
+    if constexpr (C::MATRIX) configure_square_tiles();
 #endif
     const int64_t units = s.batch * s.kv_heads;
     int64_t blocks = 0;
@@ -315,7 +61,7 @@ class Attention {
       at += keys.blocks();
     }
 #if defined(DSPARK_TILES)
-    if constexpr (C::TILES || C::BYTES) _tile_release();
+    if constexpr (C::MATRIX) _tile_release();
 #endif
     team.barrier();
     if (begun < 0) return;
@@ -385,24 +131,34 @@ class Attention {
   const K* values_of(int64_t u) const { return t.v + batch(u) * s.v_b + u % s.kv_heads * s.v_h; }
 
   void stage(int64_t u, Room<C>& room) const {
-#if defined(DSPARK_BYTE_TILES)
+    room.inner_lower = 0, room.inner_upper = s.keys;
+    for (int r = 0; r < R; ++r) {
+      const Range one = limits(u, r);
+      room.lower[r] = one.first, room.upper[r] = one.last;
+      room.inner_lower = std::max(room.inner_lower, one.first);
+      room.inner_upper = std::min(room.inner_upper, one.last);
+    }
     if constexpr (C::BYTES) {
-      std::memset(room.bytes.q, 0, sizeof(room.bytes.q));
-      std::memset(room.bytes.p, 0, sizeof(room.bytes.p));
+#if defined(DSPARK_BYTE_TILES)
+      std::memset(&room.matrix, 0, sizeof(room.matrix));
       for (int r = 0; r < R; ++r) {
         const Q* from = query(u, r);
-        split_query(room.bytes, r, C::D, [&](int d) { return to_float(from[d]); });
+        split_query(room.matrix, r, [&](int d) { return to_float(from[d]); });
       }
+#endif
       return;
     }
-#endif
     if constexpr (C::TILES) {
-      std::memset(room.tiled.q, 0, sizeof(room.tiled.q));
-      std::memset(room.tiled.p, 0, sizeof(room.tiled.p));
+#if defined(DSPARK_TILES)
+      std::memset(room.matrix.q, 0, sizeof(room.matrix.q));
       for (int r = 0; r < R; ++r) {
         const Q* from = query(u, r);
-        for (int d = 0; d < C::D; ++d) room.tiled.q[r / 16][d / 2][r % 16][d % 2] = from[d];
+        for (int d = 0; d < C::D; d += 2) {
+          bf16* to = room.matrix.q[r / 16][d / 2][r % 16];
+          to[0] = from[d], to[1] = from[d + 1];
+        }
       }
+#endif
       return;
     }
     for (int r = 0; r < R; ++r) {
@@ -453,27 +209,21 @@ class Attention {
     if (tested && !test(u, k, keys, room) && bounded()) return;
     const K* kp = keys_of(u) + k * s.k_n;
     const K* vp = values_of(u) + k * s.v_n;
-#if defined(DSPARK_TILES)
-    Follow<K, C::D, C::DV, KEYS> follow{next.k, next.v, s.k_n, s.v_n};
-#endif
-    if constexpr (C::BYTES) {
-#if defined(DSPARK_BYTE_TILES)
-      byte_scores(room.bytes, kp, s.k_n, keys, room.scores, follow);
-#endif
-    } else if constexpr (C::TILES) {
-#if defined(DSPARK_TILES)
-      tile_scores<K>(room.tiled, kp, s.k_n, keys, room.scores, follow);
-#endif
-    } else {
-      score_block<C>(room, kp, s.k_n, keys, room.scores, vp, s.v_n);
-    }
     if constexpr (C::SCALED) {
       const int64_t b = batch(u), h = u % s.kv_heads;
-      for (int j = 0; j < keys; ++j) {
-        room.ks[j] = to_float(t.ks[b * s.ks_b + h * s.ks_h + (k + j) * s.ks_n]) * t.scale;
-        room.vs[j] = to_float(t.vs[b * s.vs_b + h * s.vs_h + (k + j) * s.vs_n]);
-      }
+      scales(t.ks + b * s.ks_b + h * s.ks_h + k * s.ks_n, s.ks_n, keys, t.scale, room.ks);
+      scales(t.vs + b * s.vs_b + h * s.vs_h + k * s.vs_n, s.vs_n, keys, 1, room.vs);
     }
+    const bool inside = !tested && k >= room.inner_lower && k + keys <= room.inner_upper;
+    if constexpr (C::LANES) {
+      lanes_step(u, k, keys, kp, vp, next, tested, inside, room, state);
+      return;
+    }
+#if defined(DSPARK_BYTE_TILES)
+    Follow<K, C::D, C::DV, KEYS> follow{next.k, next.v, s.k_n, s.v_n};
+    if constexpr (C::BYTES) byte_scores(room.matrix, kp, s.k_n, keys, nullptr, room.scores, follow);
+#endif
+    if constexpr (!C::BYTES) score_block<C>(room, kp, s.k_n, keys, room.scores, vp, s.v_n);
     for (int r = 0; r < R; ++r) {
       float* x = room.scores[r];
       for (int j = 0; j < keys; j += W) {
@@ -488,34 +238,88 @@ class Attention {
       if (tested) {
         for (int j = 0; j < keys; ++j)
           if (!room.allowed[r][j]) x[j] = bounded() ? NEVER : x[j] + t.mask_value;
-      } else {
-        const Range one = limits(u, r);
-        for (int64_t j = 0; j < std::min<int64_t>(keys, one.first - k); ++j) x[j] = NEVER;
-        for (int64_t j = std::max<int64_t>(0, one.last - k); j < keys; ++j) x[j] = NEVER;
+      } else if (!inside) {
+        for (int64_t j = 0; j < std::min<int64_t>(keys, room.lower[r] - k); ++j) x[j] = NEVER;
+        for (int64_t j = std::max<int64_t>(0, room.upper[r] - k); j < keys; ++j) x[j] = NEVER;
       }
       for (int j = keys; j < KEYS && (j % W != 0 || j == keys); ++j) x[j] = NEVER;
-      soften(r, keys, room, state);
+      soften(x, r, keys, room, state);
     }
-    if constexpr (C::BYTES || C::TILES)
+    if constexpr (!C::BYTES)
+      value_block<C>(room.scores, vp, s.v_n, keys, state.out, next.k, s.k_n);
+#if defined(DSPARK_BYTE_TILES)
+    if constexpr (C::BYTES) {
       for (int r = 0; r < R; ++r)
         for (int j = keys; j % 16 != 0; ++j) room.scores[r][j] = 0;
-    if constexpr (C::BYTES) {
-#if defined(DSPARK_BYTE_TILES)
-      byte_values(room.bytes, room.scores, vp, s.v_n, keys, state.out, follow);
+      split_rows(room.matrix, room.scores, keys);
+      __asm__ volatile("" : : "r"(&room) : "memory");
+      byte_values(room.matrix, vp, s.v_n, keys, state.out, follow);
+    }
 #endif
-    } else if constexpr (C::TILES) {
-#if defined(DSPARK_TILES)
-      tile_values<K>(room.tiled, room.scores, vp, s.v_n, keys, state.out, follow);
-#endif
+  }
+
+  // The scales of a block's keys or values, times `by`.
+  template <class S>
+  static void scales(const S* from, int64_t stride, int keys, float by, float* to) {
+    if (stride == 1) {
+      for (int j = 0; j < keys; j += Vec::W) store(to + j, load(from + j, keys - j) * all(by));
     } else {
-      value_block<C>(room.scores, vp, s.v_n, keys, state.out, next.k, s.k_n);
+      for (int j = 0; j < keys; ++j) to[j] = to_float(from[j * stride]) * by;
     }
   }
 
+  // `step` with a query row in each lane.
+  void lanes_step([[maybe_unused]] int64_t u, [[maybe_unused]] int64_t k,
+                   [[maybe_unused]] int keys, [[maybe_unused]] const K* kp,
+                   [[maybe_unused]] const K* vp, [[maybe_unused]] Next next,
+                   [[maybe_unused]] bool tested, [[maybe_unused]] bool inside,
+                   [[maybe_unused]] Room<C>& room, [[maybe_unused]] State<C>& state) const {
+#if defined(DSPARK_TILES)
+    constexpr int ROWS = (R + 15) / 16;
+    constexpr bool PAIRED = C::BYTES && R <= 8;
+    using L = Lanes<PAIRED, KEYS>;
+    Follow<K, C::D, C::DV, KEYS> follow{next.k, next.v, s.k_n, s.v_n};
+    float factor = C::BYTES ? 1 : t.scale;
+#if defined(DSPARK_BYTE_TILES)
+    if constexpr (C::BYTES) byte_scores(room.matrix, kp, s.k_n, keys, room.ks, room.scores, follow);
+#endif
+    if constexpr (C::TILES) tile_scores<K>(room.matrix, kp, s.k_n, keys, follow);
+    if (C::SOFTCAP || C::BIAS || (C::TILES && (C::SCALED || !bounded() || !(factor > 0)))) {
+      for (int rows = 0; rows < ROWS; ++rows)
+        for (int j = 0; j < L::LIVE; ++j) {
+          float* at = room.matrix.s[rows][j];
+          Vec x = load(at) * (C::BYTES ? all(1) : C::SCALED ? all(room.ks[j]) : all(factor));
+          if constexpr (C::SOFTCAP) x = all(t.softcap) * tanh(x / all(t.softcap));
+          store(at, x);
+        }
+      factor = 1;
+    }
+    if constexpr (C::BIAS)
+      for (int r = 0; r < R; ++r) {
+        const int64_t base = bias_at(u, r, k);
+        for (int j = 0; j < keys; ++j)
+          room.matrix.s[r / 16][L::place(j)][L::lane(r) + L::half(j)] +=
+              to_float(t.bias[base + j * s.bias_n]);
+      }
+    if (tested || !inside || keys < KEYS) {
+      if (!tested && !inside)
+        for (int r = 0; r < R; ++r)
+          for (int j = 0; j < keys; ++j)
+            room.allowed[r][j] = k + j >= room.lower[r] && k + j < room.upper[r];
+      forbid_lanes(room, keys, tested || !inside, bounded() ? nullptr : &t.mask_value);
+    }
+    for (int rows = 0; rows < ROWS; ++rows) soften_lanes(room, state, rows, factor, follow);
+    __asm__ volatile("" : : "r"(&room) : "memory");
+#if defined(DSPARK_BYTE_TILES)
+    if constexpr (C::BYTES) byte_values(room.matrix, vp, s.v_n, keys, state.out, follow);
+#endif
+    if constexpr (C::TILES) tile_values<K>(room.matrix, vp, s.v_n, keys, state.out, follow);
+#endif
+  }
+
   // scores[r] become weights relative to the row's new maximum.
-  void soften(int r, int keys, Room<C>& room, State<C>& state) const {
+  void soften(float* x, int r, int keys, Room<C>& room, State<C>& state) const {
     constexpr int W = Vec::W;
-    float* x = room.scores[r];
     Vec high = all(NEVER);
     for (int j = 0; j < keys; j += W) high = max(high, load(x + j));
     const float top = std::max(state.top[r], largest(high));
@@ -559,7 +363,7 @@ class Attention {
       const float* from = state.out[r];
 #if defined(DSPARK_TILES)
       float ordered[C::DVP];
-      if constexpr (C::TILES || C::BYTES) {
+      if constexpr (C::MATRIX) {
         for (int d = 0; d < C::DV; ++d) ordered[d] = from[place(d)];
         from = ordered;
       }
@@ -572,6 +376,7 @@ class Attention {
   void average(int64_t u, int r, Room<C>& room, State<C>& state) const {
     const Q* q = query(u, r);
     const int64_t b = batch(u), h = u % s.kv_heads;
+    float* weights = room.scores[0];
     for (int64_t k = 0; k < s.keys; k += KEYS) {
       const int keys = int(std::min<int64_t>(KEYS, s.keys - k));
       for (int j = 0; j < keys; ++j) {
@@ -585,13 +390,13 @@ class Attention {
         }
         if (C::SOFTCAP) x = t.softcap * std::tanh(x / t.softcap);
         if constexpr (C::BIAS) x += to_float(t.bias[bias_at(u, r, k + j)]);
-        room.scores[r][j] = x + t.mask_value;
+        weights[j] = x + t.mask_value;
       }
-      for (int j = keys; j < KEYS; ++j) room.scores[r][j] = NEVER;
-      soften(r, keys, room, state);
+      for (int j = keys; j < KEYS; ++j) weights[j] = NEVER;
+      soften(weights, r, keys, room, state);
       for (int j = 0; j < keys; ++j) {
         const K* vp = values_of(u) + (k + j) * s.v_n;
-        for (int d = 0; d < C::DV; ++d) state.out[r][place(d)] += room.scores[r][j] * to_float(vp[d]);
+        for (int d = 0; d < C::DV; ++d) state.out[r][place(d)] += weights[j] * to_float(vp[d]);
       }
     }
   }

@@ -1,6 +1,7 @@
-// The inner products of attention on AMX: a block of keys times up to 16 query rows at once.
+// The matrix products of attention on AMX: a block of keys times 16 query rows at once.
 //
-//   scores    K [16 keys, 32 features] as the left tile, as it lies; q as the right one
+//   scores    K [16 keys, 32 features] as the left tile, as it lies; q as the right one, so that a
+//             key's scores lie side by side, a query row a lane (`attention_lanes.h`)
 //   values    p [16 rows, 32 keys] in bf16 as the left tile; V as the right one, the rows of two
 //             keys interleaved, as the instruction wants them
 //
@@ -28,10 +29,10 @@ struct alignas(64) TileRoom {
   static constexpr int ROWS = (R + 15) / 16;  // tiles of query rows
   static constexpr int STRIP = 64;            // keys whose scores are computed together
   bf16 q[ROWS][D / 2][16][2];
+  float s[ROWS][KEYS][16];
   bf16 p[ROWS * 16][KEYS];
-  bf16 v[4][16][16][2];
+  bf16 v[2][KEYS / 16][16][16][2];
   bf16 k[STRIP][D];
-  float s[4][16][16];
 };
 
 inline void configure_square_tiles() {
@@ -53,41 +54,40 @@ inline __m512i load_bf16(const int8_t* x) {
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-// Asks for the next block's keys and values while this one is worked on, a line of each page at a
-// time: memory gives more to several readers that are pages apart than to one, and the hardware
-// follows each of them. All of it takes STEPS steps.
+// Asks for the next block's keys and values while this one is worked on, a line of each of RUNS
+// rows a step: memory gives more to readers that are pages apart than to one, and the hardware
+// follows each. Steps are strewn finely over all that is done with a block: a core has few
+// requests under way at a time, and a burst of them would keep the loads behind it waiting.
 template <class K, int D, int DV, int KEYS>
 struct Follow {
-  static constexpr int STEPS = 64, LINE = 64 / int(sizeof(K));
+  static constexpr int LINE = 64 / int(sizeof(K)), ROW = (std::max(D, DV) + LINE - 1) / LINE * LINE;
+  static constexpr int RUNS = 4, STEPS = KEYS / RUNS * (ROW / LINE);
   const K *k, *v;  // null: nothing comes next
   int64_t ldk, ldv;
-  int step = 0;
+  int at = 0, left = k == nullptr ? 0 : KEYS / RUNS;
 
-  template <int FEATURES>
-  static inline __attribute__((always_inline)) void line(const K* from, int64_t ld, int step) {
-    constexpr int LINES = (FEATURES + LINE - 1) / LINE;
-    constexpr int ROWS = LINES < STEPS ? STEPS / LINES : 1;  // of one run
-    const int row = step / LINES, at = step % LINES * LINE;
-    if (row >= ROWS) return;
-    for (int j = row; j < KEYS; j += ROWS) __builtin_prefetch(from + j * ld + at, 0, 2);
-  }
   inline __attribute__((always_inline)) void go(int steps) {
-    if (k == nullptr) return;
-    for (int i = 0; i < steps; ++i, ++step) {
-      line<D>(k, ldk, step);
-      line<DV>(v, ldv, step);
+    if (left <= 0) return;
+    for (int i = 0; i < steps; ++i) {
+      for (int r = 0; r < RUNS; ++r) __builtin_prefetch(k + at + r * (KEYS / RUNS) * ldk, 0, 2);
+      for (int r = 0; r < RUNS; ++r) __builtin_prefetch(v + at + r * (KEYS / RUNS) * ldv, 0, 2);
+      at += LINE;
+      if (at == ROW) at = 0, --left, k += ldk, v += ldv;
     }
+  }
+  // Steps of each of `calls` calls that take `share` eighths of all together.
+  static constexpr int part(int share, int calls) {
+    return (STEPS * share / 8 + calls - 1) / calls;
   }
 };
 
-// A 16 by 16 block of floats, transposed: `lanes` of the first `rows` rows, which are `ld` apart.
-inline void transpose(const float (*from)[16], float* to, int64_t ld, int rows,
-                      __mmask16 lanes = 0xffff) {
+// A 16 by 16 block of 32-bit values, transposed: put(i, row i).
+template <class Put>
+inline __attribute__((always_inline)) void transposed(const __m512 (&in)[16], Put&& put) {
   __m512 a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_load_ps(from[i]);
   for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    b[i] = _mm512_unpacklo_ps(in[i], in[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(in[i], in[i + 1]);
   }
   for (int i = 0; i < 16; i += 4)
     for (int j = 0; j < 2; ++j) {
@@ -101,22 +101,30 @@ inline void transpose(const float (*from)[16], float* to, int64_t ld, int rows,
     const __m512 v = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xee);
     const __m512 x = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x44);
     const __m512 y = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xee);
-    const __m512 out[4] = {_mm512_shuffle_f32x4(u, x, 0x88), _mm512_shuffle_f32x4(u, x, 0xdd),
-                           _mm512_shuffle_f32x4(v, y, 0x88), _mm512_shuffle_f32x4(v, y, 0xdd)};
-    for (int l = 0; l < 4; ++l)
-      if (4 * l + c < rows) _mm512_mask_storeu_ps(to + (4 * l + c) * ld, lanes, out[l]);
+    put(c, _mm512_shuffle_f32x4(u, x, 0x88));
+    put(4 + c, _mm512_shuffle_f32x4(u, x, 0xdd));
+    put(8 + c, _mm512_shuffle_f32x4(v, y, 0x88));
+    put(12 + c, _mm512_shuffle_f32x4(v, y, 0xdd));
   }
 }
 
-// scores[r][j] = q[r] . k[j] for `keys` keys; what lies behind them up to a multiple of 64 is
-// whatever.
+// A 16 by 16 block of floats, transposed: `lanes` of the first `rows` rows, which are `ld` apart.
+inline void transpose(const float (*from)[16], float* to, int64_t ld, int rows,
+                      __mmask16 lanes = 0xffff) {
+  __m512 a[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_load_ps(from[i]);
+  transposed(a, [&](int i, __m512 row) {
+    if (i < rows) _mm512_mask_storeu_ps(to + i * ld, lanes, row);
+  });
+}
+
+// room.s[r / 16][j][r % 16] = q[r] . k[j] for `keys` keys; what lies behind them up to a multiple
+// of 64 is whatever.
 template <class K, int R, int D, int DV, int KEYS>
 inline void tile_scores(TileRoom<R, D, DV, KEYS>& room, const K* k, int64_t ldk, int keys,
-                        float (*scores)[KEYS], Follow<K, D, DV, KEYS>& next) {
+                        Follow<K, D, DV, KEYS>& next) {
   using Room = TileRoom<R, D, DV, KEYS>;
-  // Half of the steps in here, over all strips and features.
-  constexpr int SHARE = (Follow<K, D, DV, KEYS>::STEPS / 2 + KEYS / Room::STRIP * D / 8 - 1) /
-                        (KEYS / Room::STRIP * D / 8);
+  constexpr int STEPS = Follow<K, D, DV, KEYS>::part(2, KEYS / Room::STRIP * Room::ROWS * D / 8);
   for (int from = 0; from < keys; from += Room::STRIP) {
     const int strip = std::min(Room::STRIP, keys - from);
     const bf16* left = reinterpret_cast<const bf16*>(k + from * ldk);
@@ -130,65 +138,97 @@ inline void tile_scores(TileRoom<R, D, DV, KEYS>& room, const K* k, int64_t ldk,
       ld = D;
       __asm__ volatile("" : : "r"(left) : "memory");
     }
-    for (int rows = 0; rows < Room::ROWS; ++rows) {
+    // Two tiles of rows at a time, so that a tile of keys is loaded once for both; one alone takes
+    // the whole strip.
+    int rows = 0;
+    for (; rows + 1 < Room::ROWS; rows += 2)
+      for (int part = 0; part < Room::STRIP; part += 32) {
+        const bf16* at = left + part * ld;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int d = 0; d < D; d += 32) {
+          _tile_loadd(4, at + d, 2 * ld);
+          _tile_loadd(6, room.q[rows][d / 2], 64);
+          _tile_dpbf16ps(0, 4, 6);
+          next.go(STEPS);
+          _tile_loadd(7, room.q[rows + 1][d / 2], 64);
+          _tile_dpbf16ps(1, 4, 7);
+          next.go(STEPS);
+          _tile_loadd(5, at + 16 * ld + d, 2 * ld);
+          _tile_dpbf16ps(2, 5, 6);
+          next.go(STEPS);
+          _tile_dpbf16ps(3, 5, 7);
+          next.go(STEPS);
+        }
+        _tile_stored(0, room.s[rows][from + part], 64);
+        _tile_stored(1, room.s[rows + 1][from + part], 64);
+        _tile_stored(2, room.s[rows][from + part + 16], 64);
+        _tile_stored(3, room.s[rows + 1][from + part + 16], 64);
+      }
+    for (; rows < Room::ROWS; ++rows) {
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
-      const int steps = rows == 0 ? SHARE : 0;
       for (int d = 0; d < D; d += 32) {
         _tile_loadd(5, room.q[rows][d / 2], 64);
         _tile_loadd(4, left + d, 2 * ld);
         _tile_dpbf16ps(0, 4, 5);
-        next.go(steps);
+        next.go(STEPS);
         _tile_loadd(6, left + 16 * ld + d, 2 * ld);
         _tile_dpbf16ps(1, 6, 5);
-        next.go(steps);
+        next.go(STEPS);
         _tile_loadd(4, left + 32 * ld + d, 2 * ld);
         _tile_dpbf16ps(2, 4, 5);
-        next.go(steps);
+        next.go(STEPS);
         _tile_loadd(6, left + 48 * ld + d, 2 * ld);
         _tile_dpbf16ps(3, 6, 5);
-        next.go(steps);
+        next.go(STEPS);
       }
-      _tile_stored(0, room.s[0], 64);
-      _tile_stored(1, room.s[1], 64);
-      _tile_stored(2, room.s[2], 64);
-      _tile_stored(3, room.s[3], 64);
-      __asm__ volatile("" : : "r"(room.s) : "memory");
-      const int count = std::min(16, R - 16 * rows);
-      for (int g = 0; g < 4 && from + 16 * g < keys; ++g)
-        transpose(room.s[g], scores[16 * rows] + from + 16 * g, KEYS, count);
+      _tile_stored(0, room.s[rows][from], 64);
+      _tile_stored(1, room.s[rows][from + 16], 64);
+      _tile_stored(2, room.s[rows][from + 32], 64);
+      _tile_stored(3, room.s[rows][from + 48], 64);
     }
   }
+  __asm__ volatile("" : : "r"(&room) : "memory");
 }
 
-// out[r] += p[r] V, columns in the order of `column`; p is zero behind the keys, up to a multiple
-// of 16. A few columns at a time, so that what is interleaved stays in the nearest cache.
+// out[r] += room.p[r] V, columns in the order of `column`; p is zero behind the keys, up to a
+// multiple of 32. A few columns at a time, so that what is interleaved stays in the nearest cache.
 template <class K, int R, int D, int DV, int KEYS>
-inline void tile_values(TileRoom<R, D, DV, KEYS>& room, const float (*p)[KEYS], const K* v,
-                        int64_t ldv, int keys, float (*out)[DV], Follow<K, D, DV, KEYS>& next) {
+inline void tile_values(TileRoom<R, D, DV, KEYS>& room, const K* v, int64_t ldv, int keys,
+                        float (*out)[DV], Follow<K, D, DV, KEYS>& next) {
   using Room = TileRoom<R, D, DV, KEYS>;
-  constexpr int PARTS = DV / 32 * (KEYS / 32), SHARE = (Follow<K, D, DV, KEYS>::STEPS / 2 + PARTS - 1) / PARTS;
+  constexpr int STEPS = Follow<K, D, DV, KEYS>::part(4, DV * KEYS / 64);
   const int whole = (keys + 31) / 32 * 32;
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < whole; j += 32) {
-      const __m512 low = _mm512_loadu_ps(p[r] + j);
-      const __m512 high = j + 16 < keys ? _mm512_loadu_ps(p[r] + j + 16) : _mm512_setzero_ps();
-      _mm512_store_si512(room.p[r] + j, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  const auto interleave = [&](int j, int d, bf16 (*to)[16][16][2]) __attribute__((always_inline)) {
+    const K* row = v + j * ldv + d;
+    if (j + 32 <= keys) {
+      for (int i = 0; i < 16; ++i, row += 2 * ldv) {
+        const __m512i a = load_bf16(row), b = load_bf16(row + ldv);
+        next.go(STEPS);
+        _mm512_store_si512(to[0][i][0], _mm512_unpacklo_epi16(a, b));
+        _mm512_store_si512(to[1][i][0], _mm512_unpackhi_epi16(a, b));
+      }
+      return;
     }
-  auto interleave = [&](int j, int d, int to) __attribute__((always_inline)) {
-    for (int i = 0; i < 32; i += 2) {
-      const K* row = v + (j + i) * ldv + d;
-      const __m512i a = j + i < keys ? load_bf16(row) : _mm512_setzero_si512();
-      const __m512i b = j + i + 1 < keys ? load_bf16(row + ldv) : _mm512_setzero_si512();
-      _mm512_store_si512(room.v[to][i / 2][0], _mm512_unpacklo_epi16(a, b));
-      _mm512_store_si512(room.v[to + 1][i / 2][0], _mm512_unpackhi_epi16(a, b));
+    for (int i = 0; i < 16; ++i, row += 2 * ldv) {
+      const __m512i a = j + 2 * i < keys ? load_bf16(row) : _mm512_setzero_si512();
+      const __m512i b = j + 2 * i + 1 < keys ? load_bf16(row + ldv) : _mm512_setzero_si512();
+      _mm512_store_si512(to[0][i][0], _mm512_unpacklo_epi16(a, b));
+      _mm512_store_si512(to[1][i][0], _mm512_unpackhi_epi16(a, b));
     }
   };
-  for (int rows = 0; rows < Room::ROWS; rows += 2) {
-    const bool both = rows + 1 < Room::ROWS;
-    for (int d = 0; d < DV; d += 32) {
+  // While 32 columns are multiplied the next 32 are interleaved.
+  for (int j = 0; j < whole; j += 32) interleave(j, 0, room.v[0] + j / 16);
+  for (int d = 0; d < DV; d += 32) {
+    const auto from = room.v[d / 32 % 2], into = room.v[d / 32 % 2 ^ 1];
+    __asm__ volatile("" : : "r"(&room) : "memory");
+    for (int rows = 0; rows < Room::ROWS; rows += 2) {
+      const bool both = rows + 1 < Room::ROWS;
       float* to = out[16 * rows] + d;
       float* below = both ? out[16 * rows + 16] + d : to;
       _tile_loadd(0, to, 4 * DV);
@@ -198,20 +238,17 @@ inline void tile_values(TileRoom<R, D, DV, KEYS>& room, const float (*p)[KEYS], 
         _tile_loadd(3, below + 16, 4 * DV);
       }
       for (int j = 0; j < whole; j += 32) {
-        const int turn = j / 32 % 2 * 2;
-        next.go(rows == 0 ? SHARE : 0);
-        interleave(j, d, turn);
-        __asm__ volatile("" : : "r"(&room) : "memory");
-        _tile_loadd(5, room.v[turn], 64);
-        _tile_loadd(6, room.v[turn + 1], 64);
+        _tile_loadd(5, from[j / 16], 64);
         _tile_loadd(4, room.p[16 * rows] + j, 2 * KEYS);
         _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(6, from[j / 16 + 1], 64);
         _tile_dpbf16ps(1, 4, 6);
         if (both) {
           _tile_loadd(7, room.p[16 * rows + 16] + j, 2 * KEYS);
           _tile_dpbf16ps(2, 7, 5);
           _tile_dpbf16ps(3, 7, 6);
         }
+        if (rows == 0 && d + 32 < DV) interleave(j, d + 32, into + j / 16);
       }
       _tile_stored(0, to, 4 * DV);
       _tile_stored(1, to + 16, 4 * DV);

@@ -157,6 +157,45 @@ def test_matrix_tiles_in_bfloat16(rows, heads, features, int8):
     assert mine < 1.2 * theirs + 2e-3
 
 
+@pytest.mark.parametrize(
+    "rows,heads,int8,attributes,biased",
+    [
+        (4, 4, False, {"mask": "(k <= q + n0) & t0[b, k]", "softcap": 3.0}, torch.bfloat16),
+        (16, 4, False, {"mask": "~((k % 3 == h) & (k > q))", "mask_value": -2.0}, None),
+        (3, 4, True, {"mask": "(k <= q + n0) & (k > q + n0 - 200)"}, torch.bool),
+        (8, 4, True, {"mask": "(k <= q + n0) & t0[b, k]", "softcap": 3.0}, torch.float32),
+    ],
+)
+def test_rows_in_lanes(rows, heads, int8, attributes, biased):
+    """What happens between the two products of the tiles, and where keys end."""
+    n, filled, features = 300, 257, 64
+    q = torch.randn(2, heads, rows, features).bfloat16()
+    q[0, 1, rows - 1] = float("nan")
+    k, v = (torch.randn(2, 2, n, features).bfloat16() for _ in range(2))
+    # Scores that grow: the running maximum has to follow them.
+    k *= torch.linspace(0.1, 3, n)[:, None].bfloat16()
+    bias = None
+    if biased is torch.bool:
+        bias = torch.rand(2, 1, rows, n) > 0.4
+    elif biased is not None:
+        bias = torch.randn(2, heads, rows, n).to(biased)
+    rest = (bias, None, [torch.rand(2, n) > 0.3], [filled])
+    attributes = {"scale": 0.2, **attributes}
+    if int8:
+        (k8, ks), (v8, vs) = quantize_kv(k, torch.float32), quantize_kv(v, torch.float32)
+        got = torch.ops.dspark_cpu.attention_int8(q, k8, ks, v8, vs, *rest, **attributes)
+        k, v = k8.double() * ks.double()[..., None], v8.double() * vs.double()[..., None]
+    else:
+        got = torch.ops.dspark_cpu.attention(q, k, v, *rest, **attributes)
+    wide_rest = (None if bias is None else wide(bias), *rest[1:])
+    want = OPS["attention"].reference(q.double(), k.double(), v.double(), *wide_rest, **attributes)
+    eager = OPS["attention"].reference(q, k.bfloat16(), v.bfloat16(), *rest, **attributes)
+    assert torch.equal(got.isnan(), want.isnan()) and got.isnan().any()
+    got, want, eager = (x.double().nan_to_num(0.0) for x in (got, want, eager))
+    mine, theirs = ((x - want).abs().max() / want.abs().max() for x in (got, eager))
+    assert mine < 1.2 * theirs + 2e-3
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_work_is_cut_anywhere(threads):
     q, k, v = make(torch.float32, b=1, h=6, hk=3, n=500)

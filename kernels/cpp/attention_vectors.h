@@ -1,0 +1,123 @@
+// Scores and values of attention in vectors: few query rows, or a CPU without matrix tiles.
+#pragma once
+#include "attention_config.h"
+
+namespace dspark {
+
+// Memory gives more to several readers that are pages apart than to one, so a block's keys are read
+// as KR runs side by side, and its values as RUNS.
+constexpr int RUNS = 4;
+
+// Whether a row's element `d`, or one of the `step` behind it, begins a cache line: the rows of the
+// next block are asked for a line at a time, between the instructions that work on this one.
+template <class K>
+constexpr bool begins_line(int d, int step) {
+  constexpr int LINE = 64 / int(sizeof(K));
+  return step >= LINE || d % LINE == 0;
+}
+
+
+// scores[r][i * run] = q[r] . k[i * run] for i < KR keys and RR rows, one register each.
+template <class C, int RR>
+inline void score_tile(const typename C::Staged (*q)[C::DP], int rows, const typename C::K* k,
+                       int64_t ldk, int64_t run, int keys, float* scores,
+                       const typename C::K* soon) {
+  constexpr int W = Vec::W, KR = W / RR;
+  Vec a[W];
+  for (int i = 0; i < W; ++i) a[i] = zero();
+  const typename C::K* key[KR];
+  const typename C::Staged* row[RR];
+  for (int i = 0; i < KR; ++i) key[i] = k + (i * run < keys ? i * run : 0) * ldk;
+  for (int r = 0; r < RR; ++r) row[r] = q[r < rows ? r : rows - 1];
+#pragma GCC unroll 8
+  for (int d = 0; d < C::D; d += C::STEP) {
+    constexpr int LAST = C::D % C::STEP;
+    if (soon != nullptr && d < C::DV && begins_line<typename C::K>(d, C::STEP))
+      for (int i = 0; i < KR; ++i) __builtin_prefetch(soon + i * run * ldk + d, 0, 2);
+    const bool whole = LAST == 0 || d + C::STEP <= C::D;
+    if constexpr (C::DOT) {
+#if defined(DSPARK_DOT)
+      __m512bh b[RR];
+      for (int r = 0; r < RR; ++r) b[r] = (__m512bh)_mm512_loadu_si512(row[r] + d);
+      for (int i = 0; i < KR; ++i) {
+        const __m512bh c = (__m512bh)(whole ? _mm512_loadu_si512(key[i] + d)
+                                            : _mm512_maskz_loadu_epi16((1u << LAST) - 1, key[i] + d));
+        for (int r = 0; r < RR; ++r)
+          a[r * KR + i].v = _mm512_dpbf16_ps(a[r * KR + i].v, c, b[r]);
+      }
+#endif
+    } else {
+      Vec b[RR];
+      for (int r = 0; r < RR; ++r) b[r] = load(row[r] + d);
+      for (int i = 0; i < KR; ++i) {
+        const Vec c = whole ? load(key[i] + d) : load(key[i] + d, LAST);
+        for (int r = 0; r < RR; ++r) a[r * KR + i] = fma(c, b[r], a[r * KR + i]);
+      }
+    }
+  }
+  float flat[W];
+  store(flat, sums(a));
+  for (int i = 0; i < KR && i * run < keys; ++i)
+    for (int r = 0; r < RR && r < rows; ++r) scores[r * KEYS + i * run] = flat[r * KR + i];
+}
+
+// `v`, if not null, is where the values lie that come next.
+template <class C>
+inline void score_block(const Room<C>& room, const typename C::K* k, int64_t ldk, int keys,
+                        float (*scores)[KEYS], const typename C::K* v, int64_t ldv) {
+  constexpr int RR = C::R >= 4 ? 4 : C::R >= 2 ? 2 : 1;
+  constexpr int KR = Vec::W / RR;
+  const int64_t run = (keys + KR - 1) / KR;
+  for (int64_t j = 0; j < run; ++j)
+    for (int r = 0; r < C::R; r += RR)
+      score_tile<C, RR>(room.q + r, C::R - r, k + j * ldk, ldk, run, keys - int(j), scores[r] + j,
+                        r == 0 && ldv == ldk ? v + j * ldv : nullptr);
+}
+
+// out[r] += p[r] V for RR rows and DT vectors of columns.
+template <class C, int RR, int DT>
+inline void value_tile(const float (*p)[KEYS], int rows, const typename C::K* v, int64_t ldv,
+                       int keys, float (*out)[C::DVP], int d, const typename C::K* soon) {
+  constexpr int W = Vec::W;
+  Vec a[RR][DT];
+  const float* row[RR];
+  for (int r = 0; r < RR; ++r) {
+    row[r] = p[r < rows ? r : rows - 1];
+    for (int i = 0; i < DT; ++i) a[r][i] = load(out[r < rows ? r : rows - 1] + d + i * W);
+  }
+  const int run = (keys + RUNS - 1) / RUNS;
+  for (int from = 0; from < run; ++from)
+    for (int j = from; j < keys; j += run) {
+      const typename C::K* at = v + j * ldv + d;
+      Vec c[DT];
+      for (int i = 0; i < DT; ++i) {
+        if (soon != nullptr && begins_line<typename C::K>(d + i * W, W))
+          __builtin_prefetch(soon + j * ldv + d + i * W, 0, 2);
+        c[i] = d + (i + 1) * W <= C::DV ? load(at + i * W) : load(at + i * W, C::DV - d - i * W);
+      }
+      for (int r = 0; r < RR; ++r) {
+        const Vec b = all(row[r][j]);
+        for (int i = 0; i < DT; ++i) a[r][i] = fma(b, c[i], a[r][i]);
+      }
+    }
+  for (int r = 0; r < RR && r < rows; ++r)
+    for (int i = 0; i < DT; ++i) store(out[r] + d + i * W, a[r][i]);
+}
+
+template <class C>
+inline void value_block(const float (*p)[KEYS], const typename C::K* v, int64_t ldv, int keys,
+                        float (*out)[C::DVP], const typename C::K* k, int64_t ldk) {
+  constexpr int W = Vec::W, RR = C::R >= 4 ? 4 : C::R >= 2 ? 2 : 1;
+  constexpr int MOST = (W == 16 ? 16 : 8) / RR, VECTORS = C::DVP / W;
+  constexpr int DT = MOST < VECTORS ? MOST : VECTORS;
+  const typename C::K* soon = ldk == ldv ? k : nullptr;
+  for (int r = 0; r < C::R; r += RR) {
+    int d = 0;
+    for (; d + DT * W <= C::DVP; d += DT * W)
+      value_tile<C, RR, DT>(p + r, C::R - r, v, ldv, keys, out + r, d, r == 0 ? soon : nullptr);
+    for (; d < C::DVP; d += W)
+      value_tile<C, RR, 1>(p + r, C::R - r, v, ldv, keys, out + r, d, r == 0 ? soon : nullptr);
+  }
+}
+
+}  // namespace dspark
