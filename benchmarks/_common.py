@@ -40,12 +40,12 @@ def conditions() -> dict[str, Any]:
 def random_model(kind: Any, config: Any, dtype: torch.dtype) -> Any:
     """A Hugging Face model of a config, its weights drawn at random and its norms 1; the seed is
     the caller's."""
-    import transformers.initialization
+    from transformers.initialization import no_init_weights
 
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with transformers.initialization.no_init_weights():
+        with no_init_weights():
             model = kind(config)
     finally:
         torch.set_default_dtype(default)
