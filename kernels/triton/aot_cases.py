@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dspark_compile.kernels.triton import attention, cache, linear, moe, norm, rope
+from dspark_compile.kernels.triton import attention, cache, linear, moe, norm, rope, router
 from dspark_compile.kernels.triton._launch import Launch, Target
 from dspark_compile.kernels.triton.linear_tiles import Shape, Tiles, candidates
 
@@ -270,6 +270,35 @@ def moe_cases(target: Target) -> Iterator[Case]:
                 yield Case(f"experts down {name}", launches[1])
 
 
+ROUTERS: dict[str, tuple[tuple[int, int, int], str, str, torch.dtype, dict[str, object]]] = {
+    # (experts, features, k), scoring, normalise, dtype of the logits, the rest
+    "qwen3": ((128, 2048, 8), "softmax", "sum", torch.bfloat16, {}),
+    "deepseek": (
+        (256, 7168, 8), "sigmoid", "sum", torch.float32,
+        {"scale": 2.5, "eps": 1e-20, "groups": 8, "top_groups": 4, "group_score": "top2"},
+    ),
+    "gpt-oss": ((32, 2880, 4), "identity", "softmax", torch.bfloat16, {}),
+    "phi": ((16, 4096, 2), "sparsemixer", "none", torch.float32, {"eps": 0.01}),
+    "largest": ((2048, 4096, 64), "sqrt_softplus", "sum", torch.float32, {}),
+}  # fmt: skip
+
+
+def router_cases(target: Target) -> Iterator[Case]:
+    """Every kind of scoring, with and without groups; one token, few, many."""
+    for label, ((count, size, k), scoring, normalise, logits, rest) in ROUTERS.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            for tokens in (1, 8, 4096):
+                launch, _ = router.plan(
+                    _meta(tokens, size, dtype=dtype), _meta(count, size, dtype=dtype),
+                    _meta(count, dtype=dtype) if label == "gpt-oss" else None,
+                    _meta(count, dtype=torch.float32) if label == "deepseek" else None,
+                    k, scoring, normalise, logits if dtype == torch.bfloat16 else dtype, dtype,
+                    target=target, **rest,  # type: ignore[arg-type]
+                )  # fmt: skip
+                kind = str(dtype).removeprefix("torch.")
+                yield Case(f"router {label} M={tokens} {kind}", launch)
+
+
 def cases(target: Target) -> list[Case]:
     """Everything to compile for ``target``."""
     return [
@@ -280,4 +309,5 @@ def cases(target: Target) -> list[Case]:
         *linear_cases(target),
         *linear_tile_cases(target),
         *moe_cases(target),
+        *router_cases(target),
     ]

@@ -22,7 +22,7 @@ from dspark_compile.ops.moe import GROUP_SCORES, NORMALISATIONS, SCORINGS
 MAX_EXPERTS = 2048
 MAX_TOP_K = 64
 MAX_GROUPS = 32
-CHOICE = 2048  # logits that a program holds while it chooses
+CHOICE = 2048  # logits that a program holds while it chooses; half of that with groups
 
 
 def _tiles(tokens: int, experts: int, wide: bool, target: Target) -> tuple[int, int, int, int, int]:
@@ -58,6 +58,7 @@ def plan(
     grid = (cdiv(tokens, block_m), cdiv(experts, block_n))
     split = grid[1] > 1
     padded = max(next_power_of_2(experts), 2)
+    held = CHOICE if groups == 1 else CHOICE // 2
     return Launch(
         router_kernel,
         grid,
@@ -73,7 +74,7 @@ def plan(
             "COMPUTE": compute, "BIAS": bias is not None, "CORRECTED": correction is not None,
             "SPLIT": split, "TOP_K": top_k, "SCORING": scoring, "NORMALISE": normalise,
             "GROUPS": groups, "GROUP_SIZE": experts // groups, "TOP_GROUPS": top_groups,
-            "TOP2": group_score == "top2", "ROWS": min(block_m, max(CHOICE // padded, 1)),
+            "TOP2": group_score == "top2", "ROWS": min(block_m, max(held // padded, 1)),
             "EP": padded, "KP": next_power_of_2(top_k), "BLOCK_M": block_m, "BLOCK_N": block_n,
             "BLOCK_K": block_k,
         },

@@ -61,7 +61,7 @@ def grouped(
     low = float("-inf")
     group = tl.broadcast_to(e // GROUP_SIZE, choice.shape)
     score = choice
-    for g in tl.static_range(GROUPS):
+    for g in range(GROUPS):
         mine = (group == g) & inside
         value = tl.where(mine, choice, low)
         total = tl.max(value, axis=1)
