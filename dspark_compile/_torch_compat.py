@@ -205,14 +205,9 @@ def compile_call() -> object | None:
     return None
 
 
-def traced_backend() -> str | None:
-    """The name of the back-end function that Dynamo is tracing for; None while it does not."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        function: Any = InstructionTranslator.current_tx().output.compiler_fn
-    except (AttributeError, LookupError):
-        return None
+def _inside(function: Any) -> list[Any]:
+    """A back end and what it wraps, outermost first."""
+    found = [function]
     for _ in range(8):
         inner = next(
             (
@@ -229,7 +224,25 @@ def traced_backend() -> str | None:
         if inner is None:
             break
         function = inner
-    return getattr(function, "__name__", None)
+        found.append(function)
+    return found
+
+
+def traced_backend() -> str | None:
+    """The name of the back-end function that Dynamo is tracing for; None while it does not."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        function: Any = InstructionTranslator.current_tx().output.compiler_fn
+    except (AttributeError, LookupError):
+        return None
+    return getattr(_inside(function)[-1], "__name__", None)
+
+
+def hands_graphs_to(function: Any, module: str) -> bool:
+    """Whether a back end is a function of ``module``, in wrappers of torch only."""
+    *outer, last = (getattr(f, "__module__", None) or "" for f in _inside(function))
+    return last == module and all(m == module or m.split(".")[0] == "torch" for m in outer)
 
 
 def graph_breaks() -> Counter[str]:
@@ -274,6 +287,16 @@ def restarts() -> tuple[type[Exception], ...]:
     from torch._dynamo.exc import RestartAnalysis
 
     return (RestartAnalysis,)
+
+
+def traced_again() -> Exception:
+    """What a back end raises to have Dynamo trace the function once more from its beginning."""
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    # Dynamo takes notes of what it tries, in order; the next time the order will be another.
+    InstructionTranslator.current_tx().speculation_log.clear()
+    return TensorifyScalarRestartAnalysis(restart_reason="a loop is not one step repeated")
 
 
 def trace_errors() -> tuple[type[Exception], ...]:

@@ -20,7 +20,9 @@ from . import _torch_compat as compat
 from . import hf_experts
 from . import ops as _ops  # noqa: F401 - registers the dialect
 from .diagnostics import state
-from .diagnostics.report import GraphReport
+from .diagnostics.report import CompileReport, GraphReport
+from .loops import hook as loops
+from .loops.split import CannotSplit, SplitProgram, has_loops
 from .options import Options, OptionsError
 from .passes.base import PassContext, UserError
 from .passes.capture import capture
@@ -33,6 +35,7 @@ from .passes.verifier import VerifyError
 
 log = logging.getLogger("dspark_compile")
 hf_experts.install()
+loops.install()
 
 
 class CannotCompile(Exception):
@@ -69,7 +72,51 @@ def dspark(
         from .diagnostics.environment import environment
 
         group.environment = environment()
+    with loops.once_more(group):
+        if has_loops(gm):
+            return _with_loops(gm, example_inputs, parsed, config, group)
+        return _one_graph(gm, example_inputs, parsed, config, group)
+
+
+def _with_loops(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    config: dict[str, Any],
+    group: CompileReport,
+) -> Callable[..., Any]:
+    """A graph with loops: its pieces, and the steps of the loops, are compiled one by one."""
+
+    def compile_graph(piece: fx.GraphModule, given: list[Any], which: str) -> Callable[..., Any]:
+        return _one_graph(piece, given, options, config, group, which)
+
+    known = len(group.graphs)
+    try:
+        program = SplitProgram(gm, inputs, compile_graph)
+    except CannotSplit as error:
+        del group.graphs[known:]
+        loops.refuse(error.where, str(error))
+        if loops.unrolls(gm):
+            raise compat.traced_again() from error
+        return _one_graph(gm, inputs, options, config, group)
+    for finding in program.findings:
+        group.graphs[known].note(finding)
+    group.graphs[known].ops["decode_loop"] = len(program.loops)
+    return program
+
+
+def _one_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    parsed: Options,
+    config: dict[str, Any],
+    group: CompileReport,
+    which: str = "",
+) -> Callable[..., Any]:
+    """One graph without loops; unchanged, with the reason in the report, where need be."""
     report = group.add_graph()
+    if which:
+        report.note(which)
     report.num_nodes_before = len(gm.graph.nodes)
     try:
         refusal = _refusal(gm, example_inputs)

@@ -290,7 +290,7 @@ def _tail_view_wanted(node: fx.Node) -> bool:
     rank, below = val(node).dim(), val(source).dim()
     if rank <= below:
         return True
-    if rank != below + 1:
+    if rank != below + 1 or rank < 2:
         return False
     if shape(node)[-2] == 1 and all(_slices_last(user, rank) for user in node.users):
         # One row of two features got a dimension for its head; nothing was split.

@@ -162,9 +162,14 @@ def _wrapper(
     paths: list[tuple[int, tuple[str, ...]]],
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def wrap(run: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            return run(*(_follow(args[i], path) if path else args[i] for i, path in paths))
+        def given(args: Sequence[Any]) -> list[Any]:
+            return [_follow(args[i], path) if path else args[i] for i, path in paths]
 
+        def call(*args: Any) -> Any:
+            return run(*given(args))
+
+        if hasattr(run, "bind"):
+            call.bind = lambda args: run.bind(given(args))  # type: ignore[attr-defined]
         return call
 
     return wrap
