@@ -292,7 +292,13 @@ class DraftModel(nn.Module):
             outside of a draft vocabulary), and confidence logits ``[B, K]`` float32 or None.
         """
         hidden = self.block(anchor, cache)
-        base = self.base_logits(hidden)
+        return self.sequence(hidden, self.base_logits(hidden), anchor, choose)
+
+    def sequence(
+        self, hidden: Tensor, base: Tensor, anchor: Tensor, choose: Choose = greedy
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The sequential stage alone: `propose` behind ``hidden [B, K, d]`` and its `base_logits`
+        ``[B, K, V]``."""
         previous, state = anchor, hidden.new_zeros(anchor.shape[0], self.config.markov_rank)
         tokens: list[Tensor] = []
         every, confidences = [], []

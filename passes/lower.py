@@ -28,6 +28,10 @@ def _device(node: fx.Node) -> torch.device:
     return torch.device("cpu")
 
 
+# Appends that ATen's in-place ops spell; the fused one stays a kernel, or a call of its own.
+_SPELLED = ("cache_append_", "cache_append_int8_")
+
+
 def _inline(node: fx.Node, name: str, ctx: PassContext) -> None:
     """Spell an in-place append as ATen calls: a decomposition is not applied to an op that
     mutates, and ATen's own in-place ops functionalise without a copy."""
@@ -42,7 +46,7 @@ def _inline(node: fx.Node, name: str, ctx: PassContext) -> None:
             parts = emit(graph, *call, like=node, fake_mode=ctx.fake_mode)
             pairs = [(cache, emit_getitem(graph, parts, 0)), (scale, emit_getitem(graph, parts, 1))]
         else:
-            raise ValueError(f"{name} has no ATen spelling")
+            raise AssertionError(name)
         for tensor, values in pairs:
             emit(graph, write, (tensor, 2, positions, values), like=node, fake_mode=ctx.fake_mode)
     graph.erase_node(node)
@@ -68,6 +72,8 @@ def lower(module: fx.GraphModule, ctx: PassContext, *, native: bool = False) -> 
             continue
         refused = ""
         for candidate in implementations(name, options.kernels, _device(node)):
+            if candidate.name == "aten" and OPS[name].mutates and name not in _SPELLED:
+                continue
             reason = candidate.supports(node)
             if reason is not None:
                 refused = f"{candidate.name}: {reason}"

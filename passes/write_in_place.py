@@ -25,6 +25,13 @@ class WriteInPlace(Pass):
     stage = "finish"
 
     def pattern(self, graph: fx.Graph, ctx: PassContext) -> Iterator[Match]:
+        # What an append op that was in place itself wrote back has an alias in between.
+        for node in list(graph.nodes):
+            if is_op(node, aten.copy_.default) and is_op(node.args[1], aten.alias.default):
+                alias = node.args[1]
+                node.args = (node.args[0], alias.args[0], *node.args[2:])
+                if not alias.users:
+                    graph.erase_node(alias)
         written = {n.args[1]: n for n in graph.nodes if is_op(n, aten.copy_.default)}
         for node in list(graph.nodes):
             if is_dialect_op(node, "cache_append"):

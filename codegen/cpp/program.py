@@ -433,6 +433,22 @@ class BoundProgram:
             program._point(self._args, self._made)
             program._bound = self
 
+    @property
+    def lock(self) -> threading.Lock:
+        """To be held while something else runs the program by its `addresses`."""
+        return self._program._lock
+
+    def addresses(self) -> tuple[int, int, int, int, int, int]:
+        """What ``BoundStages`` of ``speculate.h`` holds: the block, its fixes and their number, the
+        bases, the number of stages and the stages' memory. Good as long as nobody else runs it."""
+        program = self._program
+        self._enter()
+        memory, _ = program._prepare()
+        block, fixes, bases = (
+            ctypes.addressof(x) for x in (program._block, program._fixes, program._bases)
+        )
+        return block, fixes, program._fix_count, bases, len(program._entries), memory
+
     def rounds(self, chooser: Any, tokens: Tensor, count: int) -> Tensor:
         """Up to ``count`` times: run, then ``chooser`` (`NativeChooser` over the results), which
         writes ``tokens [R, 1]``. Their history ``[taken, R]``: it ends with the round after which

@@ -81,6 +81,11 @@ class Captured:
         """Run once; the seconds of each stage of the native program."""
         return self._bound().stage_seconds()  # type: ignore[attr-defined]
 
+    @property
+    def bound(self) -> Any:
+        """The `BoundProgram`, of a native one."""
+        return self._bound()
+
     def rounds(self, chooser: Any, tokens: Tensor, count: int) -> Tensor:
         """Up to ``count`` calls, each followed by ``chooser`` over `result`, without Python in
         between: `dspark_compile.codegen.cpp.program.BoundProgram.rounds`."""

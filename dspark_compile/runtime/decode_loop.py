@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .rounds import POOL, Rounds
 from .token_choice import Chooser, TokenChoice
+
+if TYPE_CHECKING:
+    from .speculation.telemetry import SpeculationStats
 
 PREFILL_CHUNK = 2048
 FIRST_ROOM = 1024  # new tokens that a cache has room for at once
@@ -31,6 +34,7 @@ class GenerationReport:
         seconds: of ``"prefill"``, ``"compile"`` (the first step) and ``"decode"``.
         steps_timed: steps that ``"decode"`` is the time of.
         cache_bytes: allocated for keys and values.
+        speculation: what a draft did (`SpeculationStats`); None without one.
     """
 
     path: str = "eager"
@@ -40,6 +44,7 @@ class GenerationReport:
     seconds: dict[str, float] = field(default_factory=dict)
     steps_timed: int = 0
     cache_bytes: int = 0
+    speculation: SpeculationStats | None = None
 
     @property
     def tokens_per_s(self) -> float:

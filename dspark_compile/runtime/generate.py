@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .decode_loop import DecodeLoop, GenerationReport, Plan
 from .rounds import POOL, pool_key
+from .speculation.options import check_draft
 from .token_choice import TokenChoice
 
 _local = threading.local()
@@ -44,6 +45,9 @@ def generate(
     generation_config: Any = None,
     *,
     streamer: Any = None,
+    draft: Any = None,
+    num_drafted: int | None = None,
+    schedule: str = "auto",
     kv_cache: str = "model",
     options: Mapping[str, Any] | None = None,
     return_stats: bool = False,
@@ -55,6 +59,13 @@ def generate(
         model: Hugging Face causal language model, or a module that maps token ids to logits.
         input_ids: int64 ``[B, L]``, padded on the left where prompts differ in length (a module
             that has no mask takes none).
+        draft: what proposes tokens that the model then verifies: a `DraftModel`, a causal language
+            model with the same vocabulary, ``"ngram"`` (lookup in the text so far), or None. The
+            text is what it would be without.
+        num_drafted: tokens of a proposal, where the draft leaves it open (n-gram: 15, model: 5).
+        schedule: ``"auto"``: as many drafted tokens are verified as pays, by confidences and
+            measured times, and drafting is parked where it does not; ``"fixed"``: always all of
+            them, which makes sampled text depend on the seed alone.
         kv_cache: ``"model"`` (exact) or ``"int8"``.
         options: of the back end, for the step.
         return_stats: return ``(output, GenerationReport)``.
@@ -65,13 +76,18 @@ def generate(
 
     Raises:
         ValueError: an argument has no meaning; the message says which.
+        DraftError: draft and model do not fit each other.
         KVCacheError: no memory for the cache; nothing is held on to, and the next call works.
         NotIncremental: a module that is not of Hugging Face cannot be decoded token by token; the
             message names the node and the reason.
     """
     if kv_cache not in ("model", "int8"):
         raise ValueError(f"kv_cache={kv_cache!r} is unknown; choose 'model' or 'int8'")
-    own: dict[str, Any] = {"kv_cache": kv_cache, "options": dict(options or {})}
+    check_draft(model, draft, num_drafted, schedule)
+    own: dict[str, Any] = {
+        "kv_cache": kv_cache, "options": dict(options or {}), "draft": draft,
+        "num_drafted": num_drafted, "schedule": schedule,
+    }  # fmt: skip
     report = GenerationReport()
     if hasattr(generation_config, "_eos_token_tensor"):  # transformers calls
         from .hf_generate import callers_streamer, decode
@@ -171,6 +187,10 @@ def _module(
             scores = processor(ids, scores)
         return scores
 
+    if own["draft"] is not None:
+        report.notes.append(
+            "the draft is not used: a cache that the compiler inserts takes one token at a time"
+        )
     plan = Plan(
         max_length=length,
         choice=TokenChoice(do_sample, *sampling, repetition_penalty),

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dspark_compile.models.draft_config import DraftError
 from dspark_compile.passes.incremental import NotIncremental
 
 from .decode_cache import DecodeCache, unsupported
@@ -59,6 +60,12 @@ def decode(
     """
     reason = _refusal(model, input_ids, config, given)
     rounds: Rounds | None = None
+    if reason is None and own.get("draft") is not None:
+        plan = _plan(input_ids, processors, criteria, config, streamer, given, report)
+        sequences = _speculate(model, input_ids, config, plan, given, own, report)
+        if sequences is not None:
+            return sequences
+        report.notes = [n for n in report.notes if n.startswith("no speculation")]
     if reason is None:
         try:
             rounds = _take(model, input_ids.shape[0], config, given, own)
@@ -84,6 +91,43 @@ def decode(
     return GenerateDecoderOnlyOutput(
         sequences=sequences, scores=loop.scores, logits=loop.logits, past_key_values=loop.cache
     )
+
+
+def _speculate(
+    model: Any,
+    input_ids: Tensor,
+    config: Any,
+    plan: Plan,
+    given: Mapping[str, Any],
+    own: Mapping[str, Any],
+    report: GenerationReport,
+) -> Any | None:
+    """With a draft; None, with the reason in the report, where there must be none."""
+    from .speculation.loop import SpeculativeLoop, refusal, take
+
+    batch = input_ids.shape[0]
+    reason = refusal(model, plan, batch, input_ids.shape[1])
+    if reason is None and not _uses_cache(config, given):
+        reason = "use_cache is off"
+    if reason is None:
+        masked = batch > 1 or given.get("attention_mask") is not None
+        try:
+            speculator = take(
+                model, own["draft"], batch, masked, own["kv_cache"], own["options"],
+                own["num_drafted"],
+            )  # fmt: skip
+            loop = SpeculativeLoop(speculator, input_ids, plan, report, own["schedule"] == "fixed")
+            sequences = loop.run()
+        except (NotRounds, DraftError) as error:
+            reason = str(error)
+        else:
+            if not config.return_dict_in_generate:
+                return sequences
+            from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+            return GenerateDecoderOnlyOutput(sequences=sequences)
+    report.notes.append(f"no speculation: {reason}")
+    return None
 
 
 def _refusal(model: Any, input_ids: Any, config: Any, given: Mapping[str, Any]) -> str | None:

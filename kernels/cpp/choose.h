@@ -91,9 +91,9 @@ inline void keep_nucleus(std::vector<Candidate>& c, double top_p) {
   }
 }
 
-// z: the row, penalised and divided by the temperature.
-inline int64_t sample(const float* z, int64_t V, const Choice& how, float uniform,
-                      std::vector<float>& work, std::vector<Candidate>& c) {
+// What may be drawn, by token. z: the row, penalised and divided by the temperature.
+inline void find_candidates(const float* z, int64_t V, const Choice& how, std::vector<float>& work,
+                            std::vector<Candidate>& c) {
   float least = -INFINITY, most = -INFINITY;
   for (int64_t i = 0; i < V; ++i) most = z[i] > most ? z[i] : most;
   if (how.top_k > 0 && how.top_k < V) least = kth_largest(z, V, how.top_k, work);
@@ -103,8 +103,7 @@ inline int64_t sample(const float* z, int64_t V, const Choice& how, float unifor
   for (int64_t i = 0; i < V; ++i)
     if (z[i] >= least && z[i] > -INFINITY)
       c.push_back({int32_t(i), z[i], std::exp(z[i] - most)});
-  if (c.empty()) return arg_max(z, V);
-  if (how.top_p < 1) {
+  if (how.top_p < 1 && !c.empty()) {
     keep_nucleus(c, how.top_p);
     if (how.min_p > 0)
       c.erase(std::remove_if(c.begin(), c.end(),
@@ -113,6 +112,12 @@ inline int64_t sample(const float* z, int64_t V, const Choice& how, float unifor
     std::sort(c.begin(), c.end(),
               [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
   }
+}
+
+inline int64_t sample(const float* z, int64_t V, const Choice& how, float uniform,
+                      std::vector<float>& work, std::vector<Candidate>& c) {
+  find_candidates(z, V, how, work, c);
+  if (c.empty()) return arg_max(z, V);
   double all = 0, mass = 0;
   for (const Candidate& x : c) all += x.weight;
   for (const Candidate& x : c)

@@ -12,7 +12,7 @@ from torch import Tensor
 from dspark_compile.codegen.cpp import build
 from dspark_compile.codegen.cpp import isa as isa_levels
 
-_TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half"}
+TYPE_NAMES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half"}
 _SOURCE = """// Token choice from logits of type {type}.
 #include "choose.h"
 
@@ -38,7 +38,7 @@ class _Arguments(ctypes.Structure):
 
 @functools.cache
 def _function(dtype: torch.dtype, level: str) -> Any:
-    source = _SOURCE.format(type=_TYPES[dtype])
+    source = _SOURCE.format(type=TYPE_NAMES[dtype])
     function = build.load("choose", source.replace("dspark::float", "float"), level).dspark_choose
     function.argtypes = [ctypes.c_void_p]
     function.restype = ctypes.c_int64

@@ -81,19 +81,29 @@ class ParkPolicy:
     def drafts(self) -> bool:
         """Whether the next round drafts. One plain step is taken early, to know its price."""
         if not self.parked:
-            return self._round.count != self.least or self._plain.count > 0
+            return self._round.count < self.least or self._plain.count > 0
         return self._since >= self._interval
 
-    def drafted(self, seconds: float, tau: float) -> None:
-        """A drafted round took ``seconds`` and committed ``tau`` tokens a request.
+    def most(self, first: int) -> int:
+        """How many rounds may follow before it wants to be asked again: one while it probes,
+        ``first`` while it knows little."""
+        if self.parked:
+            return max(1, self._interval - self._since)
+        if self._round.count == self.least and not self._plain.count:
+            return first
+        return first if self._round.count < 4 * self.least else 1 << 30
+
+    def drafted(self, seconds: float, tau: float, rounds: int = 1) -> None:
+        """Each of ``rounds`` took ``seconds`` and committed ``tau`` tokens a request.
 
         Raises:
             ValueError: a time or tau is not positive.
         """
         if not seconds > 0 or not tau > 0:
             raise ValueError(f"a round of {seconds} s with {tau} tokens: both are positive")
-        self._round.add(seconds)
-        self._tau.add(tau)
+        for _ in range(min(rounds, 16)):  # more do not move an average
+            self._round.add(seconds)
+            self._tau.add(tau)
         if self.parked:
             self.probes += 1
             self._since = 0
@@ -106,18 +116,19 @@ class ParkPolicy:
                 self._interval = max(2 * self._interval, self.probe_every, least)
         self._decide()
 
-    def plain(self, seconds: float) -> None:
-        """A plain step took ``seconds``.
+    def plain(self, seconds: float, steps: int = 1) -> None:
+        """Each of ``steps`` plain steps took ``seconds``.
 
         Raises:
             ValueError: the time is not positive.
         """
         if not seconds > 0:
             raise ValueError(f"a step of {seconds} s: times are positive")
-        self._plain.add(seconds)
+        for _ in range(min(steps, 16)):
+            self._plain.add(seconds)
         if self.parked:
-            self.parked_rounds += 1
-            self._since += 1
+            self.parked_rounds += steps
+            self._since += steps
         self._decide()
 
     def _decide(self) -> None:

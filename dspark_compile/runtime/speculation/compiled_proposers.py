@@ -1,0 +1,244 @@
+"""What proposes tokens in compiled rounds: a DSpark draft, a causal model, or n-grams.
+
+    propose(state, uniform [B, K]) -> Drafted     tokens for the block, and what is known of them
+    verified(width)                               the target has run: its tapped states are there
+    committed(state)                              slots, positions and anchors have moved
+
+The counterparts of `dspark_compile.runtime.speculation.proposers`, on the slots of the target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspark_compile.models.draft import DraftModel
+from dspark_compile.ops.token import draw, penalised
+from dspark_compile.runtime.rounds import signature
+from dspark_compile.runtime.speculation import ngram
+from dspark_compile.runtime.speculation.accept import distribution
+from dspark_compile.runtime.speculation.draft_rounds import DraftRounds
+from dspark_compile.runtime.speculation.rounds import SpeculativeRounds
+from dspark_compile.runtime.speculation.state import State
+
+
+@dataclass
+class Drafted:
+    """Tokens of a round.
+
+    Attributes:
+        tokens: ``[B, K]``. lengths: how many there are ``[B]``.
+        probs: ``[B, K, V]`` that they were drawn from; None for point masses.
+        confidence: logits ``[B, K]`` float32; None without a confidence head.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    probs: Tensor | None = None
+    confidence: Tensor | None = None
+
+
+class _Picker:
+    """Chooses drafted tokens as the target's are chosen."""
+
+    def __init__(self, state: State, uniform: Tensor | None) -> None:
+        self.state, self.uniform = state, uniform
+        self.seen = None if state.seen is None else state.seen.clone()
+        self.probs: list[Tensor] = []
+
+    def __call__(self, logits: Tensor, k: int) -> Tensor:
+        state = self.state
+        if state.greedy:
+            chosen = penalised(logits, self.seen, state.choice.penalty).argmax(-1)
+        else:
+            assert self.uniform is not None
+            self.probs.append(distribution(logits, state.choice, self.seen))
+            chosen = draw(self.probs[-1], self.uniform[:, k])
+        if self.seen is not None:
+            self.seen.scatter_(1, chosen[:, None], True)
+        return chosen
+
+    def all_probs(self) -> Tensor | None:
+        return torch.stack(self.probs, dim=1) if self.probs else None
+
+
+class DraftProposals:
+    """A `DraftModel`."""
+
+    name = "draft"
+
+    def __init__(self, draft: DraftModel, rounds: SpeculativeRounds) -> None:
+        self.rounds, self.count = rounds, draft.config.num_drafted
+        self.programs = DraftRounds(draft, rounds)
+        self.draft = draft
+        self._signature = signature(draft)
+        self._transposed: Tensor | None = None
+        self.behind = 0  # tokens whose tapped states wait to be appended
+        rounds.follow = self.programs.follow
+
+    @property
+    def slack(self) -> int:
+        return self.programs.slack
+
+    def fits(self) -> bool:
+        """Whether the draft is what the programs were compiled for."""
+        return self._signature == signature(self.draft)
+
+    def caches(self) -> list[Tensor]:
+        return self.programs.caches()
+
+    def begin(self) -> None:
+        self.behind = 0
+
+    def prefill(
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, n: int
+    ) -> None: ...
+
+    def ensure(self) -> None:
+        """Compile what it runs. Nothing that is held changes."""
+        self.programs.ensure()
+
+    def transposed(self) -> Tensor:
+        """The Markov head's W2 as ``[r, V]``, V padded to 16: how the native kernel reads it."""
+        if self._transposed is None:
+            weight = self.draft.markov_head.markov_w2.weight.detach()  # type: ignore[union-attr]
+            padded = -(-weight.shape[0] // 16) * 16
+            self._transposed = weight.new_zeros(weight.shape[1], padded)
+            self._transposed[:, : weight.shape[0]] = weight.T
+        return self._transposed
+
+    def propose(self, state: State, uniform: Tensor | None) -> Drafted:
+        programs, batch = self.programs, state.batch
+        self.flush()
+        programs.ids[:, 0] = self.rounds.block[:, 0]
+        logits = programs.propose()[:batch].float()
+        pick = _Picker(state, uniform)
+        tokens, _, confidence = self.draft.sequence(
+            programs.hidden[:batch], logits, self.rounds.block[:batch, 0],
+            lambda z, k, chosen: pick(z, k),
+        )  # fmt: skip
+        lengths = torch.full((batch,), self.count, device=tokens.device)
+        return Drafted(tokens, lengths, pick.all_probs(), confidence)
+
+    def verified(self, width: int) -> None:
+        """Remember the tapped states of the tokens verified."""
+        programs, rounds = self.programs, self.rounds
+        if self.behind + width > self.count + 1:
+            self.flush()
+        if self.behind == 0:
+            programs.context_slot.copy_(rounds.slot)
+            programs.context_positions.copy_(rounds.positions)
+        programs.pending[:, self.behind : self.behind + width] = rounds.states[width]
+
+    def committed(self, state: State, kept: int) -> None:
+        """``kept`` slots stay of what was verified."""
+        self.behind += kept
+        if state.rounds.rows > 1:
+            # Positions of rows go on differently: the next states cannot follow these.
+            self.flush()
+
+    def flush(self) -> None:
+        """Append what waits."""
+        if self.behind:
+            self.programs.append()
+            self.behind = 0
+
+
+class NgramProposals:
+    """Lookup in each request's own tokens."""
+
+    name = "ngram"
+    slack = 0
+
+    def __init__(self, count: int, rounds: SpeculativeRounds, minimum: int = 3) -> None:
+        self.count, self.rounds, self.minimum = count, rounds, minimum
+
+    def fits(self) -> bool:
+        return True
+
+    def caches(self) -> list[Tensor]:
+        return []
+
+    def begin(self) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def prefill(
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, n: int
+    ) -> None: ...
+
+    def ensure(self) -> None: ...
+
+    def propose(self, state: State, uniform: Tensor | None) -> Drafted:
+        tokens, found = ngram.propose(state.text, state.lengths, self.count, minimum=self.minimum)
+        return Drafted(tokens, found)
+
+    def verified(self, width: int) -> None: ...
+
+    def committed(self, state: State, kept: int) -> None: ...
+
+
+class ModelProposals:
+    """An ordinary causal language model with the target's vocabulary, token by token.
+
+    Its cache lies on the target's slots. When all drafted tokens were accepted it lacks the last
+    of them, so the first step of a round always runs two: that one again, and the anchor.
+    """
+
+    name = "model"
+    slack = 0
+
+    def __init__(self, model: Any, count: int, rounds: SpeculativeRounds) -> None:
+        self.count, self.rounds = count, rounds
+        self.own = SpeculativeRounds(
+            model, rounds.rows, rounds.masked, rounds.scheme, rounds.options, count=1
+        )
+        rounds.growers.append(lambda replaced: self.own.reserve(rounds.cache.room))
+
+    def fits(self) -> bool:
+        return self.own.fits()
+
+    def caches(self) -> list[Tensor]:
+        return [x for _, _, x in self.own.cache.tensors()]
+
+    def begin(self) -> None:
+        self.own.begin()
+
+    def flush(self) -> None: ...
+
+    def prefill(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, n: int) -> None:
+        """The prompt, ``n`` tokens at a time."""
+        self.own.prefill(ids, mask, positions, n)
+
+    def ensure(self) -> None:
+        """Compile what it runs. Nothing that is held changes."""
+        own, length = self.own, self.own.length
+        for width in (1, 2):
+            own.ensure(width)
+            own.set_length(length)
+
+    def propose(self, state: State, uniform: Tensor | None) -> Drafted:
+        own, rounds, batch = self.own, self.rounds, state.batch
+        start, positions = rounds.length, rounds.positions
+        own.mask.copy_(rounds.mask)
+        before = state.text.gather(1, (state.lengths - 2).clamp(min=0)[:, None])
+        own.block[:batch, :1] = before
+        own.block[:, 1:] = rounds.block[:, :1]
+        pick, tokens = _Picker(state, uniform), []
+        for k in range(self.count):
+            width = 2 if k == 0 else 1
+            own.set_length(start - 1 if k == 0 else start + k)
+            own.positions.copy_(positions + (k if k else -1))
+            logits = own.verify(width)[:batch, -1]
+            tokens.append(pick(logits.float(), k))
+            own.block[:batch, 0] = tokens[-1]
+        stacked = torch.stack(tokens, dim=1)
+        lengths = torch.full((batch,), self.count, device=stacked.device)
+        return Drafted(stacked, lengths, pick.all_probs())
+
+    def verified(self, width: int) -> None: ...
+
+    def committed(self, state: State, kept: int) -> None: ...

@@ -1,0 +1,340 @@
+"""The speculative decode loop: `generate` with a draft."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspark_compile.models.draft import DraftModel
+from dspark_compile.ops.token import draw, penalised
+from dspark_compile.runtime.decode_loop import FIRST_ROOM, VISIT, GenerationReport, Plan
+from dspark_compile.runtime.rounds import POOL, NotRounds, batch_bucket, pool_key
+from dspark_compile.runtime.speculation.accept import distribution
+from dspark_compile.runtime.speculation.calibration import Calibration
+from dspark_compile.runtime.speculation.compiled_proposers import (
+    DraftProposals,
+    ModelProposals,
+    NgramProposals,
+)
+from dspark_compile.runtime.speculation.native_engine import engine_for
+from dspark_compile.runtime.speculation.park import ParkPolicy
+from dspark_compile.runtime.speculation.rounds import SpeculativeRounds
+from dspark_compile.runtime.speculation.state import Prices, State, widths_for
+from dspark_compile.runtime.speculation.telemetry import Counters, SpeculationStats
+from dspark_compile.runtime.speculation.torch_engine import TorchEngine
+
+# Drafted tokens of a round where the draft leaves it open.
+NGRAM_TOKENS = 15
+MODEL_TOKENS = 5
+# Rounds of a visit while nothing is known of how long one takes.
+FIRST_VISIT = 4
+
+
+class Speculator:
+    """What stays between calls for one model, draft and batch bucket: programs, prices, policy.
+
+    Raises:
+        NotRounds: the model cannot be driven in rounds of several tokens.
+        DraftError: the draft does not fit the target, or the batch.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        draft: Any,
+        rows: int,
+        masked: bool,
+        scheme: str,
+        options: Mapping[str, Any],
+        count: int | None,
+    ) -> None:
+        taps: tuple[int, ...] = ()
+        if isinstance(draft, DraftModel):
+            count, taps = draft.config.num_drafted, tuple(draft.config.target_layer_ids)
+        count = count or (NGRAM_TOKENS if draft == "ngram" else MODEL_TOKENS)
+        rounds = SpeculativeRounds(model, rows, masked, scheme, options, count=count, taps=taps)
+        rounds.key = speculator_key(rows, masked, scheme, options, draft, count)
+        rounds.speculator = self
+        self.rounds = rounds
+        self.proposer: Any
+        if isinstance(draft, DraftModel):
+            self.proposer = DraftProposals(draft, rounds)
+        elif draft == "ngram":
+            self.proposer = NgramProposals(count, rounds)
+        else:
+            self.proposer = ModelProposals(draft, count, rounds)
+        self.prices = Prices()
+        self.policy = ParkPolicy()
+
+
+def speculator_key(
+    rows: int, masked: bool, scheme: str, options: Mapping[str, Any], draft: Any, count: int | None
+) -> Any:
+    """What `Speculator`s must have in common to stand in for each other."""
+    own = draft if isinstance(draft, str) else id(draft)
+    if isinstance(draft, DraftModel):
+        count = draft.config.num_drafted
+    count = count or (NGRAM_TOKENS if draft == "ngram" else MODEL_TOKENS)
+    return (*pool_key(rows, masked, scheme, options), "draft", own, count)
+
+
+def take(
+    model: Any,
+    draft: Any,
+    batch: int,
+    masked: bool,
+    scheme: str,
+    options: Mapping[str, Any],
+    count: int | None,
+) -> Speculator:
+    """An idle one, or a new one."""
+    rows = batch_bucket(batch)
+    masked = masked or rows > 1
+    key = speculator_key(rows, masked, scheme, options, draft, count)
+    while (idle := POOL.idle(model, key)) is not None:
+        speculator: Speculator = idle.speculator  # type: ignore[attr-defined]
+        if speculator.proposer.fits():
+            return speculator
+    return Speculator(model, draft, rows, masked, scheme, options, count)
+
+
+def refusal(model: Any, plan: Plan, batch: int, length: int) -> str | None:
+    """Why a call is decoded without speculation; None if nothing speaks against it."""
+    if plan.called is not None or plan.keep_scores or plan.keep_logits:
+        return "logits processors called in Python, or scores kept, want one token at a time"
+    if plan.cache is not None or plan.keep_cache:
+        return "a cache of the caller's has no context of the draft's beside it"
+    if plan.asked and batch > 1:
+        return "stopping criteria called in Python want rows of one length"
+    if batch > 1:
+        config = model.config.get_text_config(decoder=True)
+        window = getattr(config, "sliding_window", None)
+        if window is not None and plan.max_length > window:
+            return f"rows of a batch have holes in a cache that a window of {window} slides over"
+    return None
+
+
+class SpeculativeLoop:
+    """One call of `generate` with a draft.
+
+    Args:
+        speculator: programs; given back to the pool, or dropped where something is raised.
+        prompt: int64 ``[B, L]``. plan: what is asked for. report: filled in.
+        fixed: verify every drafted token, and never park.
+    """
+
+    def __init__(
+        self,
+        speculator: Speculator,
+        prompt: Tensor,
+        plan: Plan,
+        report: GenerationReport,
+        fixed: bool = False,
+    ) -> None:
+        self.speculator, self.plan, self.report, self.fixed = speculator, plan, report, fixed
+        self.rounds, self.proposer = speculator.rounds, speculator.proposer
+        self.prompt = prompt.to(self.rounds.tokens.device)
+        self.shown = self.asked = 0
+        self.reason: str | None = None
+        report.prompt_tokens = prompt.shape[1]
+
+    def run(self) -> Tensor:
+        """Decode; int64 ``[B, L + new]``."""
+        rounds = self.rounds
+        rounds.begin()
+        self.proposer.begin()
+        sequences = self._run()
+        rounds.set_length(rounds.length)
+        POOL.give(rounds)
+        return sequences
+
+    def _run(self) -> Tensor:
+        plan, report, clock = self.plan, self.report, time.perf_counter
+        began = clock()
+        state = self._prefill()
+        report.spend("prefill", clock() - began)
+        began = clock()
+        engine = self._engine(state)
+        report.spend("compile", clock() - began)
+        began = clock()
+        while not state.finished() and not self._stopped(state):
+            if not state.has_room():
+                state.make_room()
+                engine = engine.again()
+            self._visit(state, engine)
+        report.spend("decode", clock() - began)
+        if plan.streamer is not None:
+            plan.streamer.end()
+        return self._finish(state, engine)
+
+    # ------------------------------------------------------------------------------- a prompt
+
+    def _prefill(self) -> State:
+        plan, rounds, prompt = self.plan, self.rounds, self.prompt
+        batch, length = prompt.shape
+        mask, positions = plan.attention_mask, plan.position_ids
+        if mask is None and rounds.masked:
+            mask = torch.ones_like(prompt)
+        if mask is not None and positions is None:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+        limit = plan.max_length - length
+        slack = rounds.count + 1 + self.proposer.slack
+        rounds.reserve(min(plan.max_length, length + FIRST_ROOM) + slack)
+        logits = rounds.prefill(prompt, mask, positions, plan.chunk)
+        self.proposer.prefill(prompt, mask, positions, plan.chunk)
+        kept = torch.ones_like(prompt) if mask is None else mask.to(prompt.device)
+        lengths = kept.sum(1)
+        room = length + min(limit, FIRST_ROOM) + rounds.count + 2
+        text = prompt.new_zeros(batch, room)
+        text[:, :length] = prompt.gather(1, (1 - kept).argsort(dim=1, stable=True))
+        seen = plan.choice.seen(prompt, logits.shape[-1])
+        own = getattr(getattr(self.proposer, "draft", None), "calibration", None)
+        count = rounds.count
+        state = State(
+            rounds, self.proposer, plan.choice, plan.eos, limit, text, lengths.clone(),
+            lengths.clone(), torch.zeros(batch, dtype=torch.bool, device=prompt.device), seen,
+            Counters(count, prompt.device), self.speculator.prices,
+            Calibration.from_dict(own, count, sampled=plan.choice.sample), self.fixed,
+        )  # fmt: skip
+        rounds.filled[:batch] = lengths
+        rounds.live[:batch] = True
+        if limit > 0:
+            self._first(state, logits)
+        else:
+            state.done.fill_(True)
+        return state
+
+    def _first(self, state: State, logits: Tensor) -> None:
+        """Choose the first anchors."""
+        choice = state.choice
+        if state.greedy:
+            chosen = penalised(logits, state.seen, choice.penalty).argmax(-1)
+        else:
+            uniform = torch.rand(state.batch, device=logits.device)
+            chosen = draw(distribution(logits, choice, state.seen), uniform)
+        state.text.scatter_(1, state.lengths[:, None], chosen[:, None])
+        state.lengths += 1
+        self.rounds.block[: state.batch, 0] = chosen
+        if state.seen is not None:
+            state.seen.scatter_(1, chosen[:, None], True)
+        for token in state.eos:
+            state.done |= chosen == token
+        state.done |= state.limit <= 1
+
+    # ----------------------------------------------------------------------------- the rounds
+
+    def _engine(self, state: State) -> Any:
+        """Programs for every width, their prices, and what drives them."""
+        rounds, prices = self.rounds, state.prices
+        state.widths = [1]
+        if state.finished():
+            return TorchEngine(state)
+        on_cpu = state.text.device.type == "cpu"
+        program = rounds.ensure(1)
+        native = program is not None and program.native
+        state.widths = widths_for(rounds.rows, rounds.count, native and on_cpu)
+        if self.fixed:
+            state.widths = sorted({1, max(state.widths)})
+        for width in state.widths:
+            if width in prices.verify:
+                continue
+            rounds.ensure(width)
+            prices.verify[width] = _seconds(lambda w=width: rounds.verify(w), rounds)  # type: ignore[misc]
+        if max(state.widths) > 1:
+            self.proposer.ensure()
+        engine, self.reason = engine_for(state, TorchEngine)
+        if on_cpu and rounds.rows > 1 and not engine.native:
+            # Rounds driven from Python would make a batch slower than its plain steps are.
+            raise NotRounds(f"a batch of {state.batch} rows: {self.reason}")
+        return engine
+
+    def _visit(self, state: State, engine: Any) -> None:
+        policy, plan = self.speculator.policy, self.plan
+        drafting = max(state.widths) > 1 and (self.fixed or policy.drafts())
+        single = plan.asked or plan.streamer is not None
+        seconds = state.prices.verify[1] if not drafting else sum(
+            (state.prices.draft, max(state.prices.verify.values()))
+        )  # fmt: skip
+        count = 1 if single else max(1, min(int(VISIT / seconds), 512))
+        if not self.fixed:
+            count = min(count, policy.most(FIRST_VISIT))
+        visit = engine.visit(count, drafting)
+        if visit.rounds and not self.fixed:
+            each, tau = visit.seconds / visit.rounds, visit.committed / max(visit.requests, 1)
+            if drafting:
+                policy.drafted(each, max(tau, 1e-3), visit.rounds)
+            elif max(state.widths) > 1:
+                policy.plain(each, visit.rounds)
+        self.report.spend("decode", 0.0, visit.committed)
+        if plan.streamer is not None:
+            for token in state.text[0, state.prompts[0] + self.shown : state.lengths[0]].tolist():
+                plan.streamer.put(torch.tensor([token]))
+            self.shown = int(state.lengths[0] - state.prompts[0])
+
+    def _stopped(self, state: State) -> bool:
+        """Ask the criteria about every new token of one request."""
+        asked = self.plan.asked
+        if not asked:
+            return False
+        first = max(self.asked, int(state.prompts[0]) + 1)
+        last = int(state.lengths[0])
+        for end in range(first, last + 1):
+            text = torch.cat((self.prompt, state.text[:, state.prompts[0] : end]), dim=1)
+            if any(bool(criterion(text, None).all()) for criterion in asked):
+                state.lengths[0] = end
+                state.done.fill_(True)
+                return True
+        self.asked = last + 1
+        return False
+
+    # -------------------------------------------------------------------------------- the end
+
+    def _finish(self, state: State, engine: Any) -> Tensor:
+        report, policy = self.report, self.speculator.policy
+        new = state.lengths - state.prompts
+        most = int(new.max()) if state.limit > 0 else 0
+        tail = self.prompt.new_full((state.batch, most), self.plan.pad)
+        for row in range(state.batch):
+            count = int(new[row])
+            start = int(state.prompts[row])
+            tail[row, :count] = state.text[row, start : start + count]
+        programs = [self.rounds.programs.get(w) for w in state.widths]
+        if engine.native:
+            report.path = "native"
+        elif all(p is not None for p in programs):
+            report.path = "compiled"
+        if self.reason is not None:
+            report.notes.append(f"rounds are driven from Python: {self.reason}")
+        for width, reason in self.rounds.reasons.items():
+            report.notes.append(f"verifying {width} tokens is not compiled: {reason}")
+        engine.finish()
+        report.new_tokens = most
+        report.cache_bytes = self.rounds.cache.nbytes
+        report.speculation = SpeculationStats.read(
+            state.counters, proposer=self.proposer.name, seconds=dict(engine.seconds),
+            parked_rounds=policy.parked_rounds, probes=policy.probes,
+        )  # fmt: skip
+        if max(state.widths) == 1 and state.limit > 1:
+            report.notes.append(
+                f"a batch of {state.batch} leaves no row for drafted tokens in a step of 16: it is "
+                "decoded plainly"
+            )
+        report.notes += report.speculation.notes
+        return torch.cat((self.prompt, tail), dim=1)
+
+
+def _seconds(run: Any, rounds: SpeculativeRounds) -> float:
+    """The shortest of some runs; what they append is taken back."""
+    found = []
+    for _ in range(4):
+        start = time.perf_counter()
+        run()
+        if rounds.tokens.device.type != "cpu":
+            torch.accelerator.synchronize()
+        found.append(time.perf_counter() - start)
+        rounds.cache.set_length(rounds.length)
+    return min(found)

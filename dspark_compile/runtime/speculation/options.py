@@ -1,0 +1,80 @@
+"""Checks of what `generate` is told about speculation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+SCHEDULES = ("auto", "fixed")
+
+
+def check_draft(model: Any, draft: Any, num_drafted: int | None, schedule: str) -> None:
+    """Whether ``draft`` can draft for ``model``; a `DraftModel` is bound to it where it was not.
+
+    Raises:
+        ValueError: an argument has no meaning, or the two do not fit.
+        DraftError: a `DraftModel` and the model do not fit.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r} is unknown; choose 'auto' or 'fixed'")
+    if draft is None:
+        if num_drafted is not None:
+            raise ValueError(f"num_drafted={num_drafted}: it belongs to a draft; give draft=")
+        return
+    if num_drafted is not None and not 1 <= num_drafted <= 64:
+        raise ValueError(f"num_drafted={num_drafted}: give 1 to 64")
+    if isinstance(draft, str):
+        if draft != "ngram":
+            raise ValueError(
+                f'draft={draft!r}: give "ngram", or load it: DraftModel.from_pretrained({draft!r})'
+            )
+        return
+    from dspark_compile.models.draft import DraftModel
+
+    if not isinstance(draft, torch.nn.Module) or not hasattr(model, "get_input_embeddings"):
+        if isinstance(draft, torch.nn.Module):
+            return  # not a Hugging Face model: it is decoded without, and the report says so
+        raise ValueError(
+            f'draft={type(draft).__name__}: give "ngram", a DraftModel, a causal language model or '
+            "None"
+        )
+    if isinstance(draft, DraftModel):
+        _check_draft_model(model, draft, num_drafted)
+        return
+    if not (hasattr(draft, "generate") and hasattr(draft, "get_output_embeddings")):
+        raise ValueError(
+            f"draft={type(draft).__name__} is neither a DraftModel nor a causal language model of "
+            "Hugging Face"
+        )
+    if draft is model:
+        raise ValueError("draft is the model itself: nothing is gained")
+    own, other = (_vocabulary(m) for m in (draft, model))
+    if own != other:
+        raise ValueError(
+            f"the draft's vocabulary has {own} tokens and the model's {other}: both must use one "
+            "tokenizer"
+        )
+
+
+def _check_draft_model(model: Any, draft: Any, num_drafted: int | None) -> None:
+    count = draft.config.num_drafted
+    if num_drafted not in (None, count):
+        raise ValueError(
+            f"num_drafted={num_drafted}: this draft was trained to draft {count}; another number "
+            "makes it worse, so leave it out"
+        )
+    ours = model.get_input_embeddings()
+    borrowed = draft.borrowed.embedding
+    if draft.embed_tokens is None and borrowed is not ours:
+        draft.bind(model)
+    places = {p.device for p in (draft.fc.weight, ours.weight)}
+    if len(places) > 1:
+        raise ValueError(
+            f"the draft lies on {draft.fc.weight.device} and the model on {ours.weight.device}: "
+            f"call draft.to({str(ours.weight.device)!r})"
+        )
+
+
+def _vocabulary(model: Any) -> int:
+    return model.get_input_embeddings().weight.shape[0]

@@ -1,0 +1,267 @@
+"""`SpeculativeRounds`: the target's verification as compiled programs over state in place.
+
+    block [R, K + 1]    the anchor and K drafted tokens: what a program of width M verifies is
+                        its first M columns
+    positions [R, 1]    of the anchors
+    slot [1]            where the anchors go in the cache
+
+A program of width M appends M tokens to the cache, and gives logits ``[R, M, V]`` and the tapped
+hidden states of those tokens, which are outputs of its own graph. Then a commit moves ``slot`` and
+``positions`` on, and the next program overwrites what was rejected: that is the crop.
+
+Rows of a batch advance together: ``slot`` moves by the most that any row commits, and what the
+others did not fill becomes a hole, hidden by the mask. `compact` closes the holes when the longest
+row has a quarter of them. So programs are the same for ragged requests, and none is compiled anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspark_compile.runtime.captured import Captured
+from dspark_compile.runtime.rounds import COARSE, TOLERANCE, NotRounds, Rounds
+from dspark_compile.runtime.speculation.taps import Taps
+from dspark_compile.runtime.trace_whole import CaptureError
+
+# Rows (requests times width) that the native kernels take in one product.
+NATIVE_ROWS = 16
+# The part of the cache that may be holes.
+HOLES = 0.25
+
+Follow = Callable[[Tensor, int, Tensor], None]
+
+
+class SpeculativeRounds(Rounds):
+    """Rounds that verify up to ``count`` drafted tokens of each sequence.
+
+    Args:
+        model, rows, masked, scheme, options: as `Rounds` has them.
+        count: K, drafted tokens of a round, at most.
+        taps: layers whose output the draft wants, -1 for the embedding.
+
+    Attributes:
+        states: by width M, tapped states ``[R, M, m * width]`` of the tokens verified last.
+        programs: by width; None where the model is run eagerly.
+        reasons: why a width has no program.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        rows: int,
+        masked: bool,
+        scheme: str = "model",
+        options: Mapping[str, Any] | None = None,
+        *,
+        count: int,
+        taps: Sequence[int] = (),
+    ) -> None:
+        super().__init__(model, rows, masked, scheme, options)
+        if rows > 1 and not self._positioned:
+            raise NotRounds("it takes no position_ids, which rows of different lengths need")
+        self.count, self.taps = count, tuple(taps)
+        self.speculator: Any = None  # what they belong to, in the pool
+        device = self.tokens.device
+        self.block = torch.zeros(rows, count + 1, dtype=torch.long, device=device)
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)
+        self.states: dict[int, Tensor] = {}
+        self.programs: dict[int, Captured | None] = {}
+        self.reasons: dict[int, str] = {}
+        # Tokens of each row in the cache, and rows that still want tokens.
+        self.filled = torch.zeros(rows, dtype=torch.long, device=device)
+        self.live = torch.zeros(rows, dtype=torch.bool, device=device)
+        # Called with the tapped states of prompt tokens, their first slot and their positions.
+        self.follow: Follow | None = None
+        # Called when there is more room, with the tensors that replace others, by their ``id``.
+        self.growers: list[Callable[[dict[int, Tensor]], None]] = []
+
+    # ------------------------------------------------------------------------------- a prompt
+
+    def begin(self) -> None:
+        super().begin()
+        self.filled.zero_()
+        self.live.zero_()
+        self.slot.zero_()
+
+    def set_length(self, tokens: int) -> None:
+        super().set_length(tokens)
+        self.slot.fill_(tokens)
+
+    def _forward(self, given: dict[str, Any]) -> Tensor:
+        if not self.taps or self.follow is None:
+            return super()._forward(given)
+        start = self.cache.known
+        with Taps(self.model, self.taps) as taps:
+            logits = super()._forward(given)
+            states = taps.take()
+        positions = given.get("position_ids")
+        if positions is None:
+            steps = torch.arange(start, start + states.shape[1], device=states.device)
+            positions = steps.expand(states.shape[0], -1)
+        self.follow(states, start, positions)
+        return logits
+
+    def prefill(self, *args: Any, **kwargs: Any) -> Tensor:
+        logits = super().prefill(*args, **kwargs)
+        self.slot.fill_(self.length)
+        return logits
+
+    # ------------------------------------------------------------------------------- programs
+
+    def reserve(self, tokens: int) -> None:
+        """Room for ``tokens``, for every program, and for whoever keeps caches on these slots."""
+        old = {id(x): (layer, name) for layer, name, x in self.cache.tensors()}
+        mask = self.mask
+        super().reserve(tokens)
+        if self.mask is mask:
+            return
+        new = {(layer, name): x for layer, name, x in self.cache.tensors()}
+        replaced = {key: new[where] for key, where in old.items() if where in new}
+        replaced[id(mask)] = self.mask
+        for program in self.programs.values():
+            if program is not None:
+                program.replace(replaced, self.cache.room)
+        for grow in self.growers:
+            grow(replaced)
+
+    def ensure(self, width: int) -> Captured | None:
+        """The program that verifies ``width`` tokens of each row; None: eagerly, with a reason.
+
+        It is compiled by running it, and compared with an eager run; the cache is as it was.
+        """
+        if width not in self.programs:
+            self.programs[width] = self._compile_width(width)
+        return self.programs[width]
+
+    def verify(self, width: int) -> Tensor:
+        """Logits ``[R, width, V]`` behind the first ``width`` tokens of the block; valid until the
+        next call. The cache has gained ``width`` tokens: `commit` says what stays."""
+        program = self.ensure(width)
+        return program() if program is not None else self._eager(width)
+
+    def _given(self, width: int) -> dict[str, Any]:
+        given: dict[str, Any] = {"input_ids": self.block[:, :width]}
+        if self._positioned:
+            steps = torch.arange(width, device=self.positions.device)
+            given["position_ids"] = self.positions + steps
+        return given
+
+    def _eager(self, width: int) -> Tensor:
+        given = self._given(width)
+        if self.masked:
+            given["attention_mask"] = self.mask[:, : self.length + width]
+        model = self.model
+        with Taps(model, self.taps) if self.taps else contextlib.nullcontext() as taps:
+            logits = model(past_key_values=self.cache, use_cache=True, **given).logits
+            if taps is not None:
+                self._keep(width, taps.take())
+        return logits
+
+    def _keep(self, width: int, states: Tensor) -> None:
+        if width not in self.states:
+            self.states[width] = states.clone()
+        else:
+            self.states[width].copy_(states)
+
+    def _compile_width(self, width: int) -> Captured | None:
+        cache, length = self.cache, self.length
+        expected = self._eager(width).clone()
+        wanted = self.states[width].clone() if self.taps else None
+        cache.set_length(length)
+        hooks = Taps(self.model, self.taps) if self.taps else contextlib.nullcontext()
+        try:
+            # There while the step is traced; then the taps are outputs of its graph.
+            with hooks as taps:
+                program = Captured(self._program(width, taps), self._growing(), self.options)
+        except CaptureError as error:
+            self.reasons[width] = str(error)
+            return None
+        finally:
+            cache.set_length(length)
+        pairs = [(program.first, expected)]
+        if wanted is not None:
+            pairs.append((self.states[width], wanted))
+        for got, want in pairs:
+            difference = (got.float() - want.float()).norm() / want.float().norm()
+            allowed = TOLERANCE.get(want.dtype, COARSE) if self.scheme == "model" else COARSE
+            if not difference <= allowed:
+                self.reasons[width] = f"it differs from an eager step by {float(difference):.1e}"
+                return None
+        return program
+
+    def _growing(self) -> list[tuple[Tensor, int]]:
+        growing = [(x, 2) for _, _, x in self.cache.tensors()]
+        if self.masked:
+            growing.append((self.mask, 1))
+        return growing
+
+    def _program(self, width: int, taps: Taps | None) -> Callable[[], Tensor]:
+        """The step as a function of nothing."""
+        model, cache, block, positions = self.model, self.cache, self.block, self.positions
+        positioned, states = self._positioned, self.states.get(width)
+        given: dict[str, Any] = {"attention_mask": self.mask} if self.masked else {}
+
+        def step() -> Tensor:
+            more = dict(given)
+            if positioned:
+                more["position_ids"] = positions + torch.arange(width, device=positions.device)
+            ids = block[:, :width]
+            logits = model(input_ids=ids, past_key_values=cache, use_cache=True, **more).logits
+            if taps is not None:
+                states.copy_(taps.states)  # type: ignore[union-attr]
+            return logits
+
+        return step
+
+    # ------------------------------------------------------------------------------- a commit
+
+    def commit(self, counts: Tensor, live: Tensor) -> int:
+        """Row r keeps ``counts[r]`` of the tokens appended last; how far the slots moved.
+
+        ``live``: rows that still want tokens ``[B]``.
+        """
+        batch = len(counts)
+        most = int(counts.max())
+        start, self.length = self.length, self.length + most
+        if self.rows > 1 and most:
+            taken = torch.zeros(self.rows, dtype=torch.long, device=counts.device)
+            taken[:batch] = counts
+            steps = torch.arange(most, device=counts.device)
+            self.mask[:, start : start + most] = (steps < taken[:, None]).long()
+        self.filled[:batch] += counts
+        self.live[:batch] = live
+        self.positions[:batch] += counts[:, None]
+        self.set_length(self.length)
+        return most
+
+    def compact(self, more: Sequence[Tensor] = ()) -> bool:
+        """Close the holes if they are many; whether anything moved.
+
+        Tokens keep their order and their positions; they move to the right end of what is held, so
+        that all rows still end at the same slot. ``more``: other caches ``[R, H, N, D]`` on the
+        same slots.
+        """
+        held = self.length
+        most = int(torch.where(self.live, self.filled, 0).max())
+        if self.rows == 1 or held - most <= HOLES * held:
+            return False
+        kept = self.mask[:, :held] > 0
+        # Stable: what is kept goes behind what is not, in its order.
+        order = kept.long().argsort(dim=1, stable=True)[:, held - most :]
+        for tensor in [x for _, _, x in self.cache.tensors()] + list(more):
+            index = order.view(self.rows, 1, most, *[1] * (tensor.dim() - 3))
+            moved = tensor[:, :, :held].gather(
+                2, index.expand(-1, tensor.shape[1], -1, *tensor.shape[3:])
+            )
+            tensor[:, :, :most] = moved
+        self.filled.clamp_(max=most)
+        steps = torch.arange(most, device=kept.device)
+        self.mask[:, :most] = (steps >= most - self.filled[:, None]).long()
+        self.mask[:, most:] = 1
+        self.set_length(most)
+        return True

@@ -1,0 +1,155 @@
+"""`State`: the requests of one speculative `generate`, as tensors that the engines write in place.
+
+An engine (`torch_engine`, `native_engine`) runs rounds over it: propose, schedule, verify, accept,
+commit, crop. B requests, K drafted tokens of a round, V the vocabulary, T tokens of room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspark_compile.runtime.speculation.accept import is_greedy
+from dspark_compile.runtime.speculation.calibration import Calibration
+from dspark_compile.runtime.speculation.rounds import NATIVE_ROWS, SpeculativeRounds
+from dspark_compile.runtime.speculation.sps import SPSCurve
+from dspark_compile.runtime.speculation.telemetry import Counters
+from dspark_compile.runtime.token_choice import TokenChoice
+
+# What a round is thought to accept before anything was seen.
+FIRST_GUESS = 0.7
+
+
+@dataclass
+class Prices:
+    """Measured seconds of what a round consists of, kept from call to call.
+
+    Attributes:
+        verify: by width.
+        draft: of drafting a round.
+        conditional: how often a drafted token stood, where no head says so ``[K]``.
+    """
+
+    verify: dict[int, float] = field(default_factory=dict)
+    draft: float = 0.0
+    conditional: list[float] = field(default_factory=list)
+
+    def table(self, count: int) -> list[float]:
+        """Seconds of verifying 0, 1, ... ``count + 1`` tokens a row: convex, as the early stop
+        wants it."""
+        known = self.verify or {1: 1.0}
+        return SPSCurve.from_points(known, count + 1).table().tolist()
+
+
+@dataclass
+class State:
+    """Requests, and what they are asked for.
+
+    Attributes:
+        rounds: the target's programs. proposer: what drafts; None decodes plainly.
+        choice: how tokens are chosen. eos: tokens that end a request. limit: new tokens of each.
+        text ``[B, T]``: every request's tokens without padding; lengths ``[B]`` of them.
+        prompts ``[B]``: tokens of the prompts. done ``[B]`` bool.
+        seen ``[B, V]`` bool: what the repetition penalty hits.
+        counters: the telemetry.
+        prices: measured. fixed: verify every drafted token, whatever it costs.
+        widths: that programs exist for.
+    """
+
+    rounds: SpeculativeRounds
+    proposer: Any
+    choice: TokenChoice
+    eos: Sequence[int]
+    limit: int
+    text: Tensor
+    lengths: Tensor
+    prompts: Tensor
+    done: Tensor
+    seen: Tensor | None
+    counters: Counters
+    prices: Prices
+    calibration: Calibration
+    fixed: bool = False
+    widths: list[int] = field(default_factory=list)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is random."""
+        return is_greedy(self.choice)
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return len(self.lengths)
+
+    @property
+    def slack(self) -> int:
+        """Cache slots that a round may write behind what is held."""
+        more = 0 if self.proposer is None else self.proposer.slack
+        return max(self.rounds.count + 1, more)
+
+    def finished(self) -> bool:
+        """Whether all requests have ended."""
+        return bool(self.done.all())
+
+    def has_room(self) -> bool:
+        """Whether a round fits into the cache and the text."""
+        rounds = self.rounds
+        fits = rounds.length + self.slack <= rounds.cache.room
+        return fits and int(self.lengths.max()) + rounds.count + 1 <= self.text.shape[1]
+
+    def make_room(self) -> None:
+        """Close holes, or grow."""
+        rounds = self.rounds
+        caches = []
+        if self.proposer is not None:
+            self.proposer.flush()
+            caches = self.proposer.caches()
+        rounds.live[: self.batch] = ~self.done
+        rounds.compact(caches)
+        rounds.reserve(rounds.length + self.slack)
+        need = int(self.lengths.max()) + rounds.count + 1
+        if need > self.text.shape[1]:
+            more = self.text.new_zeros(self.batch, max(need, self.text.shape[1]))
+            self.text = torch.cat((self.text, more), dim=1)
+
+
+def widths_for(rows: int, count: int, native: bool) -> list[int]:
+    """Widths to have programs for: one token, all of them, and powers of two between; natively no
+    more than the products take rows."""
+    most = count + 1
+    if native:
+        most = max(1, min(most, NATIVE_ROWS // rows))
+    widths = {1, most}
+    if rows > 1 or most > 8:
+        widths |= {w for w in (2, 4, 8) if w < most}
+    return sorted(widths)
+
+
+def verify_length(
+    survival: Sequence[Sequence[float]], table: Sequence[float], draft: float, most: int
+) -> int:
+    """How many drafted tokens of every request to verify: Algorithm 1 by columns.
+
+    A program verifies the same number for all rows, so a column of the block is admitted at a time:
+    position k of all requests, while the expected tokens over the seconds rise, and stop at once
+    where they do not. Whether position k is admitted depends on confidences up to k, which look at
+    tokens before k only: as lossless as the order of single tokens is.
+
+    Args:
+        survival: ``[R][K]`` of the live requests. table: seconds by width (`Prices.table`).
+        draft: seconds of drafting. most: at most so many.
+    """
+    tau = float(len(survival))
+    best = tau / (draft + table[1])
+    for k in range(most):
+        tau += sum(row[k] for row in survival)
+        value = tau / (draft + table[k + 2])
+        if not value > best:
+            return k
+        best = value
+    return most

@@ -1,0 +1,197 @@
+"""Rounds driven by torch ops: on any device, with compiled programs or without.
+
+The decisions are those of `accept`, `schedule` and `state`; the host reads one number a round, how
+far the slots move. Where everything is native, `native_engine` does the same in one call.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspark_compile.ops.token import penalised
+from dspark_compile.runtime.speculation.accept import (
+    commit,
+    distribution,
+    greedy,
+    rejection,
+    seen_along,
+)
+from dspark_compile.runtime.speculation.compiled_proposers import Drafted
+from dspark_compile.runtime.speculation.state import FIRST_GUESS, State, verify_length
+
+# How much a new measurement counts.
+SHARE = 0.1
+
+
+@dataclass
+class Visit:
+    """What some rounds did: their number, the tokens they committed for all requests, the requests
+    that took part (summed over rounds), and seconds."""
+
+    rounds: int = 0
+    committed: int = 0
+    requests: int = 0
+    seconds: float = 0.0
+
+
+class TorchEngine:
+    """Runs rounds over a `State`."""
+
+    native = False
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.seconds = {"draft": 0.0, "verify": 0.0, "other": 0.0}
+
+    def again(self) -> TorchEngine:
+        """After tensors of the state were replaced."""
+        return self
+
+    def finish(self) -> None:
+        """The telemetry is where it is read."""
+
+    @torch.no_grad()
+    def visit(self, count: int, drafting: bool) -> Visit:
+        """Up to ``count`` rounds; fewer where all requests end, or there is no more room."""
+        state, done = self.state, Visit()
+        began = time.perf_counter()
+        while done.rounds < count and not state.finished() and state.has_room():
+            done.requests += int((~state.done).sum())
+            done.committed += self._round(drafting)
+            done.rounds += 1
+        done.seconds = time.perf_counter() - began
+        return done
+
+    def _round(self, drafting: bool) -> int:
+        state, clock = self.state, time.perf_counter
+        rounds, proposer, batch = state.rounds, state.proposer, state.batch
+        live = ~state.done
+        start, uniform = clock(), None
+        count = rounds.count
+        if not state.greedy:
+            uniform = torch.rand(batch, 2 * count + 1, device=state.text.device)
+        drafted, survival, lengths = None, None, state.lengths.new_zeros(batch)
+        if drafting and proposer is not None:
+            drafted = proposer.propose(state, uniform)
+            survival = self._survival(drafted)
+            lengths = self._lengths(drafted, survival, live)
+            rounds.block[:batch, 1 : 1 + drafted.tokens.shape[1]] = drafted.tokens
+        width = self._width(int(lengths.max()))
+        drafting_seconds = clock() - start
+        start = clock()
+        logits = rounds.verify(width)[:batch]
+        if proposer is not None:
+            proposer.verified(width)
+        # A device has only been asked so far; its time is measured by what is read next.
+        verify_seconds = clock() - start
+        start = clock()
+        tokens = rounds.block[:batch, 1:width]
+        lengths = lengths.clamp(max=width - 1)
+        left = state.limit - (state.lengths - state.prompts)
+        lengths = torch.minimum(lengths, (left - 1).clamp(min=0)) * live
+        accepted, following = self._accept(logits, tokens, lengths, drafted, uniform)
+        made = commit(tokens, accepted, following, list(state.eos))
+        counts = made.counts * live
+        state.counters.record(made.accepted, counts, lengths, live, survival)
+        self._take(made.tokens, counts, made.ended, left)
+        if drafted is not None and drafted.confidence is None and len(state.prices.conditional):
+            self._learn(made.accepted, lengths, live)
+        total = int(counts.sum())
+        price = state.prices
+        known = price.verify.get(width, verify_seconds)
+        price.verify[width] = known + SHARE * (min(verify_seconds, 2 * known) - known)
+        if drafted is not None:
+            known = price.draft or drafting_seconds
+            price.draft = known + SHARE * (min(drafting_seconds, 2 * known) - known)
+        self.seconds["draft"] += drafting_seconds
+        self.seconds["verify"] += verify_seconds
+        self.seconds["other"] += clock() - start
+        return total
+
+    def _survival(self, drafted: Drafted) -> Tensor:
+        state = self.state
+        if drafted.confidence is not None:
+            return state.calibration.survival(drafted.confidence)
+        known = state.prices.conditional
+        if not known:
+            known[:] = [FIRST_GUESS] * state.rounds.count
+        guess = torch.tensor(known, device=drafted.tokens.device).cumprod(0)
+        return guess[: drafted.tokens.shape[1]] * (drafted.lengths > 0)[:, None]
+
+    def _lengths(self, drafted: Drafted, survival: Tensor, live: Tensor) -> Tensor:
+        state = self.state
+        most = max(state.widths) - 1
+        if not state.fixed:
+            rows = survival[live].tolist()
+            if not any(row[0] > 0 for row in rows):
+                most = 0
+            else:
+                table = state.prices.table(state.rounds.count)
+                most = verify_length(rows, table, state.prices.draft, min(most, len(rows[0])))
+                # The rest of the width is paid for.
+                most = self._width(most) - 1
+        return drafted.lengths.clamp(max=most)
+
+    def _width(self, length: int) -> int:
+        return next(w for w in self.state.widths if w > length)
+
+    def _accept(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        lengths: Tensor,
+        drafted: Drafted | None,
+        uniform: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        state = self.state
+        seen = None if state.seen is None else seen_along(state.seen, tokens)
+        if state.greedy:
+            choice = penalised(logits, seen, state.choice.penalty).argmax(-1)
+            return greedy(tokens, choice, lengths)
+        assert uniform is not None
+        target = distribution(logits, state.choice, seen)
+        count = tokens.shape[1]
+        own = None
+        if drafted is not None and drafted.probs is not None:
+            own = drafted.probs[:, :count]
+        most = state.rounds.count
+        tests = torch.cat((uniform[:, most : most + count], uniform[:, -1:]), dim=1)
+        return rejection(tokens, own, target, lengths, tests)
+
+    def _take(self, tokens: Tensor, counts: Tensor, ended: Tensor, left: Tensor) -> None:
+        """Commit ``counts [B]`` of ``tokens [B, M]``: text, state, slots."""
+        state = self.state
+        rounds, batch = state.rounds, state.batch
+        steps = torch.arange(tokens.shape[1], device=tokens.device)
+        taken = steps < counts[:, None]
+        room = state.text.shape[1]
+        at = torch.where(taken, state.lengths[:, None] + steps, room)
+        wide = torch.cat((state.text, state.text.new_zeros(batch, 1)), dim=1)
+        state.text = wide.scatter_(1, at, tokens)[:, :room].contiguous()
+        if state.seen is not None:
+            marks = torch.zeros_like(state.seen, dtype=torch.long)
+            marks.scatter_add_(1, tokens, taken.long())
+            state.seen |= marks > 0
+        state.lengths += counts
+        anchors = tokens.gather(1, (counts - 1).clamp(min=0)[:, None])
+        rounds.block[:batch, :1] = torch.where(
+            (counts > 0)[:, None], anchors, rounds.block[:batch, :1]
+        )
+        state.done |= (ended & (counts > 0)) | (counts >= left)
+        kept = rounds.commit(counts, ~state.done)
+        if state.proposer is not None:
+            state.proposer.committed(state, kept)
+
+    def _learn(self, accepted: Tensor, lengths: Tensor, live: Tensor) -> None:
+        known = self.state.prices.conditional
+        for row in range(len(accepted)):
+            if not live[row]:
+                continue
+            for k in range(int(lengths[row])):
+                if k > accepted[row]:
+                    break
+                known[k] += SHARE * (float(accepted[row] > k) - known[k])

@@ -1,0 +1,108 @@
+"""Rounds of speculative decoding as one native call (``speculate.h``): its structures and function.
+
+`dspark_compile.runtime.speculation.native_engine` fills them in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+
+from dspark_compile.codegen.cpp import build
+from dspark_compile.codegen.cpp import isa as isa_levels
+from dspark_compile.kernels.cpp.choose import TYPE_NAMES
+
+# As many requests as one call keeps track of.
+MOST_REQUESTS = 64
+
+_P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+
+_SOURCE = """// Rounds of speculation: logits {target}, the draft's {base}, its weights {draft}.
+#include "speculate.h"
+
+extern "C" __attribute__((visibility("default"))) int dspark_speculate(
+    dspark::Speculation* s, int64_t count, int64_t drafting, int64_t* made) {{
+  using namespace dspark;
+  return speculate<{target}, {base}, {draft}>(*s, count, drafting, made);
+}}
+"""
+
+
+class BoundStages(ctypes.Structure):
+    """A bound native program."""
+
+    _fields_ = (
+        ("block", _P), ("patches", _P), ("patch_count", _I), ("bases", _P), ("stages", _I),
+        ("memory", _P),
+    )  # fmt: skip
+
+
+class Choice(ctypes.Structure):
+    """How tokens are chosen."""
+
+    _fields_ = (
+        ("temperature", _D), ("top_k", _I), ("top_p", _D), ("min_p", _D), ("penalty", _D),
+    )  # fmt: skip
+
+
+class Sequence(ctypes.Structure):
+    """The sequential stage of a draft (``draft.h``)."""
+
+    _fields_ = (
+        ("head", _I), ("rank", _I), ("width", _I), ("vocabulary", _I), ("padded", _I),
+        ("base", _P), ("base_row", _I), ("base_request", _I), ("hidden", _P), ("w1", _P),
+        ("w2", _P), ("gate", _P), ("gate_bias", _P), ("confidence", _P), ("confidence_bias", _D),
+        ("confidence_reads", _I), ("temperatures", _P), ("vocabulary_map", _P), ("codes", _P),
+        ("memory", _P), ("next_memory", _P), ("largest", _P), ("places", _P), ("sums", _P),
+    )  # fmt: skip
+
+
+HEADS = {"none": 0, "vanilla": 1, "gated": 2, "rnn": 3}
+
+
+class Speculation(ctypes.Structure):
+    """State of the rounds."""
+
+    _fields_ = (
+        ("kind", _I), ("rows", _I), ("batch", _I), ("count", _I), ("vocabulary", _I),
+        ("threads", _I), ("ahead", _I),
+        ("verify", _P), ("widths", _P), ("width_count", _I), ("logits", _P), ("logits_rows", _P),
+        ("logits_requests", _P), ("block", _P), ("positions", _P), ("slot", _P), ("held", _P),
+        ("held_count", _I), ("mask", _P), ("room", _I), ("slack", _I), ("filled", _P),
+        ("text", _P), ("text_room", _I), ("lengths", _P), ("prompts", _P), ("done", _P),
+        ("limit", _I), ("seen", _P), ("eos", _P), ("eos_count", _I), ("how", Choice),
+        ("greedy", _I), ("uniform", _P),
+        ("fixed", _I), ("table", _P), ("verify_seconds", _P), ("draft_seconds", _P),
+        ("conditional", _P),
+        ("propose", BoundStages), ("append", BoundStages), ("draft_ids", _P), ("draft_block", _I),
+        ("states", _P), ("state_bytes", _I), ("pending", _P), ("context_slot", _P),
+        ("context_positions", _P), ("behind", _I), ("sequence", Sequence),
+        ("shortest", _I), ("longest", _I),
+        ("two", BoundStages), ("one", BoundStages), ("two_logits", _P), ("one_logits", _P),
+        ("model_requests_two", _I), ("model_requests_one", _I), ("model_block", _P),
+        ("model_positions", _P), ("model_held", _P), ("model_held_count", _I), ("model_mask", _P),
+        ("counters", _P),
+        ("survival", _P), ("found", _P), ("verified", _P), ("choice", _P), ("draft_weights", _P),
+        ("draft_totals", _P), ("target_weights", _P), ("target_totals", _P), ("drafted_ids", _P),
+    )  # fmt: skip
+
+
+@functools.cache
+def function(target: torch.dtype, base: torch.dtype, draft: torch.dtype) -> Any:
+    """``f(Speculation*, rounds, drafting, made*) -> status`` for these dtypes of the target's
+    logits, the draft's logits and its weights.
+
+    Raises:
+        build.BuildError: it cannot be built.
+        KeyError: there is no kernel for a dtype.
+    """
+    source = _SOURCE.format(
+        target=TYPE_NAMES[target], base=TYPE_NAMES[base], draft=TYPE_NAMES[draft]
+    )
+    made = build.load("speculate", source, isa_levels.detect()).dspark_speculate
+    made.argtypes = [_P, _I, _I, _P]
+    made.restype = ctypes.c_int
+    return made
