@@ -67,13 +67,34 @@ def export(
         Path | None, typer.Option(help="A text file that static cache scales are taken from.")
     ] = None,
     verify: Annotated[bool, typer.Option(help="Compare with the model.")] = True,
+    taps: Annotated[str, typer.Option(help="Layers whose outputs are outputs, as 1,9,17.")] = "",
+    draft: Annotated[
+        Path | None,
+        typer.Option(help="The model's DSpark draft: written beside it as NAME.draft.onnx."),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the report as JSON.")
     ] = None,
 ) -> None:
-    """Export a model folder to ONNX, or to a folder for onnxruntime-genai, and compare it."""
+    """Export a model folder to ONNX, or to a folder for onnxruntime-genai, and compare it.
+
+    With --draft the model's graph also gives the states that the draft reads, and the draft becomes
+    a graph of its own.
+    """
     from dspark_compile.export import ExportError, ExportOptions, export_onnx
     from dspark_compile.export.options import check_path
+
+    try:
+        tapped = [int(t) for t in taps.split(",") if t.strip()]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{taps!r} is not a list of layers such as 1,9,17", param_hint="--taps"
+        ) from None
+    if draft is not None and target == "genai":
+        raise typer.BadParameter(
+            "onnxruntime-genai runs no drafts; choose --target gqa or portable",
+            param_hint="--draft",
+        )
 
     chosen: dict[str, Any] = {
         "target": target, "opset": opset, "kv_cache": kv_cache, "dtype": dtype, "cache": cache,
@@ -87,10 +108,19 @@ def export(
     try:
         check_path(output, ExportOptions.parse(chosen))
         model, tokenizer = _load(model_path)
-        report = export_onnx(model, output, calibration=text, tokenizer=tokenizer, **chosen)
+        drafting = None if draft is None else _load_draft(draft, model, tokenizer)
+        if drafting is not None:
+            tapped = list(dict.fromkeys([*drafting.config.target_layer_ids, *tapped]))
+        report = export_onnx(
+            model, output, taps=tapped, calibration=text, tokenizer=tokenizer, **chosen
+        )
+        report.print()
+        if drafting is not None:
+            beside = output.with_name(f"{output.stem}.draft.onnx")
+            kept = {key: chosen[key] for key in ("dtype", "provider", "verify")}
+            export_onnx(drafting, beside, **kept).print()
     except ExportError as error:
         raise typer.BadParameter(str(error), param_hint="export") from error
-    report.print()
     _write(report.to_json, json_file, "--json")
 
 
@@ -241,6 +271,26 @@ def _check_options(chosen: dict[str, Any]) -> None:
         Options.parse(chosen)
     except OptionsError as error:
         raise typer.BadParameter(str(error), param_hint="--options") from error
+
+
+def _load_draft(path: Path, model: Any, tokenizer: Any) -> Any:
+    """The draft model of a folder, bound to its target.
+
+    Raises:
+        typer.BadParameter: there is none, or it does not fit the target.
+    """
+    from dspark_compile.models.draft import DraftModel
+    from dspark_compile.models.draft_config import DraftError
+
+    if not (path / "config.json").is_file():
+        raise typer.BadParameter(
+            f"{str(path)!r} has no config.json; give the folder of a DSpark draft",
+            param_hint="--draft",
+        )
+    try:
+        return DraftModel.from_pretrained(path, target=model, tokenizer=tokenizer)
+    except DraftError as error:
+        raise typer.BadParameter(str(error), param_hint="--draft") from error
 
 
 def _load(path: Path) -> tuple[Any, Any]:
