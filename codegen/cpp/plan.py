@@ -30,7 +30,7 @@ from dspark_compile.kernels.cpp import moe as moe_kernels
 from dspark_compile.kernels.cpp import norm as norm_kernels
 from dspark_compile.kernels.cpp import quantized as quantized_kernels
 from dspark_compile.kernels.cpp import rope as rope_kernels
-from dspark_compile.kernels.cpp._launch import Call
+from dspark_compile.kernels.cpp._launch import MAX_ROWS, Call
 from dspark_compile.passes.graph import argument, aten, dialect_name, is_dialect_op, is_op
 
 VIEWS = frozenset(
@@ -65,6 +65,10 @@ def reason(node: fx.Node) -> str | None:
         if name not in (*PRODUCTS, *_NORMS, *_OTHERS, *EXPERTS):
             return f"{name} has no stage"
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        if name in ("attention", "attention_int8"):
+            rows = args[0].shape[2]
+            if isinstance(rows, int) and rows > MAX_ROWS:
+                return f"{rows} query rows, not 1 to {MAX_ROWS}"
         with emit.deferred():
             return cpp.supports(name, *args, **kwargs)
     return glue.reason(node)

@@ -89,6 +89,20 @@ def evaluate(
 
     Dimensions that the predicate does not name stay 1.
     """
+    value = number(parse(text), tensors, ints, shape, device) if text else True
+    if not isinstance(value, Tensor):
+        return torch.full((1, 1, 1, 1), bool(value), dtype=torch.bool, device=device)
+    return value.reshape((1,) * (4 - value.dim()) + tuple(value.shape)).to(torch.bool)
+
+
+def number(
+    tree: ast.expr,
+    tensors: Sequence[Tensor],
+    ints: Sequence[int],
+    shape: tuple[int, int, int, int],
+    device: torch.device,
+) -> Any:
+    """The value of a tree of the language, a number or a tensor that broadcasts to ``shape``."""
     grid = {}
     for axis, name in enumerate("bhqk"):
         view = [1, 1, 1, 1]
@@ -128,10 +142,7 @@ def evaluate(
         assert isinstance(node, ast.Constant)
         return node.value
 
-    value = walk(parse(text)) if text else True
-    if not isinstance(value, Tensor):
-        return torch.full((1, 1, 1, 1), bool(value), dtype=torch.bool, device=device)
-    return value.reshape((1,) * (4 - value.dim()) + tuple(value.shape)).to(torch.bool)
+    return walk(tree)
 
 
 def _as_view(tensor: Tensor, parts: list[ast.expr], shape: tuple[int, ...]) -> Tensor | None:

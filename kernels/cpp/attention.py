@@ -1,4 +1,5 @@
-"""Launchers of decode attention over exact and int8 caches, up to 16 query rows (``attention.h``).
+"""Launchers of decode attention over exact and int8 caches, up to 16 query rows (``attention.h``);
+more rows go to `attention_prefill`.
 
 The mask predicate is printed into the kernel. Keys that its bounds forbid are not read: a static
 cache of 8192 rows with 512 filled costs what 512 rows cost.
@@ -22,6 +23,7 @@ from dspark_compile.kernels.cpp._launch import (
     name_of,
     run,
 )
+from dspark_compile.kernels.cpp.attention_prefill import attention_prefill, refusal
 from dspark_compile.ops import OPS
 
 MAX_FEATURES = 1024
@@ -147,6 +149,10 @@ def attention(
     mask_value: float | None = None,
 ) -> Tensor:
     """``softmax(mask(scale * q @ k^T)) @ v``; query ``[B, Hq, M, D]``, key ``[B, Hkv, N, D]``."""
+    if query.shape[2] > MAX_ROWS and refusal(0, mask, softcap, mask_value, sinks) is None:
+        return attention_prefill(
+            query, key, value, bias, mask_tensors, mask_ints, scale=scale, mask=mask,
+        )  # fmt: skip
     if query.shape[2] > MAX_ROWS:
         return OPS["attention"].reference(
             query, key, value, bias, sinks, mask_tensors, mask_ints,
@@ -175,6 +181,11 @@ def attention_int8(
     mask_value: float | None = None,
 ) -> Tensor:
     """`attention` over int8 keys and values with one scale per token and head."""
+    if query.shape[2] > MAX_ROWS and refusal(0, mask, softcap, mask_value, sinks) is None:
+        return attention_prefill(
+            query, key, value, bias, mask_tensors, mask_ints, scale=scale, mask=mask,
+            key_scale=key_scale, value_scale=value_scale,
+        )  # fmt: skip
     if query.shape[2] > MAX_ROWS:
         return OPS["attention_int8"].reference(
             query, key, key_scale, value, value_scale, bias, sinks, mask_tensors, mask_ints,
@@ -203,8 +214,18 @@ def _reason(
         if not isinstance(x.shape[3], int) or x.shape[3] > MAX_FEATURES or x.shape[3] == 0:
             return f"{name} has {x.shape[3]} features, not 1 to {MAX_FEATURES}"
     heads, kv_heads, count = query.shape[1], key.shape[1], query.shape[2]
-    if not isinstance(count, int) or count > MAX_ROWS or count == 0:
+    if not isinstance(count, int) or count == 0:
         return f"{count} query rows, not 1 to {MAX_ROWS}"
+    if count > MAX_ROWS:
+        reason = refusal(
+            count,
+            attributes.get("mask", ""),
+            attributes.get("softcap", 0.0),
+            attributes.get("mask_value"),
+            sinks,
+        )
+        if reason:
+            return reason
     if not isinstance(heads, int) or not isinstance(kv_heads, int) or heads % kv_heads:
         return f"{heads} query heads over {kv_heads} key heads"
     if value.shape[1] != kv_heads:
@@ -232,6 +253,8 @@ def _reason(
     reason = printed.code.reason(mask_tensors, mask_ints)
     if reason:
         return reason
+    if count > MAX_ROWS:
+        return None
     spec = _spec(
         query, key, key_scale, value, bias, sinks,
         attributes.get("softcap", 0.0), attributes.get("mask_value"),

@@ -220,6 +220,33 @@ def test_nan_and_empty():
 
 
 @pytest.mark.parametrize(
+    "mask,biased",
+    [
+        ("k <= q + n0", None),
+        ("(k <= q + t0) & (k > q + t0 - 60) & t1[b, k]", None),
+        ("(k <= q + n0) & ~((k >= 30) & (k < 40)) | (k == h)", torch.float32),
+        ("(k <= q - 20) & (k >= 0)", torch.bool),  # rows without a key
+    ],
+)
+def test_prefill(mask, biased):
+    """More rows than a decode step has: in blocks, over the keys that they may attend to."""
+    rows, n = 300, 700
+    q, k, v = make(torch.float32, b=2, m=rows, n=n, d=16)
+    bias = None if biased is None else torch.randn(2, 1, rows, n)
+    if biased is torch.bool:
+        bias = bias < 1
+    rest = (bias, None, [torch.tensor(40), torch.rand(2, n) > 0.2], [45])
+    check("attention", q, k, v, *rest, mask=mask)
+    (k8, ks), (v8, vs) = quantize_kv(k, torch.float32), quantize_kv(v, torch.float32)
+    check("attention_int8", q, k8, ks, v8, vs, *rest, mask=mask)
+    if "n0" in mask and biased is None:
+        k[:, :, 345:], v[:, :, 345:] = float("nan"), float("nan")
+        got = torch.ops.dspark_cpu.attention(q, k, v, *rest, mask=mask, scale=0.2)
+        assert got.isfinite().all()
+    assert "300 query rows" in cpp.supports("attention", q, k, v, mask="k <= q", scale=1.0)
+
+
+@pytest.mark.parametrize(
     "change, reason",
     [
         ({"m": 17}, "17 query rows"),
