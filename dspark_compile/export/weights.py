@@ -210,8 +210,10 @@ class Products:
             y = program.emit(first, torch.ops.dspark.linear.default, (x, *made))
             sizes = [int(n.meta["val"].shape[-1]) for n in nodes]
             parts = program.emit(first, aten.split_with_sizes.default, (y, sizes, -1))
-            for i, node in enumerate(nodes):
-                program.replace(node, _item(program, first, parts, i))
+            # All items stand before the first linear, which the first replacement erases.
+            items = [_item(program, first, parts, i) for i in range(len(nodes))]
+            for node, item in zip(nodes, items, strict=True):
+                program.replace(node, item)
 
     def _finish(
         self,
