@@ -29,6 +29,7 @@ SECTIONS = (
     ("decode llama-1b 1", 80),
     ("decode qwen3-8b 1", 80),
     ("prefill_attention", 25),
+    ("experts", 60),
     ("decode qwen3-30b-a3b 1", 80),
     ("gated", 45),
     ("decode qwen3-8b 8", 80),
@@ -40,7 +41,7 @@ SECTIONS = (
 )
 SMOKE_SECTIONS = (
     "machine", "products", "gated", "decode_attention", "prefill_attention",
-    "decode llama-1b 2", "decode qwen3-30b-a3b 1",
+    "experts", "decode llama-1b 2", "decode qwen3-30b-a3b 1",
 )  # fmt: skip
 # A child that has not ended by its deadline gets this long to finish the row at hand.
 GRACE = 10
@@ -50,7 +51,7 @@ def run_section(name: str, seconds: float, into: Path, options: argparse.Namespa
     """One section, in this process; rows are written to ``into`` as they come."""
     import torch
 
-    from benchmarks import _gpu_kernels, _gpu_models
+    from benchmarks import _gpu_experts, _gpu_kernels, _gpu_models
     from benchmarks._gpu_timing import Bench, describe
 
     device = torch.device("cpu" if options.smoke else "cuda")
@@ -64,7 +65,7 @@ def run_section(name: str, seconds: float, into: Path, options: argparse.Namespa
             _, model, batch = name.split()
             rows = _gpu_models.decode(bench, model, int(batch), options.layers)
         else:
-            rows = getattr(_gpu_kernels, name)(bench)
+            rows = getattr(_gpu_experts if name == "experts" else _gpu_kernels, name)(bench)
         with torch.no_grad():
             for row in rows:
                 result["rows"].append(row)

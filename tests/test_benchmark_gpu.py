@@ -35,7 +35,7 @@ def test_smoke(tmp_path: Path) -> None:
     assert document["conditions"]["torch"]
     assert document["copy_bandwidth"] > 0
     sections = {s["section"]: s for s in document["sections"]}
-    assert len(sections) == 7
+    assert len(sections) == 8
     for section in sections.values():
         assert section["rows"], section
         assert "skipped" not in section, section

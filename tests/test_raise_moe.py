@@ -192,6 +192,22 @@ def test_quantised_experts_stay_right(bits):
     assert any("quantised" in r.condition for r in report.rejections if r.kind == "experts")
 
 
+@pytest.mark.slow
+def test_a_quantised_stack_behind_the_eager_loop():
+    """The loop runs with torchao's int8 stacks, grouped products do not: they are dequantised."""
+    torchao = pytest.importorskip("torchao.quantization")
+    from tests.zoo import families
+
+    model = families.build("qwen3_moe")
+    model.set_experts_implementation("eager")
+    config = torchao.Int8WeightOnlyConfig(version=2)
+    names = ("re:.*experts.gate_up_proj", "re:.*experts.down_proj")
+    torchao.quantize_(model, torchao.FqnToConfig(dict.fromkeys(names, config)), filter_fn=None)
+    ids = families.tokens("qwen3_moe", 6, batch=1)
+    got, want, _ = compiled(model, ids)
+    close(got.logits, want.logits)
+
+
 def test_a_loop_with_a_gap_is_left_alone():
     class Gap(Loop):
         def forward(self, x):
