@@ -264,13 +264,28 @@ def _dtype(model: nn.Module, options: ExportOptions) -> torch.dtype:
     return options.check_model_dtype(own)
 
 
+def _lent(model: nn.Module) -> list[nn.Module]:
+    """Modules of a target that a draft holds without owning them."""
+    if not is_draft(model):
+        return []
+    borrowed: Any = model.borrowed
+    return [m for m in (borrowed.embedding, borrowed.head) if isinstance(m, nn.Module)]
+
+
 @contextlib.contextmanager
 def _prepared(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
-    """The model in eval mode, on the CPU and in ``dtype``: itself, or a copy if that changes it."""
-    tensors = [*model.parameters(), *model.buffers()]
-    other = any(t.is_floating_point() and t.dtype != dtype for t in model.parameters())
+    """The model in eval mode, on the CPU and in ``dtype``: itself, or a copy if that changes it.
+
+    What a draft borrows of its target goes along, though it is no part of the draft's state.
+    """
+    modules = [model, *_lent(model)]
+    parameters = [p for module in modules for p in module.parameters()]
+    tensors = [*parameters, *(b for module in modules for b in module.buffers())]
+    other = any(t.is_floating_point() and t.dtype != dtype for t in parameters)
     if other or any(t.device.type != "cpu" for t in tensors):
         copied = copy.deepcopy(model).to(device="cpu", dtype=dtype).eval()
+        for module in _lent(copied):
+            module.to(device="cpu", dtype=dtype)
         yield copied
         return
     training = model.training
