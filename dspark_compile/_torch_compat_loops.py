@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import operator as operators
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -265,6 +266,7 @@ _Repeat: Any = None
 
 
 def _call(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+    from torch._dynamo.variables import BuiltinVariable, ConstantVariable
     from torch._dynamo.variables.builder import wrap_fx_proxy
     from torch._dynamo.variables.higher_order_ops import make_attr, speculate_subgraph
 
@@ -308,11 +310,10 @@ def _call(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
     )  # fmt: skip
     whole = wrap_fx_proxy(tx=tx, proxy=proxy, example_value=example)
     # Numbers are known: Dynamo goes on with those.
-    from torch._dynamo.variables import ConstantVariable
-
     for i, r in enumerate(results):
         if isinstance(r, int):
-            whole.items[0].items[i] = ConstantVariable.create(r)
+            more = [before[i], ConstantVariable.create(r)]
+            whole.items[0].items[i] = BuiltinVariable(operators.add).call_function(tx, more, {})
     return whole
 
 
@@ -329,8 +330,9 @@ def _numbers(tx: Any, before: list[Any]) -> Iterator[tuple[list[Any], list[Any]]
     with discard_graph_changes(tx):
         for x in before:
             symbols.append(None)
-            if x.is_python_constant():
-                value = int(x.as_python_constant())
+            if _is_number(x):
+                constant = x.is_python_constant()
+                value = int(x.as_python_constant() if constant else x.sym_num.node.hint)
                 origin = LocalSource(f"__dspark_number_{len(env.var_to_range)}")
                 symbols[-1] = env.create_unspecified_symbol(
                     value, source=origin, dynamic_dim=DimDynamic.DYNAMIC
@@ -338,11 +340,13 @@ def _numbers(tx: Any, before: list[Any]) -> Iterator[tuple[list[Any], list[Any]]
                 number = env.create_symintnode(symbols[-1], hint=value, source=origin)
                 proxy = tx.output.current_tracer.create_graph_input("number", int, number)
                 inner.append(SymNodeVariable.create(tx, proxy, number))
-            elif type(x).__name__ == "SymNodeVariable":
-                raise Differs("a number that it counts on with is a dynamic size")
             else:
                 inner.append(x)
     yield inner, symbols
+
+
+def _is_number(x: Any) -> bool:
+    return x.is_python_constant() or type(x).__name__ == "SymNodeVariable"
 
 
 def _no_conditions(
@@ -363,13 +367,15 @@ def _no_conditions(
         spelt[symbol] = sympy.Symbol(name)
         change = sympy.nan if new.is_python_constant() else _expression(new) - symbol
         if change.is_Integer:
-            values[symbol] = int(old.as_python_constant()) + change * step
+            constant = old.is_python_constant()
+            first = sympy.Integer(old.as_python_constant()) if constant else _expression(old)
+            values[symbol] = first + change * step
     kept = env.guards[:known]
     for guard in env.guards[known:]:
         asked = guard.expr.free_symbols & mine
         if not asked:
             kept.append(guard)
-        elif not asked <= set(values) or not _always(guard.expr.xreplace(values), step, count):
+        elif not asked <= set(values) or not _always(guard.expr.xreplace(values), step, count, env):
             said = guard.expr.xreplace(spelt)
             raise Differs(f"its steps depend on a number: {said} holds in some of them")
     env.guards[:] = kept
@@ -379,25 +385,28 @@ def _expression(variable: Any) -> Any:
     return variable.as_proxy().node.meta["example_value"].node.expr
 
 
-def _always(condition: Any, step: sympy.Symbol, count: int) -> bool:
-    """Whether a condition holds for ``step`` = 0 … ``count`` - 1."""
+def _always(condition: Any, step: sympy.Symbol, count: int, env: Any) -> bool:
+    """Whether a condition holds for ``step`` = 0 … ``count`` - 1. Where dynamic sizes come in,
+    it does for those at hand, and `env` asks again the next time."""
     if isinstance(condition, sympy.And):
-        return all(_always(x, step, count) for x in condition.args)
+        return all(_always(x, step, count, env) for x in condition.args)
+    steps = range(count)
     if isinstance(condition, (sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge, sympy.Eq)):
         difference = sympy.expand(condition.lhs - condition.rhs)
         if difference.is_polynomial(step) and sympy.degree(difference, step) <= 1:
-            # It only rises, or only falls.
-            ends = (0, count - 1)
-            return all(condition.subs(step, k) == True for k in ends)  # noqa: E712
-    return count <= 4096 and all(
-        condition.subs(step, k) == True  # noqa: E712
-        for k in range(count)
-    )
+            steps = range(0, count, max(1, count - 1))  # it only rises, or only falls
+    return len(steps) <= 4096 and all(_holds(condition.subs(step, k), env) for k in steps)
+
+
+def _holds(condition: Any, env: Any) -> bool:
+    if condition.free_symbols:
+        return bool(env.evaluate_expr(condition))
+    return bool(condition == True)  # noqa: E712
 
 
 def _example(x: Any) -> Any:
     if not isinstance(x, torch.fx.Proxy):
-        if x.is_python_constant():
+        if _is_number(x):
             return None
         x = x.as_proxy()
     value = x.node.meta.get("example_value")
@@ -412,18 +421,18 @@ def _tensor(x: Any) -> Any:
 
 
 def _carried(old: Any, new: Any, symbol: Any, name: str, count: int) -> Any:
-    """The example of what is carried out of the loop: a tensor, or the number that it will be.
+    """The example of what is carried out of the loop: a tensor, or by how much a number changed.
 
     Raises:
         Differs: it is not what it was before.
     """
-    if old.is_python_constant():
+    if _is_number(old):
         if new.is_python_constant():
             raise Differs(f"{name} is set to {new.as_python_constant()}")
         step = _expression(new) - symbol
         if not step.is_Integer:
             raise Differs(f"{name} does not change by the same amount in every step")
-        return int(old.as_python_constant()) + count * int(step)
+        return count * int(step)
     value, was = _example(new) if not new.is_python_constant() else None, _example(old)
     if value is None:
         raise Differs(f"{name} is a tensor before a step and none after it")

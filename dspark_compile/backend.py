@@ -73,7 +73,7 @@ def dspark(
 
         group.environment = environment()
     with loops.once_more(group):
-        if has_loops(gm):
+        if has_loops(gm) and _refusal(gm, example_inputs) is None:
             return _with_loops(gm, example_inputs, parsed, config, group)
         return _one_graph(gm, example_inputs, parsed, config, group)
 

@@ -408,3 +408,26 @@ def test_gradients_are_not_for_loops():
     text = compiled(model, torch.tensor([[3], [4]]), k, v, 5)
     assert text.shape == (2, 5)
     assert "gradients are needed" in notes(dspark_compile.last_report())
+
+
+def test_another_position_and_another_number_of_steps():
+    """Dynamo takes a number that changed between calls as a symbol."""
+
+    def decode(model, tok, k, v, pos, n):
+        for _ in range(n):
+            tok = model(tok, k, v, pos)[:, -1:].argmax(-1)
+            pos = pos + 1
+        return tok, pos
+
+    model, tok, (k, v) = Own().eval(), torch.tensor([[3], [4]]), caches()
+    compiled = torch.compile(decode, backend="dspark", fullgraph=True, options=QUICK)
+    with torch.no_grad():
+        for pos, n in ((0, 6), (6, 6), (12, 6), (18, 9), (27, 5)):
+            want = decode(model, tok, k.clone(), v.clone(), pos, n)
+            got = compiled(model, tok, k, v, pos, n)
+            assert torch.equal(got[0], want[0]) and got[1] == want[1]
+            tok = got[0]
+    report = dspark_compile.last_report()
+    assert all("one compiled once" in notes(report) for g in report.graphs), notes(report)
+    assert "stays as it is" not in notes(report), notes(report)
+    assert len(report.graphs) <= 4, notes(report)

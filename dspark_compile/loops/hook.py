@@ -39,12 +39,12 @@ class Found:
     Attributes:
         refused: why a loop is not taken from a step on, by `Loop.key`.
         said: loop → reason, for the report.
-        first: how many steps a loop has.
+        first: how many steps a loop has, by its iterator.
     """
 
     refused: dict[Any, str] = field(default_factory=dict)
     said: dict[str, str] = field(default_factory=dict)
-    first: dict[Any, int] = field(default_factory=dict)
+    first: dict[int, tuple[Any, int]] = field(default_factory=dict)
 
 
 _sources: dict[tuple[types.CodeType, int, int | None], LoopSource | str | None] = {}
@@ -97,8 +97,8 @@ def _asked(loop: Loop) -> bool:
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return False
     state = found()
-    whole = loop.key[:-1]
-    count = state.first.setdefault(whole, loop.count)
+    # The iterator is kept, so that no other one gets its id.
+    _, count = state.first.setdefault(id(loop.iterator), (loop.iterator, loop.count))
     if loop.count < LEAST or count - loop.count > PEELED or loop.key in state.refused:
         return False
     known = _source(loop)
@@ -109,6 +109,10 @@ def _asked(loop: Loop) -> bool:
         return False
     if known.where in state.refused or not _promising(known, loop):
         return False
+    for text in sorted(known.indexed):
+        if loop.kind(text) != "tensor":
+            state.said[known.where] = f"its number selects from {text}, which may not be a tensor"
+            return False
     try:
         _take(known, loop)
     except (Differs, NotALoop) as error:
@@ -119,11 +123,8 @@ def _asked(loop: Loop) -> bool:
 
 
 def _promising(known: LoopSource, loop: Loop) -> bool:
-    """Whether a try is worth tracing a step: it calls something with tensors at hand, and what the
-    loop's number selects from is a tensor, not a list of layers."""
-    if not known.calls or all(loop.kind(n) != "tensor" for n in known.names):
-        return False
-    return all(loop.kind(text) == "tensor" for text in known.indexed)
+    """Whether a try is worth tracing a step: it calls something, with tensors at hand."""
+    return known.calls and any(loop.kind(n) == "tensor" for n in known.names)
 
 
 def _take(known: LoopSource, loop: Loop) -> None:

@@ -51,6 +51,8 @@ class LoopSource:
         appended: names that the body does nothing with but call ``append``.
         grown: names that the body does nothing with but ``x = torch.cat([x, new], dim)``, and that
             statement.
+        joined: of lists and grown names, the dimension that ``torch.cat`` joins them in, where
+            nothing else is done with them.
         indexed: names and attributes that the loop's number selects from, as text.
         calls: whether it calls anything but ``append`` of a list.
     """
@@ -65,6 +67,7 @@ class LoopSource:
     after: frozenset[str]
     appended: frozenset[str]
     grown: dict[str, ast.Assign] = field(default_factory=dict)
+    joined: dict[str, ast.expr] = field(default_factory=dict)
     indexed: frozenset[str] = frozenset()
     calls: bool = True
 
@@ -173,12 +176,14 @@ def _analyse(loop: ast.For, function: Any, code: types.CodeType, where: str) -> 
     after = read_after(loop, function, code)
     appended = {n for n in flow.loads if n not in flow.stored and _only_appended(n, loop.body)}
     grown = {n: s for n in flow.stored if (s := _growth(n, loop.body)) is not None}
+    joined = {n: dim for n in appended if (dim := _joined(n, loop, function, code)) is not None}
+    joined |= {n: _dimension(s.value) for n, s in grown.items()}  # type: ignore[arg-type]
     maybe = {n for n in flow.stored - flow.assigned if n in after}
     carried = (flow.early | maybe) - set(grown)
     return LoopSource(
         loop, code.co_filename, where, variable, frozenset(flow.stored), frozenset(carried),
         frozenset(flow.loads - flow.stored - {variable}), frozenset(after), frozenset(appended),
-        grown, frozenset(_indexed(variable, loop.body)),
+        grown, joined, frozenset(_indexed(variable, loop.body)),
         any(
             isinstance(n, ast.Call) and getattr(n.func, "attr", "") != "append"
             for n in inside(loop.body)
@@ -226,9 +231,7 @@ def _growth(name: str, body: list[ast.stmt]) -> ast.Assign | None:
             and isinstance(node.targets[0], ast.Name)
             and node.targets[0].id == name
             and isinstance(node.value, ast.Call)
-            and isinstance(node.value.func, ast.Attribute)
-            and node.value.func.attr in ("cat", "concat", "concatenate")
-            and node.value.args
+            and _is_cat(node.value)
             and isinstance(node.value.args[0], (ast.List, ast.Tuple))
             and len(node.value.args[0].elts) == 2
         ):
@@ -237,6 +240,60 @@ def _growth(name: str, body: list[ast.stmt]) -> ast.Assign | None:
                 if len(mentions(name, body)) == 2:
                     return node
     return None
+
+
+def _is_cat(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("cat", "concat", "concatenate")
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "torch"
+        and bool(node.args)
+        and {k.arg for k in node.keywords} <= {"dim", "axis"}
+    )
+
+
+def _dimension(cat: ast.Call) -> ast.expr:
+    if len(cat.args) > 1:
+        return cat.args[1]
+    return next((k.value for k in cat.keywords), ast.Constant(0))
+
+
+def _joined(name: str, loop: ast.For, function: Any, code: types.CodeType) -> ast.expr | None:
+    """The dimension in which a list is joined, if its function does nothing else with it."""
+    if (
+        name in code.co_cellvars
+        or name in code.co_freevars
+        or name in code.co_varnames[: _given(code)]
+    ):
+        return None
+    own = {id(n) for n in ast.walk(loop)}
+    reads = [
+        n for n in mentions(name, [function])
+        if id(n) not in own and isinstance(n.ctx, ast.Load)
+    ]  # fmt: skip
+    cats = [
+        c
+        for c in ast.walk(function)
+        if _is_cat(c) and c.args[0] in reads  # type: ignore[attr-defined]
+    ]
+    if len(reads) != 1 or len(cats) != 1:
+        return None
+    dim = _dimension(cats[0])  # type: ignore[arg-type]
+    return dim if isinstance(ast.literal_eval(dim) if _literal(dim) else None, int) else None
+
+
+def _given(code: types.CodeType) -> int:
+    """How many of a function's names are its arguments."""
+    flags = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    return code.co_argcount + code.co_kwonlyargcount + flags
+
+
+def _literal(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) or (
+        isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant)
+    )
 
 
 def _indexed(variable: str, body: list[ast.stmt]) -> set[str]:

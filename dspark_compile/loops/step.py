@@ -88,14 +88,7 @@ def step_function(
         f"{REPEAT}(step, {_tuple(numbered + carried)})"
     ]
     for n in lists:
-        parts = f"__in_{n}" if n in loop.appended else f"__parts_{n}"
-        after += [] if n in loop.appended else [f"{parts} = []"]
-        # One append a step is the rule; several come back step by step.
-        after += [
-            f"if len(__made_{n}) == 1: {parts}.extend(__made_{n}[0].unbind(0))\n"
-            f"else:\n"
-            f"    for __step in zip(*[__x.unbind(0) for __x in __made_{n}]): {parts}.extend(__step)"
-        ]
+        after += _collect(n, loop)
     results = [*carried, *last]
     function = _parse(f"def loop({', '.join([REPEAT, *outer_names])}): pass")
     function.body = [step, *_parse_all(after)]
@@ -117,6 +110,28 @@ def step_function(
     compiled = compile(module, loop.filename, "exec")
     (code,) = (c for c in compiled.co_consts if isinstance(c, types.CodeType))
     return StepFunction(code, tuple(outer), tuple(results), ast.unparse(function))
+
+
+def _collect(name: str, loop: LoopSource) -> list[str]:
+    """What a list gets of the tensors ``[steps, ...]`` that were made for it.
+
+    If all that is done with the list is joining it, one tensor stands for all: a list of as many
+    tensors as steps takes Dynamo longer than the step.
+    """
+    parts = f"__parts_{name}"
+    joined = loop.joined.get(name)
+    one = f"__made_{name}[0].unbind(0)"
+    if joined is not None:
+        at = f"({ast.unparse(joined)}) % (__made_{name}[0].dim() - 1)"
+        one = f"[__made_{name}[0].movedim(0, {at}).flatten({at}, {at} + 1)]"
+    lines = [
+        f"{parts} = []",
+        # One append a step is the rule; several come back step by step.
+        f"if len(__made_{name}) == 1: {parts}.extend({one})\n"
+        f"else:\n"
+        f"    for __step in zip(*[__x.unbind(0) for __x in __made_{name}]): {parts}.extend(__step)",
+    ]
+    return [*lines, f"__in_{name}.extend({parts})"] if name in loop.appended else lines
 
 
 def _tuple(names: Iterable[str]) -> str:

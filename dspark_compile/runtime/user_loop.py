@@ -59,14 +59,12 @@ class UserLoop:
         first: Callable[..., Any] | None = None,
     ) -> None:
         self.step, self.plan, self.first = step, plan, first
-        self.calls = 0
 
     def __call__(self, carried: Sequence[Any], others: Sequence[Any]) -> list[Any]:
         """Run all steps."""
         plan = self.plan
         buffers = [_buffer(x, plan.device) for x in carried]
         others = list(others)
-        self.calls += 1
         if self.first is not None and not bool(self.first(*buffers, *others)):
             return self._finish(buffers, [], [])
         made = self._native(buffers, others)
