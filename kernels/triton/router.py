@@ -33,7 +33,8 @@ def _tiles(tokens: int, experts: int, wide: bool, target: Target) -> tuple[int, 
         return 1, 4 if experts > 64 else 2, 256 if wide else 512, 4, 1
     if tokens <= 64:
         return 16, 16, 64 if wide else 128, 4, stages
-    return 32, min(64, max(16, next_power_of_2(experts))), 32 if wide else 64, 4, stages
+    most = 32 if wide else 64
+    return 32, min(most, max(16, next_power_of_2(experts))), most, 4, stages
 
 
 def plan(
