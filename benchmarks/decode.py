@@ -10,7 +10,10 @@ at which the bytes of weights and cache were read.
     python -m benchmarks.decode --rows 512 --context 0 --layers 8 --name prefill_512
     python -m benchmarks.decode --engines dspark,dspark_int8 --context 8192
     python -m benchmarks.decode --engines dspark,dspark@8,dspark@16 --name decode_rows
+    python -m benchmarks.decode --engines dspark,dspark_w8,dspark_w4 --name decode_quantized
 
+``dspark_w8`` and ``dspark_w4`` are weight-only quantised by torchao: int8 by rows, int4 in groups
+of 32, lm_head included, the embedding not.
 ``engine@rows`` is a step of several tokens, all of whose logits are wanted: what verifies a draft.
 """
 
@@ -41,7 +44,9 @@ SHAPES = {
     },
 }  # fmt: skip
 PROBE_BYTES = 512 * 2**20
-ENGINES = ("eager", "inductor", "freezing", "dspark", "dspark_int8")
+ENGINES = ("eager", "inductor", "freezing", "dspark", "dspark_int8", "dspark_w8", "dspark_w4")
+# Bytes a weight, scales included, of what torchao quantised.
+QUANTIZED_BYTES = {"dspark_w8": 1.0, "dspark_w4": 0.5 + 2 / 32}
 
 
 def make(shape: str, dtype: torch.dtype, layers: int = 0) -> Qwen3ForCausalLM:
@@ -52,6 +57,18 @@ def make(shape: str, dtype: torch.dtype, layers: int = 0) -> Qwen3ForCausalLM:
         config.num_hidden_layers = layers
         config.layer_types = config.layer_types[:layers]
     return random_model(Qwen3ForCausalLM, config, dtype)
+
+
+def quantized(shape: str, dtype: torch.dtype, layers: int, bits: int) -> Qwen3ForCausalLM:
+    """`make`, its linear layers weight-only quantised by torchao."""
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+
+    model = make(shape, dtype, layers)
+    # lm_head and embedding are one tensor; quantising replaces the first.
+    four = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+    quantize_(model, Int8WeightOnlyConfig() if bits == 8 else four)
+    return model
 
 
 class Engine:
@@ -155,7 +172,19 @@ def main() -> None:
     }  # fmt: skip
     load = os.getloadavg()[0]
     length = args.context + max(64, args.rows)
-    engines = {n: Engine(n, model, args.context, length, args.kernels, args.rows) for n in names}
+    # Every bf16 weight is read but a few of the norms'; the embedding is lm_head.
+    read = {
+        n: int(weights / dtype.itemsize * QUANTIZED_BYTES.get(n, dtype.itemsize)) for n in names
+    }
+
+    def model_of(name: str) -> Qwen3ForCausalLM:
+        if name not in QUANTIZED_BYTES:
+            return model
+        return quantized(args.shape, dtype, args.layers, 8 if name == "dspark_w8" else 4)
+
+    engines = {
+        n: Engine(n, model_of(n), args.context, length, args.kernels, args.rows) for n in names
+    }
     checked = compile_and_check(engines)
     probes, buffer = _probes(), torch.ones(PROBE_BYTES // 4)
     threads = torch.get_num_threads()
@@ -167,7 +196,7 @@ def main() -> None:
     results = {}
     for name in names:
         seconds = times[name]["median_s"]
-        nbytes = weights + cache[name]
+        nbytes = read[name] + cache[name]
         results[name] = {
             "tokens_per_s": engines[name].token.shape[1] / seconds,
             "of_bandwidth": nbytes / seconds / bandwidth,
