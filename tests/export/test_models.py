@@ -205,3 +205,30 @@ def test_quantised_stacks_of_experts(tmp_path):
     assert report.error <= 1e-5
     assert report.nodes["com.microsoft::QMoE"] == model.config.num_hidden_layers
     assert "com.microsoft::MoE" not in report.nodes
+
+
+def test_linears_of_one_input_that_are_no_neighbours(tmp_path):
+    """GPT-J's query and key are reshaped before its value is computed: one product all the same."""
+    from tests.zoo import families
+
+    model = families.build("gptj")
+    report = export_onnx(model, tmp_path / "m.onnx", target="gqa")
+    assert report.error <= 1e-5
+    # For each layer: q, k and v; output; up; down. And the head.
+    assert report.nodes["MatMul"] == 4 * model.config.num_hidden_layers + 1
+
+
+def test_a_draft_borrows_in_another_dtype(tmp_path):
+    """The vocabulary matrices of a bfloat16 target go into a float32 graph of its draft."""
+    from tests.speculation.test_draft import make
+
+    model = llama(4, vocab_size=12).bfloat16()
+    draft = make(
+        vocab_size=12, hidden_size=64, mask_token_id=11, target_layer_ids=(0, 2),
+        num_target_layers=4, block_size=3,
+    )  # fmt: skip
+    draft.embed_tokens = draft.lm_head = None
+    draft.bind(model)
+    report = export_onnx(draft, tmp_path / "m.onnx", dtype="float32")
+    assert report.error <= 1e-5
+    assert draft.borrowed.head.weight.dtype == torch.bfloat16
