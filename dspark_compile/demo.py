@@ -158,13 +158,23 @@ def _generate(
     model: Any, prompt: torch.Tensor, new_tokens: int, rounds: int, console: Console
 ) -> None:
     """Whole calls: Hugging Face's ``generate`` and ours in turn."""
+    from .models import DEMO_DRAFT_PATH
+    from .models.draft import DraftModel
     from .runtime.generate import generate, last_generation
 
     given = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None}
+    draft = DraftModel.from_pretrained(DEMO_DRAFT_PATH, target=model)
     calls: dict[str, Callable[[], torch.Tensor]] = {
         "model.generate(...)": lambda: model.generate(prompt, **given),
         "dspark_compile.generate(model, ...)": lambda: generate(model, prompt, **given),
+        "dspark_compile.generate(model, ..., draft=draft)": lambda: generate(
+            model, prompt, draft=draft, **given
+        ),
+        'dspark_compile.generate(model, ..., draft="ngram")': lambda: generate(
+            model, prompt, draft="ngram", **given
+        ),
     }
+    reports: dict[str, Any] = {}
     texts = {}
     with console.status("compiling: generate"):
         texts = {name: call() for name, call in calls.items()}
@@ -174,6 +184,8 @@ def _generate(
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)
+            if name.startswith("dspark"):
+                reports[name] = last_generation()
     table = Table(title=f"generate, prefill included, medians of {rounds} calls in turn")
     for column in ("", "tokens/s", "", "same text"):
         table.add_column(column, justify="left" if not column else "right")
@@ -186,7 +198,13 @@ def _generate(
             name, f"{new_tokens / median:.1f}", f"{base / median:.2f}×", "yes" if same else "no"
         )
     console.print(table)
-    report = last_generation()
-    if report is not None:
+    for name, report in reports.items():
         notes = f" ({'; '.join(report.notes)})" if report.notes else ""
-        console.print(f"a step is: {report.path}{notes}")
+        line = f"{name}: a step is {report.path}{notes}"
+        if (stats := report.speculation) is not None:
+            survival = ", ".join(f"{s:.2f}" for s in stats.survival[:5])
+            line += (
+                f"; {stats.tau:.2f} tokens a round over {stats.rounds} rounds, "
+                f"{stats.parked_rounds} parked; prefixes of 1, 2, ... stood {survival}"
+            )
+        console.print(line, highlight=False)

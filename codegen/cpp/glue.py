@@ -8,6 +8,7 @@ shared out over the team. Arithmetic is ATen's: in float for half types, rounded
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -328,18 +329,22 @@ def _embedding(args: list[Any], out: Tensor, pointer: Callable[[Tensor], str]) -
     w, i, y = pointer(weight), pointer(index), pointer(out)
     kind, features = _TYPES[weight.dtype], weight.shape[1]
     lines = []
-    flat = index.reshape(-1)
-    if flat.untyped_storage()._cdata != index.untyped_storage()._cdata:
-        raise NotGlue("an embedding whose indices are not one row")
-    stride = flat.stride(0) if flat.numel() > 1 else 1
-    lines.append(f"for (int64_t n = 0; n < {index.numel()}; ++n) {{")
-    lines.append(f"  const int64_t row = ((const {_TYPES[index.dtype]}*){i})[n * {stride}];")
+    if not all(isinstance(n, int) for n in (*index.shape, *index.stride())):
+        raise NotGlue("an embedding of indices at dynamic places")
+    places = [
+        sum(n * stride for n, stride in zip(at, index.stride(), strict=True))
+        for at in itertools.product(*(range(n) for n in index.shape))
+    ]
+    lines.append("{")
+    lines.append(f"static const int64_t places[] = {{{', '.join(map(str, places))}}};")
+    lines.append(f"for (int64_t n = 0; n < {len(places)}; ++n) {{")
+    lines.append(f"  const int64_t row = ((const {_TYPES[index.dtype]}*){i})[places[n]];")
     lines.append(f"  if (row < 0 || row >= {weight.shape[0]}) return 3;")
     lines.append(
         f"  std::memcpy(({kind}*){y} + n * {features}, (const {kind}*){w} + row *"
         f" {weight.stride(0)}, {features * weight.element_size()});"
     )
-    return [*lines, "}"]
+    return [*lines, "}", "}"]
 
 
 def _cat(args: list[Any], out: Tensor, pointer: Callable[[Tensor], str]) -> list[str]:

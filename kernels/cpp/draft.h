@@ -1,8 +1,8 @@
 // The sequential stage of a DSpark draft: for each position of a block the Markov head's bias, the
 // token choice and the confidence, left to right, K times (`models/draft_heads.py`).
 //
-// The vocabulary is shared out among the threads; W2 lies transposed, [r, V], so that a position's
-// bias is a sum of r rows. Weights of the choice are kept: rejection sampling asks for them.
+// The vocabulary is shared out among the threads; W2 lies transposed, so that a position's bias is
+// a sum of r rows. Weights of the choice are kept: rejection sampling asks for them.
 #pragma once
 #include "choose.h"
 #include "parallel.h"
@@ -13,12 +13,12 @@ enum Head : int64_t { kNone, kVanilla, kGated, kRnn };
 
 // Members of 8 bytes: a part of `Speculation`.
 struct Sequence {
-  int64_t head, rank, width, vocabulary, padded;
+  int64_t head, rank, width, vocabulary;
   const void* base;  // [B, K, V] of type U
   int64_t base_row, base_request;
   const void* hidden;  // [B, K, d] of type W, dense
   const void* w1;      // [target vocabulary, r]
-  const void* w2;      // [r, padded]
+  const void* w2;      // [V / 64, r, 64]
   const void* gate;    // gated: [r, d + r], rnn: [3 r, 2 r + d]
   const void* gate_bias;
   const float* confidence;  // [d + r] or [d], float32; null without
@@ -195,28 +195,26 @@ inline float dot(const W* a, const float* b, int64_t n) {
 
 inline float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
 
-// z[first, last) = base + W2 code, all multiples of the vector width but the last.
+constexpr int64_t kPanel = 64;
+
+// z[first, last) = base + W2 code, first a multiple of a panel. W2 lies in panels of 64 tokens,
+// [V / 64][r][64]: one run of memory, however long the vocabulary is.
 template <class U, class W>
-inline void biased(const U* base, const W* w2, int64_t padded, const float* code, int64_t rank,
-                   int64_t first, int64_t last, float* z) {
-  constexpr int L = Vec::W;
-  int64_t i = first;
-  for (; i + 4 * L <= last; i += 4 * L) {
-    Vec a[4];
-    for (int j = 0; j < 4; ++j) a[j] = zero();
+inline void biased(const U* base, const W* w2, const float* code, int64_t rank, int64_t first,
+                   int64_t last, float* z) {
+  constexpr int L = Vec::W, N = kPanel / L;
+  for (int64_t i = first; i < last; i += kPanel) {
+    const W* panel = w2 + i * rank;
+    Vec a[N];
+    for (int j = 0; j < N; ++j) a[j] = zero();
     for (int64_t r = 0; r < rank; ++r) {
       const Vec c = all(code[r]);
-      const W* row = w2 + r * padded + i;
-      for (int j = 0; j < 4; ++j) a[j] = fma(load(row + j * L), c, a[j]);
+      for (int j = 0; j < N; ++j) a[j] = fma(load(panel + r * kPanel + j * L), c, a[j]);
     }
-    for (int j = 0; j < 4; ++j) store(z + i + j * L, load(base + i + j * L) + a[j]);
-  }
-  for (; i < last; i += L) {
-    const int n = int(std::min<int64_t>(L, last - i));
-    Vec a = zero();
-    for (int64_t r = 0; r < rank; ++r)
-      a = fma(load(w2 + r * padded + i, n), all(code[r]), a);
-    store(z + i, load(base + i, n) + a, n);
+    for (int j = 0; j < N && i + j * L < last; ++j) {
+      const int n = int(std::min<int64_t>(L, last - i - j * L));
+      store(z + i + j * L, load(base + i + j * L, n) + a[j], n);
+    }
   }
 }
 
@@ -260,7 +258,7 @@ void draft_sequence(Team team, Drafting& d) {
   static thread_local std::vector<float> local, features;
   Sequence& s = *d.s;
   const int64_t B = d.batch, K = d.count, V = s.vocabulary, r = s.rank, T = team.threads;
-  const auto [first, last] = team.share(V, 64);
+  const auto [first, last] = team.share(V, kPanel);
   const bool plain = !d.greedy && !filters(d.how);
   local.resize(size_t(std::max<int64_t>(B * r, 1)));
   for (int64_t k = 0; k < K; ++k) {
@@ -289,7 +287,7 @@ void draft_sequence(Team team, Drafting& d) {
           store(z + i, load(base + i, n), n);
         }
       } else {
-        biased(base, (const W*)s.w2, s.padded, codes + b * r, r, first, last, z);
+        biased(base, (const W*)s.w2, codes + b * r, r, first, last, z);
       }
       penalise(z, first, last, d.seen == nullptr ? nullptr : d.seen + b * d.target_vocabulary,
                d.block + b * (K + 1) + 1, k, d.how.penalty, s.vocabulary_map);

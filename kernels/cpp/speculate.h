@@ -89,7 +89,8 @@ struct Speculation {
   int64_t model_held_count;
   int64_t* model_mask;
   // telemetry, sums: rounds, committed, drafted, requests; then [K] each: reached, passed,
-  // predicted, survived, predictions; then lengths [K + 1]; then seconds: draft, verify, other
+  // predicted, survived, predictions; then lengths [K + 1]; then seconds: draft, verify,
+  // other, and of draft the sequential stage
   double* counters;
   // working memory
   double* survival;       // [batch, K]
@@ -198,7 +199,9 @@ int draft_round(Speculation& s) {
     if ((status = run(s, s.propose)) != 0) return status;
     Drafting d{&s.sequence, s.batch, K, s.vocabulary, s.block, s.seen, s.how, s.greedy != 0,
                s.uniform, s.draft_weights, s.draft_totals, s.drafted_ids, s.survival};
+    const int64_t start = now();
     parallel(int(s.threads), [&](Team team) { draft_sequence<U, W>(team, d); });
+    s.counters[4 + 5 * K + K + 1 + 3] += 1e-9 * double(now() - start);
     for (int64_t b = 0; b < s.batch; ++b) s.found[b] = K;
     if (s.sequence.confidence != nullptr) return 0;
   } else if (s.kind == 2) {

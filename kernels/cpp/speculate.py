@@ -52,7 +52,7 @@ class Sequence(ctypes.Structure):
     """The sequential stage of a draft (``draft.h``)."""
 
     _fields_ = (
-        ("head", _I), ("rank", _I), ("width", _I), ("vocabulary", _I), ("padded", _I),
+        ("head", _I), ("rank", _I), ("width", _I), ("vocabulary", _I),
         ("base", _P), ("base_row", _I), ("base_request", _I), ("hidden", _P), ("w1", _P),
         ("w2", _P), ("gate", _P), ("gate_bias", _P), ("confidence", _P), ("confidence_bias", _D),
         ("confidence_reads", _I), ("temperatures", _P), ("vocabulary_map", _P), ("codes", _P),

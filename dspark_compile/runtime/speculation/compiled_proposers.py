@@ -75,7 +75,7 @@ class DraftProposals:
         self.programs = DraftRounds(draft, rounds)
         self.draft = draft
         self._signature = signature(draft)
-        self._transposed: Tensor | None = None
+        self._panels: Tensor | None = None
         self.behind = 0  # tokens whose tapped states wait to be appended
         rounds.follow = self.programs.follow
 
@@ -101,14 +101,15 @@ class DraftProposals:
         """Compile what it runs. Nothing that is held changes."""
         self.programs.ensure()
 
-    def transposed(self) -> Tensor:
-        """The Markov head's W2 as ``[r, V]``, V padded to 16: how the native kernel reads it."""
-        if self._transposed is None:
+    def panels(self) -> Tensor:
+        """The Markov head's W2 ``[V, r]`` as ``[V / 64, r, 64]``, which the native kernel reads."""
+        if self._panels is None:
             weight = self.draft.markov_head.markov_w2.weight.detach()  # type: ignore[union-attr]
-            padded = -(-weight.shape[0] // 16) * 16
-            self._transposed = weight.new_zeros(weight.shape[1], padded)
-            self._transposed[:, : weight.shape[0]] = weight.T
-        return self._transposed
+            tokens, rank = weight.shape
+            padded = weight.new_zeros(-(-tokens // 64) * 64, rank)
+            padded[:tokens] = weight
+            self._panels = padded.view(-1, 64, rank).transpose(1, 2).contiguous()
+        return self._panels
 
     def propose(self, state: State, uniform: Tensor | None) -> Drafted:
         programs, batch = self.programs, state.batch

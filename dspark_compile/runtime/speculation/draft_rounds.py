@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_compile.models.draft import DraftModel
@@ -120,6 +121,7 @@ class DraftRounds:
     def ensure(self) -> bool:
         """Compile both; whether both are one native call. What the context holds stays: they write
         behind it only."""
+        self.context_slot.copy_(self.rounds.slot)
         self.propose()
         self.append()
         return all(p is not None and p.native for p in self.programs.values())
@@ -159,6 +161,15 @@ class DraftRounds:
 
         return append
 
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        """The output layer in the draft's own dtype: a target in float32 lends a draft in bfloat16
+        a copy of half the size, since the draft's share of a round is mostly reading it."""
+        head = self.draft.lm_head or self.draft.borrowed.head
+        if head is None:
+            raise DraftError("this draft has no lm_head of its own: call bind(model)")
+        dtype, bias = self.draft.fc.weight.dtype, getattr(head, "bias", None)
+        return head.weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+
     def _propose(self) -> Callable[[], Tensor]:
         draft, keys, values, hidden, ids = (
             self.draft, self.keys, self.values, self.hidden, self.ids,
@@ -166,9 +177,7 @@ class DraftRounds:
         slot, positions = self.rounds.slot, self.rounds.positions
         mask = self.rounds.mask if self.rounds.masked else None
         config = draft.config
-        size, head = config.block_size, draft.lm_head or draft.borrowed.head
-        if head is None:
-            raise DraftError("this draft has no lm_head of its own: call bind(model)")
+        size, (weight, bias) = config.block_size, self._head()
 
         def propose() -> Tensor:
             steps = torch.arange(size, device=ids.device)
@@ -194,7 +203,7 @@ class DraftRounds:
                 x = layer.finish(x, query_, keys[i], values[i], near if layer.sliding else full)
             rows = draft._predicting(draft.norm(x))
             hidden.copy_(rows)
-            logits = head(rows.to(head.weight.dtype))
+            logits = F.linear(rows, weight, bias)
             cap = config.final_logit_softcapping
             return logits if cap is None else torch.tanh(logits.float() / cap) * cap
 

@@ -70,13 +70,13 @@ class NativeEngine:
 
     def __init__(self, state: State) -> None:
         self.state = state
-        self.seconds = {"draft": 0.0, "verify": 0.0, "other": 0.0}
+        self.seconds = {"draft": 0.0, "verify": 0.0, "other": 0.0, "sequence": 0.0}
         self._kept: list[Any] = []
         self._programs: list[Any] = []
         self._s = native.Speculation()
         self._dtypes = [torch.float32, torch.float32, torch.float32]
         batch, count = state.batch, state.rounds.count
-        self._counters = self._hold((ctypes.c_double * (4 + 5 * count + count + 1 + 3))())
+        self._counters = self._hold((ctypes.c_double * (4 + 5 * count + count + 1 + 4))())
         if not state.prices.conditional:
             state.prices.conditional = [FIRST_GUESS] * count
         self._conditional = self._doubles(state.prices.conditional)
@@ -192,14 +192,13 @@ class NativeEngine:
         q = s.sequence
         q.head = native.HEADS[config.markov_head_type if config.markov_rank else "none"]
         q.rank, q.width, q.vocabulary = config.markov_rank, config.hidden_size, base.shape[-1]
-        q.padded = -(-q.vocabulary // 16) * 16
         q.base, q.base_row, q.base_request = base.data_ptr(), base.stride(1), base.stride(0)
         q.hidden = _address(programs.hidden)
         weight = draft.fc.weight
         self._dtypes[1:] = [base.dtype, weight.dtype]
         head = draft.markov_head
         if head is not None:
-            q.w1, q.w2 = _address(head.markov_w1.weight), _address(proposer.transposed())
+            q.w1, q.w2 = _address(head.markov_w1.weight), _address(proposer.panels())
             gate: Any = getattr(head, "gate_proj", None) or getattr(head, "joint_proj", None)
             if gate is not None:
                 q.gate, q.gate_bias = _address(gate.weight), _address(gate.bias)
@@ -322,7 +321,8 @@ class NativeEngine:
         for name, part in zip(("reached", "passed", "predicted", "survived", "predictions"), parts):
             getattr(c, name).add_(part)
         c.lengths += rest[5 * count : 6 * count + 1]
-        for name, spent in zip(("draft", "verify", "other"), rest[6 * count + 1 :].tolist()):
+        names = ("draft", "verify", "other", "sequence")
+        for name, spent in zip(names, rest[6 * count + 1 :].tolist(), strict=True):
             self.seconds[name] += spent
 
 

@@ -76,7 +76,8 @@ class SpeculationStats:
         conditional: c_k: accepted at position k, given that it was reached and verified.
         survival, predicted: how often a prefix of k tokens stood, and what the confidences said.
         verify_lengths: how often 0, 1, ... K tokens were verified.
-        seconds: time by part: ``draft``, ``verify``, ``other``.
+        seconds: time by part: ``draft``, ``verify``, ``other``; and of ``draft`` the sequential
+            stage, ``sequence``, where native rounds measure it.
         parked_rounds, probes: of the park policy.
         proposer: what drafted.
         notes: warnings, in words.

@@ -1,0 +1,322 @@
+"""`generate` with a draft: what compiled and native rounds write is what the model writes alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dspark_compile
+from dspark_compile.runtime.rounds import POOL
+from dspark_compile.runtime.speculation import loop as loops
+from dspark_compile.runtime.speculation import rounds as rounds_module
+from dspark_compile.runtime.speculation.park import ParkPolicy
+from dspark_compile.runtime.speculation.state import Prices, verify_length, widths_for
+from dspark_compile.runtime.speculation.taps import Taps
+from dspark_compile.runtime.speculation.torch_engine import TorchEngine
+from tests.speculation.test_lossless import p_value
+from tests.speculation.test_reference import V, draft_for, target
+
+transformers = pytest.importorskip("transformers")
+
+ONE = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3]]
+TWO = [[0, 0, 0, 1, 5, 9, 2, 6, 5, 3], [1, 2, 3, 1, 2, 3, 1, 2, 3, 1]]
+MASK = [[0, 0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 10]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return target()
+
+
+@pytest.fixture(autouse=True)
+def native_kernels(monkeypatch):
+    monkeypatch.delenv("DSPARK_KERNELS", raising=False)
+
+
+def asked(prompt):
+    given = {"input_ids": torch.tensor(prompt)}
+    if len(prompt) > 1:
+        given["attention_mask"] = torch.tensor(MASK)
+    return given
+
+
+def plain(model, prompt, new, **more):
+    more = {"do_sample": False} | more
+    return model.generate(**asked(prompt), max_new_tokens=new, **more)
+
+
+def speculate(model, prompt, new, draft, **more):
+    more = {"do_sample": False, "schedule": "fixed"} | more
+    return dspark_compile.generate(
+        model, **asked(prompt), max_new_tokens=new, draft=draft, return_stats=True, **more
+    )
+
+
+@pytest.fixture(scope="module")
+def drafts(model):
+    return {
+        "draft": draft_for(model),
+        "gated": draft_for(model, markov_head_type="gated"),
+        "rnn": draft_for(model, markov_head_type="rnn"),
+        "dflash": draft_for(model, markov_rank=0, confidence_head_with_markov=False),
+        "ngram": "ngram",
+        "model": target(seed=3, num_hidden_layers=2),
+    }
+
+
+@pytest.mark.parametrize("kind", ["draft", "ngram", "model"])
+def test_greedy_text_is_the_models(model, drafts, kind):
+    new = 70
+    out, report = speculate(model, ONE, new, drafts[kind], num_drafted=_count(kind))
+    assert torch.equal(out, plain(model, ONE, new))
+    assert report.path == "native"
+    assert report.speculation.proposer == kind
+    assert report.speculation.committed == new - 1  # the first token is the prompt's
+    assert 1 <= report.speculation.tau <= 5
+
+
+def _count(kind):
+    return {"ngram": 3, "model": 3}.get(kind)
+
+
+def test_ragged_rows_and_holes(model, drafts, monkeypatch):
+    """Rows that commit different numbers of tokens share slots; holes are closed, room is made."""
+    moved = []
+    compact = loops.SpeculativeRounds.compact
+
+    def watched(self, *args):
+        moved.append(compact(self, *args))
+        return moved[-1]
+
+    monkeypatch.setattr(loops.SpeculativeRounds, "compact", watched)
+    monkeypatch.setattr(loops, "FIRST_ROOM", 8)
+    monkeypatch.setattr(rounds_module, "HOLES", 0.0)
+    new = 150
+    for kind in ("draft", "ngram"):
+        out, report = speculate(model, TWO, new, drafts[kind], num_drafted=_count(kind))
+        assert torch.equal(out, plain(model, TWO, new)), kind
+        assert report.path == "native"
+    assert any(moved)
+
+
+@pytest.mark.parametrize("kind", ["draft", "gated", "rnn", "dflash", "ngram", "model"])
+@pytest.mark.parametrize("how", [{}, {"top_k": 9, "top_p": 0.8, "repetition_penalty": 1.3}])
+def test_native_rounds_are_the_torch_ones(model, drafts, kind, how, monkeypatch):
+    """With the same random numbers, also where nothing is greedy."""
+    new = 40
+    for sampled in (True, False):
+        more = {"do_sample": sampled, "num_drafted": _count(kind), "top_k": 0} | how
+        torch.manual_seed(11)
+        native, report = speculate(model, ONE, new, drafts[kind], **more)
+        assert report.path == "native"
+        with monkeypatch.context() as patch:
+            patch.setattr(loops, "engine_for", lambda state, other: (TorchEngine(state), None))
+            torch.manual_seed(11)
+            other, driven = speculate(model, ONE, new, drafts[kind], **more)
+        assert driven.path == "compiled"
+        assert torch.equal(native, other)
+        a, b = report.speculation, driven.speculation
+        for name in ("tau", "rounds", "drafted", "accepted", "verify_lengths"):
+            assert getattr(a, name) == getattr(b, name), name
+        assert a.survival == pytest.approx(b.survival)
+        if not kind.startswith(("ngram", "model")):
+            assert a.predicted == pytest.approx(b.predicted, abs=1e-4)
+
+
+class Alternating(ParkPolicy):
+    """Drafts in every other visit of a few rounds."""
+
+    def __init__(self):
+        super().__init__()
+        self.turn = 0
+
+    def drafts(self):
+        self.turn += 1
+        return bool(self.turn % 2)
+
+    def most(self, first):
+        return 3
+
+
+@pytest.mark.parametrize("prompt", [ONE, TWO])
+def test_context_goes_on_while_parked(model, drafts, prompt, monkeypatch):
+    """Plain rounds in between leave the draft's context whole."""
+    draft, new = drafts["draft"], 40
+    monkeypatch.setattr(loops, "ParkPolicy", Alternating)
+    POOL.drop(model)
+    seen = {}
+    finish = loops.SpeculativeLoop._finish
+
+    def kept(self, state, engine):
+        self.proposer.flush()
+        seen["loop"], seen["state"] = self, state
+        return finish(self, state, engine)
+
+    monkeypatch.setattr(loops.SpeculativeLoop, "_finish", kept)
+    out, report = speculate(model, prompt, new, draft, schedule="auto")
+    assert torch.equal(out, plain(model, prompt, new))
+    assert report.path == "native"
+    POOL.drop(model)
+    programs, state = seen["loop"].proposer.programs, seen["state"]
+    rounds = state.rounds
+    for row in range(len(prompt)):
+        held = int(rounds.filled[row])
+        text = state.text[row : row + 1, :held]
+        with torch.no_grad(), Taps(model, draft.config.target_layer_ids) as taps:
+            model(text)
+            states = taps.take()
+        cache = draft.new_cache(1, 256)
+        draft.append(cache, states, held)
+        slots = torch.arange(rounds.length)
+        if rounds.masked:
+            slots = slots[rounds.mask[row, : rounds.length] > 0]
+        for mine, want in zip((*programs.keys, *programs.values), (*cache.keys, *cache.values)):
+            torch.testing.assert_close(mine[row][:, slots], want[0][:, :held], rtol=1e-4, atol=1e-4)
+
+
+def test_ends_and_limits(model, drafts):
+    """An end token inside of an accepted prefix ends the request; the limit is kept."""
+    draft = drafts["draft"]
+    free = plain(model, ONE, 40)[0, 10:].tolist()
+    end = free[17]
+    for new in (1, 2, 3, 40):
+        want = plain(model, ONE, new, eos_token_id=end)
+        assert torch.equal(speculate(model, ONE, new, draft, eos_token_id=end)[0], want)
+    ends = [end, free[5]]
+    want = plain(model, TWO, 40, eos_token_id=ends, pad_token_id=0)
+    got, _ = speculate(model, TWO, 40, draft, eos_token_id=ends, pad_token_id=0)
+    assert torch.equal(got, want)
+
+
+def test_streamer_and_criteria(model, drafts):
+    class Streamer:
+        def __init__(self):
+            self.tokens, self.ended = [], False
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    class Stop(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 31, dtype=torch.bool)
+
+    streamer = Streamer()
+    out, _ = speculate(model, ONE, 30, drafts["draft"], streamer=streamer)
+    assert streamer.tokens == out[0].tolist() and streamer.ended
+    out, _ = speculate(model, ONE, 30, drafts["draft"], stopping_criteria=[Stop()])
+    assert torch.equal(out, plain(model, ONE, 21))
+
+
+def test_what_is_decoded_plainly_says_so(model, drafts):
+    class Odd(transformers.LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores.roll(1, -1)
+
+    out, report = speculate(model, ONE, 8, drafts["draft"], logits_processor=[Odd()])
+    assert report.speculation is None
+    assert any("no speculation" in note for note in report.notes)
+    assert torch.equal(out, plain(model, ONE, 8, logits_processor=[Odd()]))
+
+
+def test_a_custom_generate_call_takes_it(model, drafts):
+    out = model.generate(
+        torch.tensor(ONE), max_new_tokens=20, do_sample=False, draft=drafts["draft"],
+        custom_generate=dspark_compile.generate,
+    )  # fmt: skip
+    assert torch.equal(out, plain(model, ONE, 20))
+    assert dspark_compile.last_generation().speculation is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"draft": "ngrams"}, "ngram"),
+        ({"draft": "ngram", "schedule": "greedy"}, "schedule"),
+        ({"draft": "ngram", "num_drafted": 0}, "num_drafted"),
+        ({"num_drafted": 3}, "draft"),
+        ({"draft": 5}, "DraftModel"),
+    ],
+)
+def test_bad_arguments(model, given, words):
+    with pytest.raises(ValueError, match=words):
+        dspark_compile.generate(model, torch.tensor(ONE), max_new_tokens=2, **given)
+
+
+def test_drafts_that_do_not_fit(model, drafts):
+    with pytest.raises(ValueError, match="vocabulary"):
+        speculate(model, ONE, 4, target(vocab_size=V + 3))
+    with pytest.raises(ValueError, match="trained to draft"):
+        speculate(model, ONE, 4, drafts["draft"], num_drafted=2)
+
+
+# ------------------------------------------------------------------------------- the schedule
+
+
+def test_verify_length_stops_at_once():
+    table = [1.0, 1.0, 1.1, 3.0, 3.0, 3.0]  # the third token is dear
+    assert verify_length([[0.9, 0.9, 0.9, 0.9]], table, 0.2, 4) == 1
+    assert verify_length([[0.05, 0.04, 0.03, 0.02]], table, 0.2, 4) == 0
+    flat = [1.0] * 6
+    assert verify_length([[0.9, 0.8, 0.7, 0.6]], flat, 0.2, 4) == 4
+    assert verify_length([[0.9, 0.8, 0.7, 0.6]], flat, 0.2, 2) == 2
+
+
+def test_later_confidences_do_not_reach_back():
+    """Whether a position is verified depends on confidences up to it: the paper's condition."""
+    table = Prices(verify={1: 1.0, 6: 1.8}).table(5)
+    for last in (0.0, 0.3, 0.59):
+        rows = [[0.9, 0.7, 0.6, last, last]]
+        assert verify_length(rows, table, 0.1, 5) >= verify_length(
+            [[0.9, 0.7, 0.6, 0.0, 0.0]], table, 0.1, 5
+        )
+        assert verify_length(rows, table, 0.1, 3) == 3
+
+
+def test_widths():
+    assert widths_for(1, 5, native=True) == [1, 6]
+    assert widths_for(1, 15, native=True) == [1, 2, 4, 8, 16]
+    assert widths_for(4, 5, native=True) == [1, 2, 4]
+    assert widths_for(16, 5, native=True) == [1]
+    assert widths_for(16, 5, native=False) == [1, 2, 4, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["draft", "gated", "rnn", "ngram"])
+def test_sampled_text_is_distributed_as_the_models(kind):
+    """Chi-square over the first three tokens behind a prompt, 20,000 requests."""
+    wide = 4
+    model = target(vocab_size=wide, hidden_size=16, num_hidden_layers=3, initializer_range=0.6)
+    draft = kind
+    if kind != "ngram":
+        head = "vanilla" if kind == "draft" else kind
+        draft = draft_for(
+            model, vocab_size=wide, hidden_size=16, mask_token_id=0, num_target_layers=3,
+            target_layer_ids=(-1, 0, 1), markov_head_type=head,
+        )  # fmt: skip
+    prompt = torch.tensor([[1, 2, 3, 0, 1, 2, 3, 0, 1, 2]])
+    joint = torch.ones(1)
+    texts = [prompt[0].tolist()]
+    for _ in range(3):
+        with torch.no_grad():
+            p = model(torch.tensor(texts)).logits[:, -1].softmax(-1)
+        joint = (joint[:, None] * p).flatten()
+        texts = [t + [x] for t in texts for x in range(wide)]
+    counts = torch.zeros(wide**3)
+    torch.manual_seed(0)
+    for _ in range(20_000):
+        out = dspark_compile.generate(
+            model, prompt, max_new_tokens=3, do_sample=True, top_k=0, draft=draft,
+            schedule="fixed",
+        )  # fmt: skip
+        a, b, c = out[0, -3:].tolist()
+        counts[(a * wide + b) * wide + c] += 1
+    expected = joint * counts.sum()
+    rare = expected < 6
+    kept = torch.cat((counts[~rare], counts[rare].sum()[None]))
+    wanted = torch.cat((expected[~rare], expected[rare].sum()[None]))
+    if wanted[-1] < 6:
+        kept, wanted = kept[:-1], wanted[:-1]
+    assert p_value(kept, wanted) > 0.01
