@@ -86,7 +86,7 @@ def attentions(cold: int, rounds: int) -> list[dict]:
         return k, v, *quantize_kv(k, torch.bfloat16), *quantize_kv(v, torch.bfloat16)
 
     following = turns(max(2, cold // (4 * kv_heads * size * features)), make)
-    for context, rows in itertools.product((512, size), (1, 8)):
+    for context, rows in itertools.product((512, size), (1, 8, 16)):
         q = torch.randn(1, heads, rows, features).bfloat16()
         filled = [context - rows]
         allowed = (torch.arange(size) <= torch.arange(rows)[:, None] + filled[0])[None, None]

@@ -130,7 +130,8 @@ def test_strided_cache_and_query():
 
 
 @pytest.mark.parametrize(
-    "rows,heads,features", [(1, 4, 128), (4, 4, 64), (5, 4, 64), (16, 4, 32), (8, 10, 96)]
+    "rows,heads,features",
+    [(1, 4, 128), (4, 4, 64), (5, 4, 64), (16, 4, 32), (16, 4, 128), (8, 10, 96)],
 )
 @pytest.mark.parametrize("int8", [False, True])
 def test_matrix_tiles_in_bfloat16(rows, heads, features, int8):
