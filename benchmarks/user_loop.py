@@ -22,7 +22,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import dspark_compile
-from benchmarks._common import conditions, random_model, write
+from benchmarks._common import random_model, write
 
 PROMPT = 32
 STEPS = (1, 16, 64, 256)
@@ -98,7 +98,6 @@ def main() -> None:
             if n > 1:
                 how = dspark_compile.last_report().graphs[0].notes[-1]
     result: dict[str, Any] = {
-        "conditions": conditions(),
         "model": {"layers": args.layers, "width": args.width, "dtype": "bfloat16"},
         "loop": how,
         "compile_s": {str(n): statistics.median(x) for n, x in compile_s.items()},
@@ -120,16 +119,19 @@ def main() -> None:
                 build._LOADED.clear()
                 result["cold_compile_s"][str(n)] = setting.compile_seconds("dspark", n)[0]
                 del os.environ["DSPARK_CACHE_DIR"]
-    if not args.no_inductor:
-        torch._inductor.config.force_disable_caches = True
-        result["inductor"] = {
-            str(n): dict(zip(("compile_s", "step_s"), setting.compile_seconds("inductor", n)[:2],
-                             strict=True))
-            for n in INDUCTOR
-        }  # fmt: skip
-    print({k: v for k, v in result.items() if k != "conditions"})
+    print(result, flush=True)
     if not args.no_write:
         write("user_loop", result)
+    if args.no_inductor:
+        return
+    torch._inductor.config.force_disable_caches = True
+    result["inductor"] = {}
+    for n in INDUCTOR:  # takes its time: what there is is written each time
+        spent, step, _ = setting.compile_seconds("inductor", n)
+        result["inductor"][str(n)] = {"compile_s": spent, "step_ms": 1e3 * step}
+        print("inductor", n, result["inductor"][str(n)], flush=True)
+        if not args.no_write:
+            write("user_loop", result)
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ class Loop:
                 made = self.tx.inline_user_function_return(
                     UserFunctionVariable(function), [repeat, *arguments], {}
                 )
-        except (exc.RestartAnalysis, exc.SkipFrame, Differs):
+        except (exc.RestartAnalysis, Differs):
             raise
         except Exception as error:
             raise Differs(_first_line(error)) from error

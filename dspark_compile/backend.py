@@ -88,6 +88,8 @@ def _with_loops(
     """A graph with loops: its pieces, and the steps of the loops, are compiled one by one."""
 
     def compile_graph(piece: fx.GraphModule, given: list[Any], which: str) -> Callable[..., Any]:
+        if has_loops(piece):  # a loop in a loop
+            return _with_loops(piece, given, options, config, group)
         return _one_graph(piece, given, options, config, group, which)
 
     known = len(group.graphs)

@@ -140,7 +140,7 @@ class Own(torch.nn.Module):
             k_cache[:, :, pos] = k[:, :, 0]
             v_cache[:, :, pos] = v[:, :, 0]
         else:
-            at = torch.arange(pos, pos + 1)
+            at = torch.arange(1) + pos if self.how == "tensor" else torch.arange(pos, pos + 1)
             k_cache.index_copy_(2, at, k)
             v_cache.index_copy_(2, at, v)
         allowed = (torch.arange(k_cache.shape[2]) <= pos)[None]
@@ -258,9 +258,9 @@ def test_steps_do_not_cost_compile_time():
 
 
 def test_while_loop_with_an_early_exit():
-    def decode(model, tok, k, v, limit):
+    def decode(model, tok, k, v, limit, eos=-1):
         def condition(i, tok, text):
-            return (i < limit) & (tok != 7).any()
+            return (i < limit) & (tok != eos).any()
 
         def body(i, tok, text):
             tok = model(tok, k, v, i)[:, -1:].argmax(-1)
@@ -269,36 +269,16 @@ def test_while_loop_with_an_early_exit():
         text = torch.zeros(2, 30, dtype=torch.long)
         return torch.while_loop(condition, body, (torch.tensor(0), tok, text))
 
-    class ByTensor(Own):
-        def forward(self, tok, k_cache, v_cache, pos):
-            x = self.embed(tok)
-            q, k, v = (t.unsqueeze(1) for t in self.qkv(x).chunk(3, -1))
-            k_cache.index_copy_(2, pos.reshape(1), k)
-            v_cache.index_copy_(2, pos.reshape(1), v)
-            allowed = (torch.arange(k_cache.shape[2]) <= pos)[None]
-            y = torch.nn.functional.scaled_dot_product_attention(
-                q, k_cache, v_cache, attn_mask=allowed
-            )
-            return self.out(x + y[:, 0])
-
-    model = ByTensor().eval()
+    model = Own("tensor").eval()
     args = (torch.tensor([[3], [3]]), *caches())
     with torch.no_grad():
-        steps = int(decode(model, *copy.deepcopy(args), torch.tensor(30))[0])
-    assert steps == 30  # without an exit
-    stop = decode_until(model, *copy.deepcopy(args))
-    model.out.bias.data[7] += 0  # the same parameters
-    report = check(decode, model, *args, torch.tensor(30))
-    assert "as many steps as its condition has" in notes(report)
-    report = check(decode, model, *args, torch.tensor(5))
-    assert stop is not None
-    # No step at all.
-    check(decode, model, *args, torch.tensor(0))
-
-
-@torch.no_grad()
-def decode_until(model, tok, k, v):
-    return model(tok, k, v, torch.tensor(0))
+        _, _, text = decode(model, *copy.deepcopy(args), torch.tensor(30))
+    eos = int(text[0, 20])
+    for limit, stop in ((30, -1), (5, -1), (0, -1), (30, eos)):
+        report = check(decode, model, *args, torch.tensor(limit), stop)
+        assert "as many steps as its condition has" in notes(report)
+    with torch.no_grad():
+        assert int(decode(model, *copy.deepcopy(args), torch.tensor(30), eos)[0]) <= 21
 
 
 # ------------------------------------------------------------------------------------ sampling

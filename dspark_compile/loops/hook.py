@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from dspark_compile._torch_compat import restarts
 from dspark_compile._torch_compat_loops import Differs, Loop, compilation_state, watch_loops
 from dspark_compile.diagnostics.report import CompileReport
 from dspark_compile.ops.decode_loop import decode_loop
@@ -115,8 +116,13 @@ def _asked(loop: Loop) -> bool:
             return False
     try:
         _take(known, loop)
-    except (Differs, NotALoop) as error:
-        state.refused[loop.key] = state.said[known.where] = str(error)
+    except restarts():
+        raise
+    except Exception as error:
+        # Whatever it is, the loop can be unrolled.
+        named = isinstance(error, (Differs, NotALoop))
+        reason = str(error) if named else f"{type(error).__name__}: {error}"
+        state.refused[loop.key] = state.said[known.where] = reason
         loop.restart()
     state.said.pop(known.where, None)
     return True
@@ -173,7 +179,8 @@ def _name(node: fx.Node) -> str:
 def _not_decoding(step: fx.GraphModule) -> str | None:
     """Why a step does not decode: a loop over layers with the same weights, say, had better be
     unrolled. Decoding multiplies matrices, and chooses something or writes to a cache."""
-    calls = [n for n in step.graph.nodes if n.op in ("call_function", "call_method")]
+    graphs = [m.graph for m in step.modules() if isinstance(m, fx.GraphModule)]  # loops' inside too
+    calls = [n for g in graphs for n in g.nodes if n.op in ("call_function", "call_method")]
     names = {_name(n) for n in calls}
     if not names & {*_PRODUCTS, "__matmul__"}:
         return "its step has no matrix product"
