@@ -106,7 +106,7 @@ def _speculate(
     from .speculation.loop import SpeculativeLoop, refusal, take
 
     batch = input_ids.shape[0]
-    reason = refusal(model, plan, batch, input_ids.shape[1])
+    reason = refusal(model, own["draft"], plan, batch)
     if reason is None and not _uses_cache(config, given):
         reason = "use_cache is off"
     if reason is None:

@@ -99,7 +99,13 @@ def test_ragged_rows_and_holes(model, drafts, monkeypatch):
     assert any(moved)
 
 
-@pytest.mark.parametrize("kind", ["draft", "gated", "rnn", "dflash", "ngram", "model"])
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "kind", ["draft", slow("gated"), "rnn", slow("dflash"), "ngram", slow("model")]
+)
 @pytest.mark.parametrize("how", [{}, {"top_k": 9, "top_p": 0.8, "repetition_penalty": 1.3}])
 def test_native_rounds_are_the_torch_ones(model, drafts, kind, how, monkeypatch):
     """With the same random numbers, also where nothing is greedy."""
@@ -138,7 +144,7 @@ class Alternating(ParkPolicy):
         return 3
 
 
-@pytest.mark.parametrize("prompt", [ONE, TWO])
+@pytest.mark.parametrize("prompt", [ONE, slow(TWO)])
 def test_context_goes_on_while_parked(model, drafts, prompt, monkeypatch):
     """Plain rounds in between leave the draft's context whole."""
     draft, new = drafts["draft"], 40
@@ -206,8 +212,13 @@ def test_streamer_and_criteria(model, drafts):
     streamer = Streamer()
     out, _ = speculate(model, ONE, 30, drafts["draft"], streamer=streamer)
     assert streamer.tokens == out[0].tolist() and streamer.ended
-    out, _ = speculate(model, ONE, 30, drafts["draft"], stopping_criteria=[Stop()])
-    assert torch.equal(out, plain(model, ONE, 21))
+    for new in (1, 30):
+        streamer = Streamer()
+        out, _ = speculate(
+            model, ONE, new, drafts["draft"], stopping_criteria=[Stop()], streamer=streamer
+        )
+        assert torch.equal(out, plain(model, ONE, min(new, 21)))
+        assert streamer.tokens == out[0].tolist() and streamer.ended
 
 
 def test_what_is_decoded_plainly_says_so(model, drafts):
@@ -219,6 +230,16 @@ def test_what_is_decoded_plainly_says_so(model, drafts):
     assert report.speculation is None
     assert any("no speculation" in note for note in report.notes)
     assert torch.equal(out, plain(model, ONE, 8, logits_processor=[Odd()]))
+
+
+def test_a_batch_too_wide_for_the_kernels(model, drafts):
+    four = {"input_ids": torch.tensor(TWO + TWO), "attention_mask": torch.tensor(MASK + MASK)}
+    out, report = dspark_compile.generate(
+        model, **four, max_new_tokens=4, do_sample=False, draft=drafts["draft"], return_stats=True
+    )
+    assert report.speculation is None
+    assert any("a batch of 4 needs 20 rows" in note for note in report.notes)
+    assert torch.equal(out, model.generate(**four, max_new_tokens=4, do_sample=False))
 
 
 def test_a_custom_generate_call_takes_it(model, drafts):

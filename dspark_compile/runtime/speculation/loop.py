@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,11 +23,13 @@ from dspark_compile.runtime.speculation.compiled_proposers import (
 )
 from dspark_compile.runtime.speculation.native_engine import engine_for
 from dspark_compile.runtime.speculation.park import ParkPolicy
-from dspark_compile.runtime.speculation.rounds import SpeculativeRounds
+from dspark_compile.runtime.speculation.rounds import NATIVE_ROWS, SpeculativeRounds
 from dspark_compile.runtime.speculation.state import Prices, State, widths_for
 from dspark_compile.runtime.speculation.telemetry import Counters, SpeculationStats
 from dspark_compile.runtime.speculation.torch_engine import TorchEngine
 
+# Why a model has no speculation for some key: found out once, by compiling.
+REFUSED: weakref.WeakKeyDictionary[Any, dict[Any, str]] = weakref.WeakKeyDictionary()
 # Drafted tokens of a round where the draft leaves it open.
 NGRAM_TOKENS = 15
 MODEL_TOKENS = 5
@@ -91,10 +94,16 @@ def take(
     options: Mapping[str, Any],
     count: int | None,
 ) -> Speculator:
-    """An idle one, or a new one."""
+    """An idle one, or a new one.
+
+    Raises:
+        NotRounds: it has been found out that there is none for this batch.
+    """
     rows = batch_bucket(batch)
     masked = masked or rows > 1
     key = speculator_key(rows, masked, scheme, options, draft, count)
+    if (reason := REFUSED.get(model, {}).get(key)) is not None:
+        raise NotRounds(reason)
     while (idle := POOL.idle(model, key)) is not None:
         speculator: Speculator = idle.speculator  # type: ignore[attr-defined]
         if speculator.proposer.fits():
@@ -102,8 +111,16 @@ def take(
     return Speculator(model, draft, rows, masked, scheme, options, count)
 
 
-def refusal(model: Any, plan: Plan, batch: int, length: int) -> str | None:
+def refusal(model: Any, draft: Any, plan: Plan, batch: int) -> str | None:
     """Why a call is decoded without speculation; None if nothing speaks against it."""
+    if isinstance(draft, DraftModel) and model.device.type == "cpu":
+        config, rows = draft.config, batch_bucket(batch)
+        block = max(config.block_size, config.num_drafted + 1)
+        if rows > 1 and rows * block > NATIVE_ROWS:
+            return (
+                f"a batch of {batch} needs {rows * block} rows a step for blocks of {block} tokens,"
+                f" and the CPU's kernels take {NATIVE_ROWS}"
+            )
     if plan.called is not None or plan.keep_scores or plan.keep_logits:
         return "logits processors called in Python, or scores kept, want one token at a time"
     if plan.cache is not None or plan.keep_cache:
@@ -140,6 +157,7 @@ class SpeculativeLoop:
         self.prompt = prompt.to(self.rounds.tokens.device)
         self.shown = self.asked = 0
         self.reason: str | None = None
+        self.before = speculator.policy.parked_rounds, speculator.policy.probes
         report.prompt_tokens = prompt.shape[1]
 
     def run(self) -> Tensor:
@@ -168,6 +186,7 @@ class SpeculativeLoop:
             self._visit(state, engine)
         report.spend("decode", clock() - began)
         if plan.streamer is not None:
+            self._stream(state)
             plan.streamer.end()
         return self._finish(state, engine)
 
@@ -249,7 +268,9 @@ class SpeculativeLoop:
         engine, self.reason = engine_for(state, TorchEngine)
         if on_cpu and rounds.rows > 1 and not engine.native:
             # Rounds driven from Python would make a batch slower than its plain steps are.
-            raise NotRounds(f"a batch of {state.batch} rows: {self.reason}")
+            reason = f"a batch of {state.batch} rows: {self.reason}"
+            REFUSED.setdefault(rounds.model, {})[rounds.key] = reason
+            raise NotRounds(reason)
         return engine
 
     def _visit(self, state: State, engine: Any) -> None:
@@ -271,9 +292,15 @@ class SpeculativeLoop:
                 policy.plain(each, visit.rounds)
         self.report.spend("decode", 0.0, visit.committed)
         if plan.streamer is not None:
-            for token in state.text[0, state.prompts[0] + self.shown : state.lengths[0]].tolist():
-                plan.streamer.put(torch.tensor([token]))
-            self.shown = int(state.lengths[0] - state.prompts[0])
+            self._stopped(state)  # what a criterion cuts off is not shown
+            self._stream(state)
+
+    def _stream(self, state: State) -> None:
+        """Hand over what is new of one request."""
+        start, end = int(state.prompts[0]), int(state.lengths[0])
+        for token in state.text[0, start + self.shown : end].tolist():
+            self.plan.streamer.put(torch.tensor([token]))
+        self.shown = end - start
 
     def _stopped(self, state: State) -> bool:
         """Ask the criteria about every new token of one request."""
@@ -316,7 +343,8 @@ class SpeculativeLoop:
         report.cache_bytes = self.rounds.cache.nbytes
         report.speculation = SpeculationStats.read(
             state.counters, proposer=self.proposer.name, seconds=dict(engine.seconds),
-            parked_rounds=policy.parked_rounds, probes=policy.probes,
+            parked_rounds=policy.parked_rounds - self.before[0],
+            probes=policy.probes - self.before[1],
         )  # fmt: skip
         if max(state.widths) == 1 and state.limit > 1:
             report.notes.append(
