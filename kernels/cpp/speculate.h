@@ -45,6 +45,7 @@ struct Speculation {
   int64_t held_count;
   int64_t* mask;  // [rows, room], or null
   int64_t room, slack;
+  double holes;     // the part of the cache that may be holes
   int64_t* filled;  // [rows]
   // the requests
   int64_t* text;  // [batch, text_room]
@@ -430,7 +431,7 @@ int speculate(Speculation& s, int64_t count, int64_t drafting, int64_t* made) {
       if (!s.done[b]) longest = std::max(longest, s.filled[b]);
     }
     if (!open || !fits) break;
-    if (s.rows > 1 && *made > 0 && 4 * (*s.slot - longest) > *s.slot) break;
+    if (s.rows > 1 && *made > 0 && double(*s.slot - longest) > s.holes * double(*s.slot)) break;
     const int status = round<T, U, W>(s, drafting != 0);
     if (status != 0) return status;
     ++*made;

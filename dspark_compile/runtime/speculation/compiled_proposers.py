@@ -65,7 +65,44 @@ class _Picker:
         return torch.stack(self.probs, dim=1) if self.probs else None
 
 
-class DraftProposals:
+class Proposals:
+    """What a round asks of a proposer; one that keeps nothing has nothing to do."""
+
+    name = ""
+    slack = 0  # slots that it writes to behind the target's
+
+    def fits(self) -> bool:
+        """Whether it is what its programs were compiled for."""
+        return True
+
+    def ensure(self) -> None:
+        """Compile what it runs. Nothing that is held changes."""
+
+    def caches(self) -> list[Tensor]:
+        """Caches on the target's slots, to be moved with them."""
+        return []
+
+    def begin(self) -> None:
+        """Forget the last call's requests."""
+
+    def prefill(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, n: int) -> None:
+        """The prompt, ``n`` tokens at a time."""
+
+    def propose(self, state: State, uniform: Tensor | None) -> Drafted:
+        """Tokens for the block."""
+        raise NotImplementedError
+
+    def verified(self, width: int) -> None:
+        """The target has run ``width`` tokens."""
+
+    def committed(self, state: State, kept: int) -> None:
+        """``kept`` slots stay of what was verified."""
+
+    def flush(self) -> None:
+        """Bring the caches up to date."""
+
+
+class DraftProposals(Proposals):
     """A `DraftModel`."""
 
     name = "draft"
@@ -80,7 +117,7 @@ class DraftProposals:
         rounds.follow = self.programs.follow
 
     @property
-    def slack(self) -> int:
+    def slack(self) -> int:  # type: ignore[override]
         return self.programs.slack
 
     def fits(self) -> bool:
@@ -92,10 +129,6 @@ class DraftProposals:
 
     def begin(self) -> None:
         self.behind = 0
-
-    def prefill(
-        self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, n: int
-    ) -> None: ...
 
     def ensure(self) -> None:
         """Compile what it runs. Nothing that is held changes."""
@@ -148,41 +181,20 @@ class DraftProposals:
             self.behind = 0
 
 
-class NgramProposals:
+class NgramProposals(Proposals):
     """Lookup in each request's own tokens."""
 
     name = "ngram"
-    slack = 0
 
     def __init__(self, count: int, rounds: SpeculativeRounds, minimum: int = 3) -> None:
         self.count, self.rounds, self.minimum = count, rounds, minimum
-
-    def fits(self) -> bool:
-        return True
-
-    def caches(self) -> list[Tensor]:
-        return []
-
-    def begin(self) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def prefill(
-        self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, n: int
-    ) -> None: ...
-
-    def ensure(self) -> None: ...
 
     def propose(self, state: State, uniform: Tensor | None) -> Drafted:
         tokens, found = ngram.propose(state.text, state.lengths, self.count, minimum=self.minimum)
         return Drafted(tokens, found)
 
-    def verified(self, width: int) -> None: ...
 
-    def committed(self, state: State, kept: int) -> None: ...
-
-
-class ModelProposals:
+class ModelProposals(Proposals):
     """An ordinary causal language model with the target's vocabulary, token by token.
 
     Its cache lies on the target's slots. When all drafted tokens were accepted it lacks the last
@@ -190,7 +202,6 @@ class ModelProposals:
     """
 
     name = "model"
-    slack = 0
 
     def __init__(self, model: Any, count: int, rounds: SpeculativeRounds) -> None:
         self.count, self.rounds = count, rounds
@@ -207,8 +218,6 @@ class ModelProposals:
 
     def begin(self) -> None:
         self.own.begin()
-
-    def flush(self) -> None: ...
 
     def prefill(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, n: int) -> None:
         """The prompt, ``n`` tokens at a time."""
@@ -239,7 +248,3 @@ class ModelProposals:
         stacked = torch.stack(tokens, dim=1)
         lengths = torch.full((batch,), self.count, device=stacked.device)
         return Drafted(stacked, lengths, pick.all_probs())
-
-    def verified(self, width: int) -> None: ...
-
-    def committed(self, state: State, kept: int) -> None: ...

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspark_compile.kernels.cpp._launch import MAX_ROWS
 from dspark_compile.models.draft import DraftModel
 from dspark_compile.ops.token import draw, penalised
 from dspark_compile.runtime.decode_loop import FIRST_ROOM, VISIT, GenerationReport, Plan
@@ -23,13 +24,14 @@ from dspark_compile.runtime.speculation.compiled_proposers import (
 )
 from dspark_compile.runtime.speculation.native_engine import engine_for
 from dspark_compile.runtime.speculation.park import ParkPolicy
-from dspark_compile.runtime.speculation.rounds import NATIVE_ROWS, SpeculativeRounds
+from dspark_compile.runtime.speculation.rounds import SpeculativeRounds
 from dspark_compile.runtime.speculation.state import Prices, State, widths_for
 from dspark_compile.runtime.speculation.telemetry import Counters, SpeculationStats
 from dspark_compile.runtime.speculation.torch_engine import TorchEngine
 
-# Why a model has no speculation for some key: found out once, by compiling.
-REFUSED: weakref.WeakKeyDictionary[Any, dict[Any, str]] = weakref.WeakKeyDictionary()
+# Why a model has no speculation for some key: found out once, by compiling. With the draft that the
+# key names by its id, which another one may get when it is gone.
+REFUSED: weakref.WeakKeyDictionary[Any, dict[Any, tuple[Any, str]]] = weakref.WeakKeyDictionary()
 # Drafted tokens of a round where the draft leaves it open.
 NGRAM_TOKENS = 15
 MODEL_TOKENS = 5
@@ -57,8 +59,8 @@ class Speculator:
     ) -> None:
         taps: tuple[int, ...] = ()
         if isinstance(draft, DraftModel):
-            count, taps = draft.config.num_drafted, tuple(draft.config.target_layer_ids)
-        count = count or (NGRAM_TOKENS if draft == "ngram" else MODEL_TOKENS)
+            taps = tuple(draft.config.target_layer_ids)
+        count = drafted_tokens(draft, count)
         rounds = SpeculativeRounds(model, rows, masked, scheme, options, count=count, taps=taps)
         rounds.key = speculator_key(rows, masked, scheme, options, draft, count)
         rounds.speculator = self
@@ -70,8 +72,16 @@ class Speculator:
             self.proposer = NgramProposals(count, rounds)
         else:
             self.proposer = ModelProposals(draft, count, rounds)
+        self.draft = draft
         self.prices = Prices()
         self.policy = ParkPolicy()
+
+
+def drafted_tokens(draft: Any, asked: int | None) -> int:
+    """Drafted tokens of a round."""
+    if isinstance(draft, DraftModel):
+        return draft.config.num_drafted
+    return asked or (NGRAM_TOKENS if draft == "ngram" else MODEL_TOKENS)
 
 
 def speculator_key(
@@ -79,9 +89,7 @@ def speculator_key(
 ) -> Any:
     """What `Speculator`s must have in common to stand in for each other."""
     own = draft if isinstance(draft, str) else id(draft)
-    if isinstance(draft, DraftModel):
-        count = draft.config.num_drafted
-    count = count or (NGRAM_TOKENS if draft == "ngram" else MODEL_TOKENS)
+    count = drafted_tokens(draft, count)
     return (*pool_key(rows, masked, scheme, options), "draft", own, count)
 
 
@@ -102,7 +110,8 @@ def take(
     rows = batch_bucket(batch)
     masked = masked or rows > 1
     key = speculator_key(rows, masked, scheme, options, draft, count)
-    if (reason := REFUSED.get(model, {}).get(key)) is not None:
+    of, reason = REFUSED.get(model, {}).get(key, (None, ""))
+    if of is not None and (of() if isinstance(of, weakref.ref) else of) is draft:
         raise NotRounds(reason)
     while (idle := POOL.idle(model, key)) is not None:
         speculator: Speculator = idle.speculator  # type: ignore[attr-defined]
@@ -116,10 +125,10 @@ def refusal(model: Any, draft: Any, plan: Plan, batch: int) -> str | None:
     if isinstance(draft, DraftModel) and model.device.type == "cpu":
         config, rows = draft.config, batch_bucket(batch)
         block = max(config.block_size, config.num_drafted + 1)
-        if rows > 1 and rows * block > NATIVE_ROWS:
+        if rows > 1 and rows * block > MAX_ROWS:
             return (
                 f"a batch of {batch} needs {rows * block} rows a step for blocks of {block} tokens,"
-                f" and the CPU's kernels take {NATIVE_ROWS}"
+                f" and the CPU's kernels take {MAX_ROWS}"
             )
     if plan.called is not None or plan.keep_scores or plan.keep_logits:
         return "logits processors called in Python, or scores kept, want one token at a time"
@@ -269,7 +278,10 @@ class SpeculativeLoop:
         if on_cpu and rounds.rows > 1 and not engine.native:
             # Rounds driven from Python would make a batch slower than its plain steps are.
             reason = f"a batch of {state.batch} rows: {self.reason}"
-            REFUSED.setdefault(rounds.model, {})[rounds.key] = reason
+            draft = self.speculator.draft
+            REFUSED.setdefault(rounds.model, {})[rounds.key] = (
+                draft if isinstance(draft, str) else weakref.ref(draft), reason
+            )  # fmt: skip
             raise NotRounds(reason)
         return engine
 

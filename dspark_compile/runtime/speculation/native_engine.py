@@ -17,13 +17,14 @@ from dspark_compile.codegen.cpp import build
 from dspark_compile.codegen.cpp.program import AHEAD_BYTES
 from dspark_compile.kernels.cpp import speculate as native
 from dspark_compile.runtime.captured import Captured
+from dspark_compile.runtime.speculation import ngram
 from dspark_compile.runtime.speculation.compiled_proposers import (
     DraftProposals,
     ModelProposals,
     NgramProposals,
 )
-from dspark_compile.runtime.speculation.state import FIRST_GUESS, State
-from dspark_compile.runtime.speculation.torch_engine import Visit
+from dspark_compile.runtime.speculation.rounds import HOLES
+from dspark_compile.runtime.speculation.state import FIRST_GUESS, State, Visit
 
 # Visits between two looks at the measured prices.
 REFRESH = 8
@@ -145,7 +146,7 @@ class NativeEngine:
         held = _held(rounds)
         s.held, s.held_count = self._pointers(held), len(held)
         s.mask = _address(rounds.mask) if rounds.masked else None
-        s.room, s.slack = rounds.cache.room, state.slack
+        s.room, s.slack, s.holes = rounds.cache.room, state.slack, HOLES
         if rounds.taps:
             s.states = self._pointers([rounds.states[w] for w in state.widths])
             states = rounds.states[1]
@@ -172,7 +173,7 @@ class NativeEngine:
             s.kind = 1
             self._draft(proposer)
         elif isinstance(proposer, NgramProposals):
-            s.kind, s.shortest, s.longest = 2, proposer.minimum, 6
+            s.kind, s.shortest, s.longest = 2, proposer.minimum, ngram.LONGEST
         elif isinstance(proposer, ModelProposals):
             s.kind = 3
             self._model(proposer)

@@ -11,9 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Longer matches are no better.
+LONGEST = 6
+
 
 def propose(
-    history: Tensor, lengths: Tensor, count: int, *, minimum: int = 3, longest: int = 6
+    history: Tensor, lengths: Tensor, count: int, *, minimum: int = 3, longest: int = LONGEST
 ) -> tuple[Tensor, Tensor]:
     """Propose ``count`` tokens for each request.
 

@@ -28,8 +28,6 @@ from dspark_compile.runtime.rounds import COARSE, TOLERANCE, NotRounds, Rounds
 from dspark_compile.runtime.speculation.taps import Taps
 from dspark_compile.runtime.trace_whole import CaptureError
 
-# Rows (requests times width) that the native kernels take in one product.
-NATIVE_ROWS = 16
 # The part of the cache that may be holes.
 HOLES = 0.25
 

@@ -13,15 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspark_compile.kernels.cpp._launch import MAX_ROWS
 from dspark_compile.runtime.speculation.accept import is_greedy
 from dspark_compile.runtime.speculation.calibration import Calibration
-from dspark_compile.runtime.speculation.rounds import NATIVE_ROWS, SpeculativeRounds
+from dspark_compile.runtime.speculation.rounds import SpeculativeRounds
 from dspark_compile.runtime.speculation.sps import SPSCurve
 from dspark_compile.runtime.speculation.telemetry import Counters
 from dspark_compile.runtime.token_choice import TokenChoice
 
 # What a round is thought to accept before anything was seen.
 FIRST_GUESS = 0.7
+
+
+@dataclass
+class Visit:
+    """What some rounds did: their number, the tokens they committed for all requests, the requests
+    that took part (summed over rounds), and seconds."""
+
+    rounds: int = 0
+    committed: int = 0
+    requests: int = 0
+    seconds: float = 0.0
 
 
 @dataclass
@@ -123,7 +135,7 @@ def widths_for(rows: int, count: int, native: bool) -> list[int]:
     more than the products take rows."""
     most = count + 1
     if native:
-        most = max(1, min(most, NATIVE_ROWS // rows))
+        most = max(1, min(most, MAX_ROWS // rows))
     widths = {1, most}
     if rows > 1 or most > 8:
         widths |= {w for w in (2, 4, 8) if w < most}

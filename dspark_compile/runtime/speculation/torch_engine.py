@@ -7,7 +7,6 @@ far the slots move. Where everything is native, `native_engine` does the same in
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,21 +20,10 @@ from dspark_compile.runtime.speculation.accept import (
     seen_along,
 )
 from dspark_compile.runtime.speculation.compiled_proposers import Drafted
-from dspark_compile.runtime.speculation.state import FIRST_GUESS, State, verify_length
+from dspark_compile.runtime.speculation.state import FIRST_GUESS, State, Visit, verify_length
 
 # How much a new measurement counts.
 SHARE = 0.1
-
-
-@dataclass
-class Visit:
-    """What some rounds did: their number, the tokens they committed for all requests, the requests
-    that took part (summed over rounds), and seconds."""
-
-    rounds: int = 0
-    committed: int = 0
-    requests: int = 0
-    seconds: float = 0.0
 
 
 class TorchEngine:
