@@ -80,7 +80,7 @@ def linear_call(
     groups, (rows, size) = _groups(weight), x.shape
     source = emit_quantized.linear(_kind(bits, x.dtype, rows, weight), groups > 1, activation)
     values = (x, x.stride(0), *_values(weight), bias, out, weight[0].shape[0], size, groups)
-    return Call(source, values, weight[0].numel(), (weight[0],))
+    return Call(source, values, weight[0].numel(), (out,), (weight[0],))
 
 
 def gated_mlp_call(
@@ -101,9 +101,8 @@ def gated_mlp_call(
     weights = (*_values(gate), *_values(up), *_values(down))
     sizes = (down[0].shape[0], up[0].shape[0], x.shape[1], groups, down_groups)
     nbytes = sum(w[0].numel() for w in (gate, up, down))
-    return Call(
-        source, (x, x.stride(0), *weights, *biases, out, *sizes), nbytes, (up[0], gate[0], down[0])
-    )
+    values = (x, x.stride(0), *weights, *biases, out, *sizes)
+    return Call(source, values, nbytes, (out,), (up[0], gate[0], down[0]))
 
 
 def _linear(

@@ -79,6 +79,33 @@ def test_a_model_is_one_native_call(family):
     assert all(kernel.impl == "native" for kernel in graph.kernels)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_weights_are_stages(bits):
+    quantization = pytest.importorskip("torchao.quantization")
+    four = quantization.IntxWeightOnlyConfig(
+        weight_dtype=torch.int4, granularity=quantization.PerGroup(32)
+    )
+    model = tf.Qwen3ForCausalLM(tf.Qwen3Config(**{**SMALL, "intermediate_size": 96}, head_dim=32))
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig() if bits == 8 else four)
+    options = {"kernels": "auto", "fallback": "error", "verify": True}
+    compiled = torch.compile(model.eval(), backend="dspark", dynamic=False, options=options)
+    caches = [tf.StaticCache(model.config, max_cache_len=32) for _ in range(2)]
+    prompt = torch.randint(3, 199, (1, 20))
+    for cache in caches:
+        model(prompt, past_key_values=cache)
+    for _ in range(2):
+        ids = torch.randint(3, 199, (1, 1))
+        got, want = (
+            run(ids, past_key_values=cache).logits
+            for run, cache in zip((compiled, model), caches, strict=True)
+        )
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    (graph,) = state.last_report().graphs
+    assert graph.notes[-1].startswith("one native call"), graph.notes
+    assert sum(f"int{bits}" in kernel.op for kernel in graph.kernels) == 2 * 5 + 1
+
+
 def test_neighbours_are_taken_in():
     """Norms and residuals are part of the products, q, k and v are one product."""
     _, report = decode("qwen3", steps=1)
