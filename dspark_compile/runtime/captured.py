@@ -49,6 +49,7 @@ class Captured:
         self._compiled, self._args = whole.compiled, whole.args
         self._symbols, self._place = whole.symbols, whole.place
         self._call: Callable[[], Any] | None = None
+        self.holds = whole.holds
 
     def replace(self, tensors: Mapping[int, Tensor], size: int) -> None:
         """Other tensors, by the ``id`` of those they replace, and the new size of what grew."""

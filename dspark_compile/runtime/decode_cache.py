@@ -10,7 +10,8 @@ Compiled code sees a static cache: fixed tensors, written in place at a position
 Room grows in powers of two (`DecodeCache.reserve`): each tensor is allocated anew and what is held
 is copied once. The number of rows N is a symbol in compiled graphs, so none is compiled again.
 
-Sliding-window layers keep the full length, and the mask does the windowing.
+Sliding-window layers keep the full length, and the mask does the windowing. Recurrent states:
+`state_layers`.
 """
 
 from __future__ import annotations
@@ -20,251 +21,89 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, StaticCache, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import Cache, StaticCache
 
-from dspark_compile.ops.cache import SCALE_DTYPE
-
+from .decode_layers import DecodeLayer, Int8DecodeLayer
 from .errors import KVCacheError
 from .room import bucket
+from .state_layers import (
+    KNOWN_STATES,
+    HybridLayer,
+    Int8HybridLayer,
+    StateLayer,
+    attribute,
+)
 
 
-class DecodeLayer(StaticLayer):  # type: ignore[misc]
-    """Keys ``[B, H, N, D]`` and values ``[B, H, N, Dv]`` of one layer.
+class DummyLayer(attribute("DummyLayer") or object):  # type: ignore[misc]
+    """A layer that holds nothing: it has no attention, or reads another layer's keys."""
 
-    Args:
-        is_sliding: whether the model attends to a window here; the mask restricts it.
-    """
-
-    is_compileable = True
-    is_croppable = True
-    cumulative_length: Tensor
-
-    def __init__(self, *, is_sliding: bool = False) -> None:
-        super().__init__(max_cache_len=0)
-        self.is_sliding = is_sliding
-        self.rows = 0  # of the batch
-        self.known = 0  # tokens held, as far as eager code knows
-
-    # ------------------------------------------------------------------------------- storage
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by attribute name; rows of the cache are dimension 2."""
-        return {"keys": self.keys, "values": self.values} if self.is_initialized else {}
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate for keys ``[b, H, *, D]`` and values ``[b, H, *, Dv]`` like these."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.num_heads = key_states.shape[1]
-        self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
-        self.batch_size = self.rows = max(self.rows, key_states.shape[0])
-        self.cumulative_length = self.cumulative_length.to(self.device)
-        self._allocate(max(self.max_cache_len, bucket(1)))
-        self.is_initialized = True
-
-    def _zeros(self, room: int, heads: int, size: int) -> Tensor:
-        # Zeros: what no token was written to is multiplied by a probability of 0.
-        shape = (self.rows, heads, room, size)
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
-
-    def _allocate(self, room: int) -> None:
-        self.keys = self._zeros(room, self.num_heads, self.k_head_dim)
-        self.values = self._zeros(room, self.num_heads, self.v_head_dim)
-        self.max_cache_len = room
-
-    def reserve(self, room: int) -> None:
-        """Have ``room`` rows; what is held is copied once."""
-        if room <= self.max_cache_len:
-            return
-        if not self.is_initialized:
-            self.max_cache_len = room
-            return
-        old = self.tensors()
-        self._allocate(room)
-        for name, new in self.tensors().items():
-            new[:, :, : self.known].copy_(old.pop(name)[:, :, : self.known])
-
-    # ------------------------------------------------------------------- what a model calls
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append ``[b, H, M, D]``; all keys and values.
-
-        Raises:
-            KVCacheError: in eager mode: another batch or shape than the cache was made for.
-        """
-        if torch.compiler.is_compiling():
-            count = key_states.shape[-2]
-            positions = torch.arange(count, device=self.device) + self.cumulative_length
-            self.cumulative_length.add_(count)
-            return self._append_compiled(key_states, value_states, positions)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        rows, heads, count, size = key_states.shape
-        if rows > self.rows or (heads, size) != (self.num_heads, self.k_head_dim):
-            raise KVCacheError(
-                f"this cache holds {self.rows} rows of {self.num_heads} heads of "
-                f"{self.k_head_dim} features, and got {tuple(key_states.shape)}: use another one"
-            )
-        start, self.known = self.known, self.known + count
-        if self.known > self.max_cache_len:
-            self.known = start
-            self.reserve(bucket(start + count))
-            self.known = start + count
-        self.cumulative_length.fill_(self.known)
-        return self._append(key_states, value_states, slice(start, self.known))
-
-    def _append_compiled(
-        self, key_states: Tensor, value_states: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        self.keys.index_copy_(2, positions, key_states)
-        self.values.index_copy_(2, positions, value_states)
-        return self.keys, self.values
-
-    def _append(
-        self, key_states: Tensor, value_states: Tensor, where: slice
-    ) -> tuple[Tensor, Tensor]:
-        rows = key_states.shape[0]
-        self.keys[:rows, :, where] = key_states
-        self.values[:rows, :, where] = value_states
-        return self.keys[:rows, :, : where.stop], self.values[:rows, :, : where.stop]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(rows that `update` returns, position of the first)."""
-        if torch.compiler.is_compiling():
-            return next(iter(self.tensors().values())).shape[2], 0
-        return self.known + int(query_length), 0
-
-    def get_seq_length(self) -> Any:
-        """Tokens held: a number, or an int tensor in compiled code."""
-        return self.cumulative_length if torch.compiler.is_compiling() else self.known
-
-    def get_max_length(self) -> int:
-        """-1: it grows."""
-        return -1
-
-    def set_length(self, tokens: int) -> None:
-        """``tokens`` are held from now on: compiled code has written, or the rest is dropped."""
-        self.known = tokens
-        if self.is_initialized:
-            self.cumulative_length.fill_(tokens)
-
-    def reset(self) -> None:
-        """Empty it; the room stays."""
-        self.set_length(0)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last ``-tokens_to_remove`` tokens (a negative number); a positive number is the
-        length to keep."""
-        if tokens_to_remove < 0:
-            self.set_length(max(self.known + tokens_to_remove, 0))
-        else:
-            self.set_length(min(self.known, tokens_to_remove))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row ``i`` of the batch becomes row ``beam_idx[i]``."""
-        rows = len(beam_idx)
-        for tensor in self.tensors().values():
-            tensor[:rows] = tensor.index_select(0, beam_idx.to(tensor.device))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row of the batch ``repeats`` times."""
-        self._rebatch(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices`` of the batch."""
-        self._rebatch(lambda x: x[indices.to(x.device)].contiguous())
-
-    def _rebatch(self, change: Any) -> None:
-        for name, tensor in self.tensors().items():
-            new = change(tensor)
-            setattr(self, name, new)
-            self.batch_size = self.rows = new.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated."""
-        return sum(x.nbytes for x in self.tensors().values())
+    rows = 0
+    nbytes = 0
 
 
-class Int8DecodeLayer(DecodeLayer):
-    """The same in int8: data ``[B, H, N, D]`` and one scale ``[B, H, N]`` a token and head."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        names = ("key_data", "key_scale", "value_data", "value_scale")
-        return {name: getattr(self, name) for name in names} if self.is_initialized else {}
-
-    def _allocate(self, room: int) -> None:
-        shape = (self.rows, self.num_heads, room)
-        for name, size in (("key", self.k_head_dim), ("value", self.v_head_dim)):
-            data = torch.zeros((*shape, size), dtype=torch.int8, device=self.device)
-            setattr(self, f"{name}_data", data)
-            setattr(
-                self, f"{name}_scale", torch.zeros(shape, dtype=SCALE_DTYPE, device=self.device)
-            )
-        self.max_cache_len = room
-
-    def _append_compiled(
-        self, key_states: Tensor, value_states: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        ops = torch.ops.dspark
-        ops.cache_append_int8_(self.key_data, self.key_scale, key_states, positions)
-        ops.cache_append_int8_(self.value_data, self.value_scale, value_states, positions)
-        return (
-            ops.dequantize_kv(self.key_data, self.key_scale, self.dtype),
-            ops.dequantize_kv(self.value_data, self.value_scale, self.dtype),
-        )
-
-    def _append(
-        self, key_states: Tensor, value_states: Tensor, where: slice
-    ) -> tuple[Tensor, Tensor]:
-        rows, ops = key_states.shape[0], torch.ops.dspark
-        positions = torch.arange(where.start, where.stop, device=self.device)
-        both = []
-        for name, new in (("key", key_states), ("value", value_states)):
-            data, scale = (
-                getattr(self, f"{name}_data")[:rows],
-                getattr(self, f"{name}_scale")[:rows],
-            )
-            ops.cache_append_int8_(data, scale, new, positions)
-            held = slice(where.stop)
-            both.append(ops.dequantize_kv(data[:, :, held], scale[:, :, held], self.dtype))
-        return both[0], both[1]
+# For each scheme: keys and values, and keys and values beside states.
+SCHEMES: dict[str, tuple[type[DecodeLayer], type[HybridLayer]]] = {
+    "model": (DecodeLayer, HybridLayer),
+    "int8": (Int8DecodeLayer, Int8HybridLayer),
+}
+_ATTENTION = {"StaticLayer", "StaticSlidingWindowLayer"}
+_HYBRID = {
+    "LinearAttentionAndStaticFullAttentionLayer",
+    "LinearAttentionAndStaticSlidingWindowAttentionLayer",
+}
 
 
 class DecodeCache(Cache):  # type: ignore[misc]
-    """A cache for a model's text decoder, to be passed as ``past_key_values``.
+    """A cache for a model's text decoder, to be passed as ``past_key_values`` (``cache_params``).
 
     Args:
         config: the model's Hugging Face config: which layers there are.
-        scheme: ``"model"``: exact, in the dtype of the model's keys; ``"int8"``.
+        scheme: ``"model"``: exact, in the dtype of the model's keys; ``"int8"``: keys and values of
+            8 bits. Recurrent states are always exact.
         rows: sequences it has room for; by default as many as the first `update` brings.
 
     Raises:
-        KVCacheError: an unknown scheme, or a layer that is no plain attention.
+        KVCacheError: an unknown scheme, or a layer of a kind that is not known.
     """
 
     def __init__(self, config: Any, *, scheme: str = "model", rows: int = 0) -> None:
-        kinds = {"model": DecodeLayer, "int8": Int8DecodeLayer}
-        if scheme not in kinds:
-            raise KVCacheError(f"kv_cache={scheme!r} is unknown; known: {', '.join(kinds)}")
+        if scheme not in SCHEMES:
+            raise KVCacheError(f"kv_cache={scheme!r} is unknown; known: {', '.join(SCHEMES)}")
         reason = unsupported(config)
         if reason is not None:
             raise KVCacheError(reason)
-        layers = [
-            kinds[scheme](is_sliding=layer.is_sliding)
-            for layer in StaticCache(config, max_cache_len=1).layers
-        ]
+        layers = [_layer(like, scheme) for like in StaticCache(config, max_cache_len=1).layers]
         for layer in layers:
             layer.rows = rows
         super().__init__(layers=layers)
         self.scheme = scheme
+        self._room = 0  # where no layer has keys
+
+    @property
+    def attention(self) -> list[DecodeLayer]:
+        """The layers that hold keys and values."""
+        return [x for x in self.layers if isinstance(x, DecodeLayer)]
+
+    @property
+    def recurrent(self) -> list[StateLayer]:
+        """The layers that hold states."""
+        return [x for x in self.layers if isinstance(x, StateLayer)]
 
     def tensors(self) -> Iterator[tuple[DecodeLayer, str, Tensor]]:
-        """Every tensor that grows, with its layer and its name there."""
-        for layer in self.layers:
+        """Every tensor that grows (rows of it are dimension 2), with its layer and its name."""
+        for layer in self.attention:
             for name, tensor in layer.tensors().items():
                 yield layer, name, tensor
+
+    def fixed(self) -> Iterator[tuple[Any, Tensor]]:
+        """Every tensor of fixed shape that a step writes: lengths and states, with a key."""
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, DecodeLayer):
+                yield (i, "length"), layer.cumulative_length
+            if isinstance(layer, StateLayer):
+                for key, tensor in layer.states().items():
+                    yield (i, *key), tensor
 
     @property
     def rows(self) -> int:
@@ -274,25 +113,35 @@ class DecodeCache(Cache):  # type: ignore[misc]
     @property
     def known(self) -> int:
         """Tokens held."""
-        return max((layer.known for layer in self.layers), default=0)
+        layers = self.attention or self.recurrent
+        return max((layer.known for layer in layers), default=0)
 
     def prepare(self, other: DecodeCache, rows: int) -> None:
-        """Allocate for keys and values like ``other``'s, where `update` has not done so yet."""
+        """Allocate for keys, values and states like ``other``'s, where `update` has not yet."""
         for layer, like in zip(self.layers, other.layers, strict=True):
-            if layer.is_initialized or not like.is_initialized:
-                layer.rows = layer.rows or rows
+            if isinstance(layer, StateLayer):
+                layer.prepare_states(like, rows)
+            if not isinstance(layer, DecodeLayer):
                 continue
-            layer.rows = rows
-            shape, options = (rows, like.num_heads, 0), {"dtype": like.dtype, "device": like.device}
-            layer.lazy_initialization(
-                torch.empty(*shape, like.k_head_dim, **options),
-                torch.empty(*shape, like.v_head_dim, **options),
-            )
+            if not layer.is_initialized and like.is_initialized:
+                layer.rows = rows
+                shape = (rows, like.num_heads, 0)
+                options = {"dtype": like.dtype, "device": like.device}
+                layer.lazy_initialization(
+                    torch.empty(*shape, like.k_head_dim, **options),
+                    torch.empty(*shape, like.v_head_dim, **options),
+                )
+            layer.rows = layer.rows or rows
+
+    def use_rows(self, rows: int) -> None:
+        """Eager code is about to bring ``rows`` sequences, or all of them."""
+        for layer in self.recurrent:
+            layer.use_rows(rows)
 
     @property
     def room(self) -> int:
         """Tokens for which there is memory."""
-        return min((layer.max_cache_len for layer in self.layers), default=0)
+        return min((layer.max_cache_len for layer in self.attention), default=self._room)
 
     def reserve(self, tokens: int) -> bool:
         """Have room for ``tokens``; whether tensors were replaced.
@@ -303,9 +152,12 @@ class DecodeCache(Cache):  # type: ignore[misc]
         if tokens <= self.room:
             return False
         room = bucket(tokens)
-        before = [(layer, layer.tensors(), layer.max_cache_len) for layer in self.layers]
+        if not self.attention:
+            self._room = room
+            return False
+        before = [(layer, layer.tensors(), layer.max_cache_len) for layer in self.attention]
         try:
-            for layer in self.layers:
+            for layer in self.attention:
                 layer.reserve(room)
         except (RuntimeError, MemoryError) as error:
             for layer, tensors, rows in before:
@@ -319,14 +171,43 @@ class DecodeCache(Cache):  # type: ignore[misc]
         return True
 
     def set_length(self, tokens: int) -> None:
-        """``tokens`` are held in every layer from now on."""
+        """``tokens`` are held in every layer from now on.
+
+        Raises:
+            KVCacheError: fewer than before, but some, and there are recurrent states.
+        """
         for layer in self.layers:
-            layer.set_length(tokens)
+            if not isinstance(layer, DummyLayer):
+                layer.set_length(tokens)
+
+    def snapshot(self) -> Any:
+        """What `restore` needs to go back to now: lengths, and copies of the states."""
+        return self.known, [layer.snapshot() for layer in self.recurrent]
+
+    def restore(self, snapshot: Any) -> None:
+        """Hold what was held at `snapshot`; no token before it may have been dropped since."""
+        known, states = snapshot
+        for layer, state in zip(self.recurrent, states, strict=True):
+            layer.restore(state)
+        self.set_length(known)
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(x.nbytes for x in self.layers if not isinstance(x, DummyLayer))
+
+
+def _layer(like: Any, scheme: str) -> Any:
+    """Ours for a layer of transformers' `StaticCache`."""
+    name, sliding = type(like).__name__, getattr(like, "is_sliding", False)
+    attention, hybrid = SCHEMES[scheme]
+    if name == "DummyLayer":
+        return DummyLayer()
+    if name == "LinearAttentionLayer":
+        return StateLayer(like.number_of_states)
+    if name in _HYBRID:
+        return hybrid(is_sliding=sliding, number_of_states=like.number_of_states)
+    return attention(is_sliding=sliding)
 
 
 def unsupported(config: Any) -> str | None:
@@ -335,12 +216,25 @@ def unsupported(config: Any) -> str | None:
         layers = StaticCache(config, max_cache_len=1).layers
     except Exception as error:  # a config may lack anything
         return f"transformers makes no static cache for it: {type(error).__name__}: {error}"
-    other = {type(x).__name__ for x in layers} - {
-        StaticLayer.__name__,
-        StaticSlidingWindowLayer.__name__,
-    }
+    known = {*_ATTENTION, "DummyLayer"}
+    if KNOWN_STATES:
+        known |= {*_HYBRID, "LinearAttentionLayer"}
+    other = {type(x).__name__ for x in layers} - known
+    if "StaticIndexedLayer" in other:
+        # An indexer's mask over a static cache lets it choose other tokens than over a dynamic one.
+        return "it has cache layers with an indexer (StaticIndexedLayer), whose static form differs"
     if other:
+        return f"it has cache layers of kinds that are not known ({', '.join(sorted(other))})"
+    return None
+
+
+def rigid(config: Any) -> str | None:
+    """Why tokens cannot be taken back out of a `DecodeCache` of this config; None if they can."""
+    layers = StaticCache(config, max_cache_len=1).layers
+    names = {type(x).__name__ for x in layers} - _ATTENTION
+    if names:
         return (
-            f"it has cache layers that hold more than keys and values ({', '.join(sorted(other))})"
+            "tokens cannot be taken back out of its cache, which holds more than keys and values "
+            f"({', '.join(sorted(names))})"
         )
     return None

@@ -128,12 +128,13 @@ class DecodeLoop:
         rounds, plan = self.rounds, self.plan
         if plan.cache is not None:
             rounds.adopt(plan.cache)
+            held = plan.cache.snapshot()
         try:
             self._run()
             rounds.set_length(rounds.length)
         except BaseException:
             if plan.cache is not None:
-                plan.cache.set_length(self.start)
+                plan.cache.restore(held)
             raise
         self.cache = rounds.cache
         if plan.cache is not None or plan.keep_cache:

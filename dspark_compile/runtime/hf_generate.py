@@ -13,7 +13,7 @@ from torch import Tensor
 from dspark_compile.models.draft_config import DraftError
 from dspark_compile.passes.incremental import NotIncremental
 
-from .decode_cache import DecodeCache, unsupported
+from .decode_cache import DecodeCache, rigid, unsupported
 from .decode_loop import PREFILL_CHUNK, DecodeLoop, GenerationReport, Plan
 from .inserted import InsertedRounds
 from .rounds import POOL, NotRounds, Rounds, batch_bucket, pool_key
@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 # What a step does not need, or is read here.
 _KNOWN = {
-    "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
-    "cache_position", "tokenizer", "synced_gpus", "return_dict", "streamer",
+    "attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache",
+    "logits_to_keep", "cache_position", "tokenizer", "synced_gpus", "return_dict", "streamer",
 }  # fmt: skip
 
 
@@ -109,6 +109,9 @@ def _speculate(
     reason = refusal(model, own["draft"], plan, batch)
     if reason is None and not _uses_cache(config, given):
         reason = "use_cache is off"
+    for which in (model, own["draft"]):
+        if reason is None and hasattr(getattr(which, "config", None), "get_text_config"):
+            reason = rigid(which.config)
     if reason is None:
         masked = batch > 1 or given.get("attention_mask") is not None
         try:
@@ -157,11 +160,17 @@ def _refusal(model: Any, input_ids: Any, config: Any, given: Mapping[str, Any]) 
     positions = given.get("position_ids")
     if positions is not None and positions.dim() != 2:
         return "position_ids have more than two dimensions"
-    cache = given.get("past_key_values")
+    cache = _cache(given)
     if cache is not None and not isinstance(cache, DecodeCache):
         if getattr(cache, "_is_user_defined", False) or _held(cache):
             return f"past_key_values is a {type(cache).__name__} of the caller's"
     return unsupported(model.config)
+
+
+def _cache(given: Mapping[str, Any]) -> Any:
+    """The cache that is to be used, by whichever name the model has for it."""
+    cache = given.get("past_key_values")
+    return given.get("cache_params") if cache is None else cache
 
 
 def _uses_cache(config: Any, given: Mapping[str, Any]) -> bool:
@@ -187,7 +196,7 @@ def _take(
 
         return idle or InsertedRounds(model, function, batch, options)
     masked = batch > 1 or given.get("attention_mask") is not None
-    cache = given.get("past_key_values")
+    cache = _cache(given)
     scheme = cache.scheme if isinstance(cache, DecodeCache) else own["kv_cache"]
     return POOL.take(model, batch_bucket(batch), masked, scheme, options)
 
@@ -196,7 +205,7 @@ def _plan(
     input_ids: Tensor, processors: Any, criteria: Any, config: Any, streamer: Any,
     given: Mapping[str, Any], report: GenerationReport,
 ) -> Plan:  # fmt: skip
-    cache, pad = given.get("past_key_values"), config._pad_token_tensor
+    cache, pad = _cache(given), config._pad_token_tensor
     plan = Plan(
         max_length=criteria.max_length or input_ids.shape[1] + (1 << 40),
         choice=TokenChoice(sample=bool(config.do_sample)),

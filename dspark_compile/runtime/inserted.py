@@ -77,6 +77,14 @@ class InsertedCache:
         self.known = tokens
         self.length.fill_(tokens)
 
+    def snapshot(self) -> int:
+        """What `restore` needs to go back to now."""
+        return self.known
+
+    def restore(self, snapshot: int) -> None:
+        """Hold what was held at `snapshot`."""
+        self.set_length(snapshot)
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
@@ -161,8 +169,7 @@ class InsertedRounds(Rounds):
         if not self.cache.reserve(tokens):
             return
         replaced = {id(before[i]): x for _, i, x in self.cache.tensors() if i in before}
-        if self.program is not None:
-            self.program.replace(replaced, self.cache.room)
+        self._replace(replaced)
 
     def prefill(
         self,

@@ -66,6 +66,9 @@ class Rounds:
         self.key = pool_key(rows, masked, scheme, self.options)
         self.cache: Any = DecodeCache(model.config, scheme=scheme, rows=rows)
         accepted = inspect.signature(model.forward).parameters
+        # What the model calls its cache: state space models have their own name for it.
+        own = "past_key_values" not in accepted and "cache_params" in accepted
+        self._named = "cache_params" if own else "past_key_values"
         self._keeps = "logits_to_keep" in accepted
         # Given even where they are no more than the length: code that makes them from the cache's
         # length slices by it, and a length that is data cannot be sliced by.
@@ -87,6 +90,7 @@ class Rounds:
         self.reason: str | None = None  # why there is no program
         self._signature = signature(model)
         self._keeps = self._positioned = False
+        self._named = "past_key_values"
 
     @property
     def model(self) -> Any:
@@ -127,13 +131,14 @@ class Rounds:
             )
         cache.prepare(old, self.rows)
         replaced = {id(self.mask): (mask := self.mask.new_ones(self.rows, cache.room))}
-        for ours, theirs in zip(old.layers, cache.layers, strict=True):
-            replaced[id(ours.cumulative_length)] = theirs.cumulative_length
+        fixed = dict(cache.fixed())
+        for key, tensor in old.fixed():
+            replaced[id(tensor)] = fixed[key]
+        for ours, theirs in zip(old.attention, cache.attention, strict=True):
             for name, tensor in ours.tensors().items():
                 replaced[id(tensor)] = theirs.tensors()[name]
         self.cache, self.mask, self.length = cache, mask, cache.known
-        if self.program is not None:
-            self.program.replace(replaced, cache.room)
+        self._replace(replaced)
 
     def another_cache(self) -> Any:
         """An empty one of the same kind."""
@@ -165,8 +170,15 @@ class Rounds:
         old = self.mask
         self._grow_mask()
         replaced[id(old)] = self.mask
-        if self.program is not None:
-            self.program.replace(replaced, self.cache.room)
+        self._replace(replaced)
+
+    def _replace(self, tensors: dict[int, Tensor]) -> None:
+        if self.program is None:
+            return
+        if self.program.holds(self.cache.room):
+            self.program.replace(tensors, self.cache.room)
+        else:  # the model asks whether the cache is longer than something: compiled anew
+            self.program = None
 
     def _grow_mask(self) -> None:
         mask = torch.ones(self.rows, self.cache.room, dtype=torch.long, device=self.mask.device)
@@ -185,12 +197,23 @@ class Rounds:
 
         ``attention_mask [b, held + L]`` says what is padding, ``position_ids [b, L]`` where the
         tokens are.
+
+        Recurrent states are made of a whole prompt at once, since not every model goes on from a
+        state with several tokens; what comes behind a prompt is taken one token at a time.
         """
         rows, count = input_ids.shape
-        start = self.length
+        start, cache = self.length, self.cache
         self.reserve(start + count + 1)
         if attention_mask is not None:
             self.mask[:rows, : start + count] = attention_mask
+        if cache.recurrent:
+            chunk = 1 if start else count
+            if start and attention_mask is not None and not bool(attention_mask[:, start:].all()):
+                raise KVCacheError(
+                    "past_key_values holds recurrent states, and there is padding behind what it"
+                    " holds: give rows of equal length"
+                )
+            cache.use_rows(rows)
         logits = None
         for at in range(0, count, chunk):
             part = slice(at, min(at + chunk, count))
@@ -202,8 +225,12 @@ class Rounds:
             logits = self._forward(given)
         assert logits is not None
         self.length = start + count
-        if self.cache.known != self.length:
-            raise NotRounds(f"it holds {self.cache.known} positions for {self.length} tokens")
+        if cache.recurrent:
+            cache.use_rows(self.rows)
+            if not cache.attention:
+                cache.set_length(self.length)
+        if cache.known != self.length:
+            raise NotRounds(f"it holds {cache.known} positions for {self.length} tokens")
         self.positions.fill_(self.length)
         if position_ids is not None:
             self.positions[:rows] = position_ids[:, -1:] + 1
@@ -212,7 +239,7 @@ class Rounds:
     def _forward(self, given: dict[str, Any]) -> Tensor:
         if self._keeps:
             given["logits_to_keep"] = 1
-        return self.model(past_key_values=self.cache, use_cache=True, **given).logits
+        return self.model(**{self._named: self.cache}, use_cache=True, **given).logits
 
     # ------------------------------------------------------------------------------- a step
 
@@ -252,9 +279,14 @@ class Rounds:
         self.length += len(taken)
         return taken
 
+    @property
+    def _masks_steps(self) -> bool:
+        """Whether a step is told of padding: states have none behind the prompt."""
+        return self.masked and (not self.cache.recurrent or bool(self.cache.attention))
+
     def _eager_step(self) -> Tensor:
         given: dict[str, Any] = {"input_ids": self.tokens}
-        if self.masked:
+        if self._masks_steps:
             given["attention_mask"] = self.mask[:, : self.length + 1]
         if self._positioned:
             given["position_ids"] = self.positions
@@ -265,8 +297,9 @@ class Rounds:
     def _compile(self) -> Tensor:
         """Compile the step by taking it, and compare it with an eager one."""
         cache, positions = self.cache, self.positions
+        cache.set_length(self.length)
         step, growing = self._step()
-        before = positions.clone()
+        before, held = positions.clone(), cache.snapshot()
         try:
             program = Captured(step, growing, self.options)
             got = program.first.clone()
@@ -275,11 +308,11 @@ class Rounds:
                 # A model that makes positions or masks from the length alone may do better with
                 # a mask, even one that hides nothing.
                 self.masked = True
-                cache.set_length(self.length)
+                cache.restore(held)
                 positions.copy_(before)
                 return self._compile()
             program, self.reason = None, str(error)
-        cache.set_length(self.length)
+        cache.restore(held)
         positions.copy_(before)
         expected = self._eager_step()
         if program is not None:
@@ -296,19 +329,20 @@ class Rounds:
         model, cache, tokens, positions = self.model, self.cache, self.tokens, self.positions
         positioned = self._positioned
         given: dict[str, Any] = {}
-        if self.masked:
+        if self._masks_steps:
             given["attention_mask"] = self.mask
         if positioned:
             given["position_ids"] = positions
+        given[self._named] = cache
 
         def step() -> Tensor:
-            logits = model(input_ids=tokens, past_key_values=cache, use_cache=True, **given).logits
+            logits = model(input_ids=tokens, use_cache=True, **given).logits
             if positioned:
                 positions.add_(1)
             return logits[:, -1]
 
         growing = [(x, 2) for _, _, x in cache.tensors()]
-        if self.masked:
+        if self._masks_steps:
             growing.append((self.mask, 1))
         return step, growing
 

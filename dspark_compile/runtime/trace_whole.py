@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -26,6 +27,7 @@ class Whole:
         args: the tensors and numbers it was called with: the same objects as the function reads.
         symbols: which of them are numbers that stand for a symbolic size.
         result: what the function returned, and ``place``, which output of the graph that is.
+        conditions: what tracing assumed of the symbolic sizes, over ``expressions`` of them.
     """
 
     compiled: Callable[..., Any]
@@ -33,6 +35,14 @@ class Whole:
     symbols: list[int]
     result: Tensor
     place: int
+    conditions: list[Any] = field(default_factory=list)
+    expressions: list[Any] = field(default_factory=list)
+
+    def holds(self, size: int) -> bool:
+        """Whether the graph is right for symbolic sizes of ``size``: a branch that was taken for
+        one length (``if n > window``) may be another for this one."""
+        values = dict.fromkeys(self.expressions, size)
+        return all(bool(c.xreplace(values)) for c in self.conditions)
 
 
 def trace_whole(
@@ -49,10 +59,12 @@ def trace_whole(
     from dspark_compile.backend import dspark
 
     made: list[tuple[Callable[..., Any], list[Any], list[int], Any]] = []
+    assumed: list[tuple[list[Any], list[Any]]] = []
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         compiled = compiler(gm, inputs)
         symbols = [i for i, x in enumerate(inputs) if isinstance(x, torch.SymInt)]
+        assumed.append(_assumed([inputs[i] for i in symbols]))
 
         def run(*args: Any) -> Any:
             outputs = compiled(*args)
@@ -82,4 +94,18 @@ def trace_whole(
     places = [i for i, x in enumerate(outputs) if x is result]
     if not places:
         raise CaptureError("its result is not an output of the graph")
-    return Whole(compiled, args, symbols, result, places[0])
+    conditions, expressions = assumed.pop()
+    return Whole(compiled, args, symbols, result, places[0], conditions, expressions)
+
+
+def _assumed(sizes: list[torch.SymInt]) -> tuple[list[Any], list[Any]]:
+    """What is assumed of ``sizes``, and their symbols."""
+    conditions: list[Any] = []
+    expressions = [x.node.expr for x in sizes]
+    for environment in {id(x.node.shape_env): x.node.shape_env for x in sizes}.values():
+        conditions += [g.expr for g in environment.guards]
+    for symbol, size in zip(expressions, sizes, strict=True):
+        bounds = size.node.shape_env.var_to_range.get(symbol)
+        if bounds is not None:
+            conditions += [sympy.Le(bounds.lower, symbol), sympy.Le(symbol, bounds.upper)]
+    return [c for c in conditions if c.free_symbols <= set(expressions)], expressions
