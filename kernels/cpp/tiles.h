@@ -55,13 +55,15 @@ inline __m512i load_bf16(const int8_t* x) {
 }
 
 // Asks for the next block's keys and values while this one is worked on, a line of each of RUNS
-// rows a step: memory gives more to readers that are pages apart than to one, and the hardware
-// follows each. Steps are strewn finely over all that is done with a block: a core has few
-// requests under way at a time, and a burst of them would keep the loads behind it waiting.
+// rows a step. Steps are strewn finely over all that is done with a block: a core has few requests
+// under way at a time, and a burst of them would keep the loads behind it waiting. Wide rows are
+// read into the second cache as runs that are pages apart: memory gives more to several readers.
+// Those of an int8 cache go to the first one, in order: there it is the loads that are waited for.
 template <class K, int D, int DV, int KEYS>
 struct Follow {
   static constexpr int LINE = 64 / int(sizeof(K)), ROW = (std::max(D, DV) + LINE - 1) / LINE * LINE;
-  static constexpr int RUNS = 4, STEPS = KEYS / RUNS * (ROW / LINE);
+  static constexpr bool NEAR = sizeof(K) == 1;
+  static constexpr int RUNS = NEAR ? 1 : 4, STEPS = KEYS / RUNS * (ROW / LINE);
   const K *k, *v;  // null: nothing comes next
   int64_t ldk, ldv;
   int at = 0, left = k == nullptr ? 0 : KEYS / RUNS;
@@ -69,10 +71,17 @@ struct Follow {
   inline __attribute__((always_inline)) void go(int steps) {
     if (left <= 0) return;
     for (int i = 0; i < steps; ++i) {
-      for (int r = 0; r < RUNS; ++r) __builtin_prefetch(k + at + r * (KEYS / RUNS) * ldk, 0, 2);
-      for (int r = 0; r < RUNS; ++r) __builtin_prefetch(v + at + r * (KEYS / RUNS) * ldv, 0, 2);
+      for (int r = 0; r < RUNS; ++r) ask(k + at + r * (KEYS / RUNS) * ldk);
+      for (int r = 0; r < RUNS; ++r) ask(v + at + r * (KEYS / RUNS) * ldv);
       at += LINE;
       if (at == ROW) at = 0, --left, k += ldk, v += ldv;
+    }
+  }
+  static inline __attribute__((always_inline)) void ask(const K* at) {
+    if constexpr (NEAR) {
+      __builtin_prefetch(at, 0, 3);
+    } else {
+      __builtin_prefetch(at, 0, 2);
     }
   }
   // Steps of each of `calls` calls that take `share` eighths of all together.
@@ -106,6 +115,16 @@ inline __attribute__((always_inline)) void transposed(const __m512 (&in)[16], Pu
     put(8 + c, _mm512_shuffle_f32x4(v, y, 0x88));
     put(12 + c, _mm512_shuffle_f32x4(v, y, 0xdd));
   }
+}
+
+// A 16 by 16 block of floats, transposed: the first `rows` rows, which are `ld` apart.
+template <int ROWS>
+inline void transpose(const float (*from)[16], float* to, int64_t ld) {
+  __m512 a[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_load_ps(from[i]);
+  transposed(a, [&](int i, __m512 row) __attribute__((always_inline)) {
+    if (i < ROWS) _mm512_store_ps(to + i * ld, row);
+  });
 }
 
 // A 16 by 16 block of floats, transposed: `lanes` of the first `rows` rows, which are `ld` apart.
