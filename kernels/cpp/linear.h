@@ -34,8 +34,8 @@ struct Normed : Norm<WT> {
   using Weight = WT;
 };
 
-// x as `product` wants it. Threads share the work of packing; for one row each makes its own copy,
-// which costs less than to meet.
+// x as `product` wants it. Threads share the work of packing; of few numbers each makes its own copy,
+// which costs less than to meet, and to fetch what others wrote from their caches.
 template <class T, int M>
 class Staged {
   using P = Packed<T, M>;
@@ -46,8 +46,9 @@ class Staged {
   static bool direct(int64_t K) {
     return std::is_same<T, Element>::value && P::FORM != Form::Tiles && K % P::STEP == 0;
   }
+  static bool alone(int64_t K) { return M == 1 || M * K <= 8192; }
   static size_t bytes(int64_t K, int threads) {
-    return (P::bytes(K) + aligned(sizeof(T) * M * K)) * (M == 1 ? threads : 1);
+    return (P::bytes(K) + aligned(sizeof(T) * M * K)) * (alone(K) ? threads : 1);
   }
 
   const Element* x;
@@ -55,8 +56,8 @@ class Staged {
 
   template <class Before>
   Staged(Team team, const T* from, int64_t ld, int64_t K, const Before& before, char* memory) {
-    if (M == 1) memory += bytes(K, 1) * team.thread;
-    const Team workers = M == 1 ? Team{} : team;
+    if (alone(K)) memory += bytes(K, 1) * team.thread;
+    const Team workers = alone(K) ? Team{} : team;
     if constexpr (!Before::NONE) {
       T* normed = reinterpret_cast<T*>(memory + P::bytes(K));
       const Norm<typename Before::Weight>& norm = before;

@@ -55,20 +55,25 @@ inline void norm_row(const T* x, const T* residual, T* total, OT* y, int64_t D,
     a = fma(u, u, a);
   }
   const float scale = 1.0f / std::sqrt(sum(a + b) / float(D) + norm.eps);
-  for (i = 0; i < D; i += W) {
-    const int n = width(i);
-    Vec z = (load(x + i, n) - all(mean)) * all(scale);
+  const auto scaled = [&](Vec u, const auto& of) __attribute__((always_inline)) {
+    Vec z = (u - all(mean)) * all(scale);
     if (FIRST) z = rounded<T>(z);
     if (norm.weight != nullptr) {
-      Vec w = load(norm.weight + i, n);
+      Vec w = of(norm.weight);
       if (norm.offset != 0) {
         w = w + all(norm.offset);
         if (FIRST) w = rounded<WT>(w);
       }
       z = z * w;
     }
-    if (norm.bias != nullptr) z = z + load(norm.bias + i, n);
-    store(y + i, z, n);
+    if (norm.bias != nullptr) z = z + of(norm.bias);
+    return z;
+  };
+  for (i = 0; i + W <= D; i += W)
+    store(y + i, scaled(load(x + i), [&](const WT* p) { return load(p + i); }));
+  if (i < D) {
+    const int n = width(i);
+    store(y + i, scaled(load(x + i, n), [&](const WT* p) { return load(p + i, n); }), n);
   }
 }
 

@@ -6,8 +6,8 @@
 // the inner loop:
 //
 //   Fused    float lanes: W and x widened to float                    any type, any CPU
-//   Dot      dpbf16ps: 32 products an instruction                     bf16, AVX-512-BF16, M < 5
-//   Tiles    tdpbf16ps: W's rows as the left tile, x as the right     bf16, AMX, M >= 5
+//   Dot      dpbf16ps: 32 products an instruction                     bf16, AVX-512-BF16, M < 4
+//   Tiles    tdpbf16ps: W's rows as the left tile, x as the right     bf16, AMX, M >= 4
 //
 // A software prefetch runs 2 KiB ahead in each row and, at a row's end, on into the next tile:
 // the hardware's own stops at every page.
@@ -33,7 +33,7 @@ template <class T, int M>
 constexpr Form form() {
   if (!std::is_same<T, bf16>::value) return Form::Fused;
 #if defined(DSPARK_TILES)
-  if (M >= 5) return Form::Tiles;
+  if (M >= 4) return Form::Tiles;
 #endif
 #if defined(DSPARK_DOT)
   return Form::Dot;
@@ -49,7 +49,9 @@ struct Packed {
   using Element = typename std::conditional<FORM == Form::Fused, float, bf16>::type;
 
   static int64_t padded(int64_t K) { return (K + STEP - 1) / STEP * STEP; }
-  static size_t bytes(int64_t K) { return aligned(sizeof(Element) * M * padded(K)); }
+  // A tile's load reaches up to a line beyond the last row.
+  static constexpr size_t BEYOND = FORM == Form::Tiles ? 64 : 0;
+  static size_t bytes(int64_t K) { return aligned(sizeof(Element) * M * padded(K) + BEYOND); }
 };
 
 // Packs columns [first, last) of x, in whole steps: [M][K] with zeros behind K, or for tiles
@@ -196,17 +198,16 @@ inline void streams(int64_t first, int64_t last, const T* const (&w)[MATS], int6
 
 #if defined(DSPARK_TILES)
 
-// Tiles 0, 1: results; 2, 3: rows of W; 4: x.
-template <int M>
+// Tiles 0, 1: results; 2, 3: rows of W; 4: x. Each row of x's tile has 64 bytes, of which M pairs are
+// meant and the others are the rows behind, for results that nobody reads: narrower tiles are loaded
+// and multiplied at half the speed.
 inline void configure_tiles() {
   struct alignas(64) {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t bytes[16] = {};
     uint8_t rows[16] = {};
   } c;
-  for (int i : {0, 1}) c.bytes[i] = 4 * M, c.rows[i] = 16;
-  for (int i : {2, 3}) c.bytes[i] = 64, c.rows[i] = 16;
-  c.bytes[4] = 4 * M, c.rows[4] = 16;
+  for (int i = 0; i < 5; ++i) c.bytes[i] = 64, c.rows[i] = 16;
   // GCC 12 may drop the stores above without it.
   __asm__ volatile("" : : "r"(&c) : "memory");
   _tile_loadconfig(&c);
@@ -274,8 +275,8 @@ inline void tile_pair(const bf16* wa, int rows_a, const bf16* wb, int rows_b, in
   _tile_stored(0, c[0], 64);
   _tile_stored(1, c[1], 64);
   __asm__ volatile("" : : "r"(c) : "memory");
-  transpose(c[0], out_a, BLOCK, M);
-  transpose(c[1], out_b, BLOCK, M);
+  transpose<M>(c[0], out_a, BLOCK);
+  transpose<M>(c[1], out_b, BLOCK);
 }
 
 #endif
@@ -293,7 +294,7 @@ void product(int64_t first, int64_t last, const T* const (&w)[MATS], int64_t ldw
   } else {
 #if defined(DSPARK_TILES)
     alignas(64) float results[MATS][M][BLOCK];
-    configure_tiles<M>();
+    configure_tiles();
     for (int64_t n = first; n < last; n += BLOCK) {
       const int count = int(std::min<int64_t>(BLOCK, last - n));
       if constexpr (MATS == 1) {

@@ -364,7 +364,7 @@ void product_int(int64_t first, int64_t last, const Weight (&w)[MATS], int64_t K
   alignas(64) float results[MATS][M][BLOCK];
 #if defined(DSPARK_TILES)
   if constexpr (FORM == Form::Tiles) {
-    configure_tiles<M>();
+    configure_tiles();
     // Rows that a last block lacks are multiplied too.
     std::memset(work, 0, int_work_bytes<Q, T, M>(K));
   }
