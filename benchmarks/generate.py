@@ -5,7 +5,12 @@ one that compiles; figures are medians of new tokens a second, prefill included.
 engines in float32 are compared. ``overhead`` is the part of a token's time that is not the native
 step: choosing, bookkeeping, Python.
 
+``--shape`` takes a model of that shape with random weights, and a prompt of ``--prompt`` random
+tokens. A prompt is run eagerly by every engine, so the time of a call that makes one token is
+measured too, and what is left of a call is the time of decoding.
+
     python -m benchmarks.generate
+    python -m benchmarks.generate --shape qwen3-0.6b --new 32 --rounds 3
     python -m benchmarks.generate --dtype float32 --name generate_float32
 """
 
@@ -14,6 +19,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +29,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dspark_compile
 from benchmarks._common import interleaved, write
+from benchmarks.decode import SHAPES, make
 from dspark_compile.runtime.rounds import POOL
 
 MODEL = Path(__file__).parent.parent / "models" / "demo"
 PROMPT = "import os\n\n\ndef read_lines(path):\n"
 
 
-def static_inductor(model: Any, ids: torch.Tensor, new: int) -> torch.Tensor:
-    """Hugging Face's static cache, its step compiled by Inductor."""
+def static_inductor(model: Any, ids: torch.Tensor, new: int, room: int) -> torch.Tensor:
+    """Hugging Face's static cache of ``room`` tokens, its step compiled by Inductor."""
     from transformers import CompileConfig
 
     config = CompileConfig(fullgraph=False, mode="default")
     config._compile_all_devices = True
     return model.generate(
         ids, max_new_tokens=new, do_sample=False, eos_token_id=None, cache_implementation="static",
-        compile_config=config,
+        max_cache_len=room, compile_config=config,
     )  # fmt: skip
 
 
@@ -52,59 +60,87 @@ def step_seconds(model: Any, length: int) -> float:
     return statistics.median(times)
 
 
+def load(shape: str | None, dtype: torch.dtype, prompt: int) -> tuple[Any, torch.Tensor]:
+    """The model, and token ids of a prompt."""
+    if shape is None:
+        model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype).eval()
+        return model, AutoTokenizer.from_pretrained(MODEL)(PROMPT, return_tensors="pt").input_ids
+    model = make(shape, dtype)
+    return model, torch.randint(0, model.config.vocab_size, (1, prompt))
+
+
 def main() -> None:
     """Measure and write ``generate.json``, or what ``--name`` says."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--name", default="generate")
+    parser.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--prompt", type=int, default=512, help="tokens, with --shape")
+    parser.add_argument("--skip", default="", help="engines to leave out, with commas")
+    parser.add_argument("--name")
     parser.add_argument("--no-write", action="store_true")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype).eval()
-    ids = AutoTokenizer.from_pretrained(MODEL)(PROMPT, return_tensors="pt").input_ids
-    greedy = {"max_new_tokens": args.new, "do_sample": False, "eos_token_id": None}
-    engines = {
-        "hf_dynamic": lambda: model.generate(ids, **greedy),
-        "hf_static_inductor": lambda: static_inductor(model, ids, args.new),
-        "dspark": lambda: dspark_compile.generate(model, ids, **greedy),
+    name = args.name or ("generate" if args.shape is None else f"generate_{args.shape}")
+    model, ids = load(args.shape, dtype, args.prompt)
+    room = ids.shape[1] + args.new
+    greedy = {"do_sample": False, "eos_token_id": None}
+    calls: dict[str, Callable[[int], torch.Tensor]] = {
+        "hf_dynamic": lambda new: model.generate(ids, max_new_tokens=new, **greedy),
+        "hf_static_inductor": lambda new: static_inductor(model, ids, new, room),
+        "dspark": lambda new: dspark_compile.generate(model, ids, max_new_tokens=new, **greedy),
+    }
+    engines: dict[str, Callable[[], torch.Tensor]] = {
+        n: partial(call, args.new) for n, call in calls.items() if n not in args.skip.split(",")
     }
     first, texts = {}, {}
-    for name, run in engines.items():
+    for engine, run in engines.items():
         start = time.perf_counter()
-        texts[name] = run()
-        first[name] = time.perf_counter() - start
-        print(f"{name}: first call {first[name]:.1f} s", flush=True)
+        texts[engine] = run()
+        first[engine] = time.perf_counter() - start
+        print(f"{engine}: first call {first[engine]:.1f} s", flush=True)
     for run in engines.values():
         run()
-    times = interleaved(engines, args.rounds)
+    prompts = {f"{n} prompt": partial(calls[n], 1) for n in engines} if args.shape else {}
+    times = interleaved({**prompts, **engines}, args.rounds)
     report = dspark_compile.last_generation()
     assert report is not None
     results: dict[str, Any] = {}
-    for name in engines:
-        seconds = times[name]["median_s"]
-        results[name] = {
+    wanted = next(iter(texts.values()))
+    for engine in engines:
+        seconds = times[engine]["median_s"]
+        results[engine] = {
             "tokens_per_s": args.new / seconds,
-            "first_call_s": first[name],
-            **times[name],
+            "first_call_s": first[engine],
+            **times[engine],
         }
-        same = texts[name].shape == texts["hf_dynamic"].shape
-        agree = (texts[name] == texts["hf_dynamic"]).float().mean().item() if same else 0.0
-        results[name]["agrees"] = agree
-        print(f"{name:20} {args.new / seconds:8.1f} tok/s  agrees {agree:.3f}")
+        if prompts:
+            alone = times.pop(f"{engine} prompt")["median_s"]
+            results[engine]["prompt_s"] = alone
+            results[engine]["decode_tokens_per_s"] = (args.new - 1) / (seconds - alone)
+        same = texts[engine].shape == wanted.shape
+        agree = (texts[engine] == wanted).float().mean().item() if same else 0.0
+        results[engine]["agrees"] = agree
+        print(f"{engine:20} {args.new / seconds:8.1f} tok/s  agrees {agree:.3f}")
     ours = times["dspark"]["median_s"]
     step = step_seconds(model, ids.shape[1] + args.new // 2)
     token = report.seconds["decode"] / report.steps_timed
     speedup = {n: t["median_s"] / ours for n, t in times.items() if n != "dspark"}
     print("speed-up", {n: round(x, 2) for n, x in speedup.items()})
+    decoding = {}
+    if args.shape:
+        rate = {n: r["decode_tokens_per_s"] for n, r in results.items()}
+        decoding = {n: rate["dspark"] / x for n, x in rate.items() if n != "dspark"}
+        print("speed-up of decoding", {n: round(x, 2) for n, x in decoding.items()})
     print(f"step {step * 1e6:.0f} us, token {token * 1e6:.0f} us: {token / step - 1:.1%} overhead")
     payload = {
-        "arguments": vars(args), "results": results, "speedup": speedup, "step_s": step,
+        "arguments": vars(args), "results": results, "speedup": speedup,
+        "speedup_of_decoding": decoding, "step_s": step,
         "token_s": token, "overhead": token / step - 1, "path": report.path,
     }  # fmt: skip
     if not args.no_write:
-        write(args.name, payload)
+        write(name, payload)
 
 
 if __name__ == "__main__":
