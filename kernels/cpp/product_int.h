@@ -2,20 +2,31 @@
 //
 // q is read as it lies: int8 rows, or int4 rows packed by `pack_int4` (dspark_compile/ops/
 // quantized.py): of each 64 numbers, byte j holds number j low and number 32 + j high. s and z have
-// one value for each row, or for each group of a multiple of 32 in a row. x is never quantised.
+// one value for each row, or for each group of a multiple of 32 in a row.
 //
 //   Fused    float lanes: q widened to float                          any type, any CPU
+//   Bytes    dpbusd: nibbles times x as 16-bit numbers, see below     int4, half types, AMX, M <= 2
 //   Tiles    a block of rows widened to bf16 in L1, then tdpbf16ps    bf16, AMX, M >= 5
 //
-// (dpbf16ps would need q as bf16: to make that costs more than the instruction saves.)
+// (To make bf16 of q for dpbf16ps costs more than the instruction saves.) The first two read a
+// share as several runs of rows side by side, see product.h.
 //
-// A row's scale multiplies its sum; a group's the sum over 32 products (Fused, M = 1), the widened
-// weights (Fused), or the weights before they are rounded to bf16 (Tiles), as code does that
-// dequantises.
+// Bytes holds each 32 numbers of x as 16-bit integers of one scale, split into two bytes: what is
+// at least 1/64 of their largest is exact as a bfloat16, the others to 2^-15 of the largest. Sums
+// over four products are exact, and it takes fewer instructions than Fused.
+//
+// A row's scale multiplies its sum; a group's the sum over 32 products (Bytes; Fused, M = 1), the
+// widened weights (Fused), or the weights before they are rounded to bf16 (Tiles), as code does
+// that dequantises.
 // Zero points cost a correction: the sum of (q - z) s x is that of q s x less z s times x's own sum
 // over the group, which is computed once for all rows of W.
 #pragma once
 #include "product.h"
+
+// dpbusd is asked for where it is used: every CPU with AMX has it.
+#if defined(__AMX_INT8__) && defined(__GNUC__) && !defined(__clang__)
+#define DSPARK_BYTE_DOT 1
+#endif
 
 namespace dspark {
 
@@ -47,28 +58,92 @@ struct Quantized {
   const Z* zero;
 };
 
+enum class IntForm { Fused, Bytes, Tiles };
+
 template <class Q, class T, int M>
-constexpr Form int_form() {
-  if (!std::is_same<T, bf16>::value) return Form::Fused;
+constexpr IntForm int_form() {
 #if defined(DSPARK_TILES)
-  if (M >= 5) return Form::Tiles;
+  if (M >= 5 && std::is_same<T, bf16>::value) return IntForm::Tiles;
 #endif
-  return Form::Fused;
+#if defined(DSPARK_BYTE_DOT)
+  if (M <= 2 && Q::BITS == 4 && !std::is_same<T, float>::value) return IntForm::Bytes;
+#endif
+  return IntForm::Fused;
 }
+
+// 128 numbers of x for Bytes, as 64 bytes of W meet them: [0] the first and the third 32, which low
+// nibbles multiply, [1] the others.
+struct alignas(64) ByteStep {
+  int8_t high[2][64], low[2][64];  // 256 high + low
+  float scale[2][16];              // of the four numbers that end up in each lane
+  float offset[2][16];             // -8 times their sum: nibbles are taken for 0 ... 15
+};
 
 // -- x
 
 // x as a product wants it, and the sums of its groups. Threads share the work, or for one row make
 // a copy each.
+#if defined(DSPARK_BYTE_DOT)
+#pragma GCC push_options
+#pragma GCC target("avx512vnni")
+
+// Numbers [0, 128) of a row of which `left` are there.
+template <class T>
+inline void pack_bytes(const T* row, int64_t left, ByteStep& to) {
+  for (int plane = 0; plane < 4; ++plane) {
+    const int which = plane % 2, at = plane / 2 * PLANE;
+    Vec x[2];
+    for (int i : {0, 1}) {
+      const int64_t from = plane * PLANE + 16 * i;
+      x[i] = left > from ? load(row + from, int(std::min<int64_t>(16, left - from))) : zero();
+    }
+    const __m512 most = _mm512_max_ps(_mm512_abs_ps(x[0].v), _mm512_abs_ps(x[1].v));
+    const __mmask16 odd = _mm512_cmp_ps_mask(x[0].v, x[0].v, _CMP_UNORD_Q) |
+                          _mm512_cmp_ps_mask(x[1].v, x[1].v, _CMP_UNORD_Q);
+    const float top = _mm512_reduce_max_ps(most);
+    // A power of two, so that what fits is exact; NaN and infinity come out as NaN.
+    const bool finite = !odd && top <= 3.4e38f;
+    int exponent = 0;
+    std::frexp(finite ? top : 0, &exponent);
+    const float scale = finite ? std::ldexp(1.0f, std::max(exponent - 14, -126)) : NAN;
+    // top < 2^exponent: numbers are at most 2^14, which two bytes hold with room for rounding.
+    const __m512 by = _mm512_set1_ps(finite ? 1 / scale : 0);
+    for (int i : {0, 1}) {
+      const __m512i y = _mm512_cvtps_epi32(_mm512_mul_ps(x[i].v, by));
+      const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(y, _mm512_set1_epi32(128)), 8);
+      _mm_store_si128((__m128i*)(to.high[which] + at + 16 * i), _mm512_cvtepi32_epi8(high));
+      _mm_store_si128((__m128i*)(to.low[which] + at + 16 * i), _mm512_cvtepi32_epi8(y));
+    }
+    for (int i = 0; i < 8; ++i) to.scale[which][at / 4 + i] = scale;
+  }
+  const __m512i eights = _mm512_set1_epi8(8);
+  for (int which : {0, 1}) {
+    const __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), eights,
+                                             _mm512_load_si512(to.high[which]));
+    const __m512i sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), eights,
+                                            _mm512_load_si512(to.low[which]));
+    const __m512 offset = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_load_ps(to.scale[which]));
+    _mm512_store_ps(to.offset[which], _mm512_sub_ps(_mm512_setzero_ps(), offset));
+  }
+}
+
+#pragma GCC pop_options
+#endif
+
 template <class Q, class T, int M>
 class IntStaged {
  public:
-  static constexpr Form FORM = int_form<Q, T, M>();
-  using Element = typename std::conditional<FORM == Form::Fused, float, bf16>::type;
+  static constexpr IntForm FORM = int_form<Q, T, M>();
+  static constexpr bool BYTES = FORM == IntForm::Bytes;
+  static constexpr int64_t STEP = BYTES ? 2 * PAIR : PAIR;  // numbers
+  using Element = typename std::conditional<
+      BYTES, ByteStep,
+      typename std::conditional<FORM == IntForm::Fused, float, bf16>::type>::type;
 
-  static int64_t padded(int64_t K) { return (K + PAIR - 1) / PAIR * PAIR; }
+  static int64_t padded(int64_t K) { return (K + STEP - 1) / STEP * STEP; }
+  static int64_t elements(int64_t K) { return BYTES ? padded(K) / STEP : padded(K); }
   static size_t bytes(int64_t K, int64_t G, int threads) {
-    const size_t one = aligned(sizeof(Element) * M * padded(K)) + aligned(sizeof(float) * M * G);
+    const size_t one = aligned(sizeof(Element) * M * elements(K)) + aligned(sizeof(float) * M * G);
     return one * (M == 1 ? threads : 1);
   }
 
@@ -79,9 +154,9 @@ class IntStaged {
   IntStaged(Team team, const T* from, int64_t ld, int64_t K, int64_t G, bool zeros, char* memory) {
     if (M == 1) memory += bytes(K, G, 1) * team.thread;
     const Team workers = M == 1 ? Team{} : team;
-    ldx = padded(K);
+    ldx = elements(K);
     Element* to = reinterpret_cast<Element*>(memory);
-    const auto [first, last] = workers.share(ldx, PAIR);
+    const auto [first, last] = workers.share(padded(K), STEP);
     for (int m = 0; m < M; ++m) pack(from + m * ld, m, K, first, last, to);
     float* total = reinterpret_cast<float*>(memory + aligned(sizeof(Element) * M * ldx));
     if (zeros) {
@@ -102,7 +177,12 @@ class IntStaged {
 
  private:
   void pack(const T* row, int m, int64_t K, int64_t first, int64_t last, Element* to) const {
-    if constexpr (FORM == Form::Tiles) {
+    if constexpr (BYTES) {
+#if defined(DSPARK_BYTE_DOT)
+      for (int64_t k = first; k < last; k += STEP)
+        pack_bytes(row + k, K - k, to[m * ldx + k / STEP]);
+#endif
+    } else if constexpr (FORM == IntForm::Tiles) {
       // [K / 2][M][2], as tiles take their right operand.
       for (int64_t k = first; k < last; ++k)
         to[k / 2 * (2 * M) + 2 * m + k % 2] = k < K ? row[k] : bf16{0};
@@ -151,12 +231,12 @@ inline void numbers(const uint8_t* q, int j, bool whole, int left, Vec& low, Vec
 
 // -- rows that share one pass over x
 
-// The products of R rows of W with MT rows of x; result r, m goes to out[m * BLOCK + r]. With
-// GROUPED, scales[r * lds + p] multiplies plane p of row r. `next` is where the rows read after
-// these start, in bytes from these.
+// The products of R rows of W with MT rows of x; result r, m goes to out[r][m * BLOCK]. With
+// GROUPED, scales[r * lds + p] multiplies plane p of row r. The rows that are read after these
+// start `next` bytes behind them.
 template <class Q, int R, int MT, bool GROUPED>
-inline void int_tile(const uint8_t* w, int64_t ldw, int64_t next, const float* packed, int64_t ldx,
-                     int64_t K, const float* scales, int64_t lds, float* out) {
+inline void int_tile(const uint8_t* const (&w)[R], int64_t next, const float* packed, int64_t ldx,
+                     int64_t K, const float* scales, int64_t lds, float* const (&out)[R]) {
   constexpr int W = Vec::W;
   constexpr int COUNT = (R * MT + W - 1) / W * W;
   constexpr int BYTES = STEP_BYTES<Q>;
@@ -165,9 +245,8 @@ inline void int_tile(const uint8_t* w, int64_t ldw, int64_t next, const float* p
   auto steps = [&](int64_t from, int64_t to, int64_t ahead, bool whole)
                    __attribute__((always_inline)) {
     for (int64_t s = from; s < to; ++s) {
-      const uint8_t* q = w + s * BYTES;
       if (BYTES == 64 || s % 2 == 0)
-        for (int r = 0; r < R; ++r) __builtin_prefetch(q + r * ldw + ahead, 0, 3);
+        for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + s * BYTES + ahead, 0, 3);
       const float* x = packed + s * PAIR;
       Vec part[2][R];
       for (int j = 0; j < PLANE; j += W) {
@@ -176,7 +255,7 @@ inline void int_tile(const uint8_t* w, int64_t ldw, int64_t next, const float* p
           for (int p : {0, 1}) b[p][m] = load(x + m * ldx + p * PLANE + j);
         for (int r = 0; r < R; ++r) {
           Vec c[2];
-          numbers<Q>(q + r * ldw, j, whole, int(K - s * PAIR), c[0], c[1]);
+          numbers<Q>(w[r] + s * BYTES, j, whole, int(K - s * PAIR), c[0], c[1]);
           for (int p : {0, 1}) {
             if constexpr (GROUPED && MT == 1) {
               part[p][r] = j == 0 ? c[p] * b[p][0] : fma(c[p], b[p][0], part[p][r]);
@@ -191,47 +270,122 @@ inline void int_tile(const uint8_t* w, int64_t ldw, int64_t next, const float* p
     }
   };
   const int64_t whole = Q::BITS == 8 ? K / PAIR : (K + PAIR - 1) / PAIR;
-  const int64_t ahead = std::min<int64_t>(AHEAD / BYTES, whole);
-  steps(0, whole - ahead, ahead * BYTES, true);
-  steps(whole - ahead, whole, (ahead - whole) * BYTES + next, true);
+  if (next == whole * BYTES) {
+    // One row follows on the other: the distance may be more than a row.
+    steps(0, whole, AHEAD, true);
+  } else {
+    const int64_t ahead = std::min<int64_t>(AHEAD / BYTES, whole);
+    steps(0, whole - ahead, ahead * BYTES, true);
+    steps(whole - ahead, whole, (ahead - whole) * BYTES + next, true);
+  }
   if (Q::BITS == 8 && whole * PAIR < K) steps(whole, whole + 1, 0, false);
   float flat[COUNT];
   for (int i = 0; i < COUNT; i += W) store(flat + i, sums(a + i));
   for (int r = 0; r < R; ++r)
-    for (int m = 0; m < MT; ++m) out[m * BLOCK + r] = flat[r * MT + m];
+    for (int m = 0; m < MT; ++m) out[r][m * BLOCK] = flat[r * MT + m];
 }
+
+#if defined(DSPARK_BYTE_DOT)
+#pragma GCC push_options
+#pragma GCC target("avx512vnni")
+
+// The same in bytes, for int4.
+template <class Q, int R, int MT, bool GROUPED>
+__attribute__((noinline)) void int_tile(const uint8_t* const (&w)[R], int64_t next,
+                                        const ByteStep* packed, int64_t ldx, int64_t K,
+                                        const float* scales, int64_t lds,
+                                        float* const (&out)[R]) {
+  constexpr int COUNT = (R * MT + 15) / 16 * 16;
+  Vec a[COUNT];
+  for (int i = 0; i < COUNT; ++i) a[i] = zero();
+  const __m512i mask = _mm512_set1_epi8(15), eights = _mm512_set1_epi8(8);
+  auto steps = [&](int64_t from, int64_t to, int64_t ahead, bool whole)
+                   __attribute__((always_inline)) {
+    for (int64_t s = from; s < to; ++s) {
+      const ByteStep* x = packed + s;
+      for (int r = 0; r < R; ++r) {
+        const uint8_t* q = w[r] + s * 64;
+        __builtin_prefetch(q + ahead, 0, 3);
+        // Behind a row's last 32 bytes x is zero, offset and all.
+        const __m512i both = whole ? _mm512_loadu_si512(q)
+                                   : _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)q));
+        for (int p : {0, 1}) {
+          // (both & 15) ^ 8: the number plus 8.
+          const __m512i c = _mm512_ternarylogic_epi32(p ? _mm512_srli_epi16(both, 4) : both, mask,
+                                                      eights, 0x6a);
+          const float* by = scales + r * lds + 4 * s + p;
+          for (int m = 0; m < MT; ++m) {
+            const ByteStep& y = x[m * ldx];
+            const __m512i high =
+                _mm512_dpbusd_epi32(_mm512_setzero_si512(), c, _mm512_load_si512(y.high[p]));
+            const __m512i sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), c,
+                                                    _mm512_load_si512(y.low[p]));
+            const __m512 part = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_load_ps(y.scale[p]),
+                                                _mm512_load_ps(y.offset[p]));
+            Vec& to = a[r * MT + m];
+            if constexpr (GROUPED) {
+              const __m512 each = _mm512_mask_broadcastss_ps(_mm512_set1_ps(by[0]), 0xff00,
+                                                             _mm_load_ss(by + 2));
+              to.v = _mm512_fmadd_ps(part, each, to.v);
+            } else {
+              to.v = _mm512_add_ps(part, to.v);
+            }
+          }
+        }
+      }
+    }
+  };
+  const int64_t bytes = (K + PAIR - 1) / PAIR * PLANE, whole = bytes / 64;
+  if (next == bytes) {
+    steps(0, whole, AHEAD, true);
+  } else {
+    const int64_t ahead = std::min<int64_t>(AHEAD / 64, whole);
+    steps(0, whole - ahead, ahead * 64, true);
+    steps(whole - ahead, whole, (ahead - whole) * 64 + next, true);
+  }
+  if (whole * 64 < bytes) steps(whole, whole + 1, 0, false);
+  float flat[COUNT];
+  for (int i = 0; i < COUNT; i += 16) store(flat + i, sums(a + i));
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < MT; ++m) out[r][m * BLOCK] = flat[r * MT + m];
+}
+
+#pragma GCC pop_options
+#endif
 
 // All M for R rows, a few at a time; q comes from memory the first time, from cache after.
-template <class Q, int R, int M, int MT, bool GROUPED>
-inline void int_tiles_of(const uint8_t* w, int64_t ldw, int64_t next, const float* packed,
-                         int64_t ldx, int64_t K, const float* scales, int64_t lds, float* out) {
+template <class Q, int R, int M, int MT, bool GROUPED, class Element>
+inline void int_tiles_of(const uint8_t* const (&w)[R], int64_t next, const Element* packed,
+                         int64_t ldx, int64_t K, const float* scales, int64_t lds,
+                         float* const (&out)[R]) {
   constexpr int NOW = M < MT ? M : MT;
-  int_tile<Q, R, NOW, GROUPED>(w, ldw, next, packed, ldx, K, scales, lds, out);
-  if constexpr (M > MT)
-    int_tiles_of<Q, R, M - MT, MT, GROUPED>(w, ldw, next, packed + MT * ldx, ldx, K, scales, lds,
-                                            out + MT * BLOCK);
+  int_tile<Q, R, NOW, GROUPED>(w, next, packed, ldx, K, scales, lds, out);
+  if constexpr (M > MT) {
+    float* below[R];
+    for (int r = 0; r < R; ++r) below[r] = out[r] + MT * BLOCK;
+    float* const(&written)[R] = below;
+    int_tiles_of<Q, R, M - MT, MT, GROUPED>(w, next, packed + MT * ldx, ldx, K, scales, lds,
+                                            written);
+  }
 }
 
-// How many scales a row takes as floats, one for each plane of whole steps.
-inline int64_t spread(int64_t K) { return (K + PAIR - 1) / PAIR * 2; }
+// How many scales a row takes as floats, one for each plane of whole steps (of Bytes: 128).
+inline int64_t spread(int64_t K) { return (K + 2 * PAIR - 1) / (2 * PAIR) * 4; }
 
-// The scales of R rows as floats; 0 for a plane behind K.
-template <int R, class Weight>
-inline void spread_scales(const Weight& w, int64_t n, int64_t K, int64_t G, float* to) {
+// The scales of row n as floats; 0 for a plane behind K.
+template <class Weight>
+inline void spread_scales(const Weight& w, int64_t n, int64_t K, int64_t G, float* row) {
   const int64_t each = K / PLANE / G;
-  for (int r = 0; r < R; ++r) {
-    const typename Weight::S* from = w.scale + (n + r) * G;
-    float* row = to + r * spread(K);
-    row[spread(K) - 1] = 0;
-    if (each == 1) {
-      for (int64_t g = 0; g < G; g += Vec::W) {
-        const int count = int(std::min<int64_t>(Vec::W, G - g));
-        store(row + g, load(from + g, count), count);
-      }
-    } else {
-      for (int64_t g = 0; g < G; ++g)
-        for (int64_t i = 0; i < each; ++i) row[g * each + i] = to_float(from[g]);
+  const typename Weight::S* from = w.scale + n * G;
+  for (int64_t p = K / PLANE; p < spread(K); ++p) row[p] = 0;
+  if (each == 1) {
+    for (int64_t g = 0; g < G; g += Vec::W) {
+      const int count = int(std::min<int64_t>(Vec::W, G - g));
+      store(row + g, load(from + g, count), count);
     }
+  } else {
+    for (int64_t g = 0; g < G; ++g)
+      for (int64_t i = 0; i < each; ++i) row[g * each + i] = to_float(from[g]);
   }
 }
 
@@ -347,11 +501,33 @@ inline void int_tile_block(const Weight& w, int64_t n, int count, int64_t K, int
 
 // -- the product
 
+// Rows whose accumulators fit into registers together: runs that are read side by side.
+template <int M>
+constexpr int INT_ROWS = Vec::W == 16 && M <= 2 ? 8 : 4;
+
 // Memory that one thread works in.
 template <class Q, class T, int M>
 size_t int_work_bytes(int64_t K) {
-  if (int_form<Q, T, M>() == Form::Tiles) return 16 * BLOCK * PLANE * sizeof(bf16);
-  return aligned(sizeof(float) * 4 * spread(K));
+  if (int_form<Q, T, M>() == IntForm::Tiles) return 16 * BLOCK * PLANE * sizeof(bf16);
+  return aligned(sizeof(float) * INT_ROWS<M> * spread(K));
+}
+
+// Scales sums and takes zero points out, as far as that was not done on the way.
+template <bool GROUPED, bool CORRECT, int M, class Weight>
+inline void int_finish(const Weight& w, int64_t n, int count, int64_t G, const float* sums_of_x,
+                       float (*results)[BLOCK]) {
+  if constexpr (GROUPED) {
+    if constexpr (CORRECT && Weight::ZEROS) correct<M>(w, n, count, G, sums_of_x, results);
+    return;
+  }
+  for (int m = 0; m < M; ++m)
+    for (int j = 0; j < count; j += Vec::W) {
+      const int lanes = std::min(Vec::W, count - j);
+      Vec v = load(results[m] + j);
+      if constexpr (Weight::ZEROS)
+        v = v - load(w.zero + n + j, lanes) * all(sums_of_x[m]);
+      store(results[m] + j, v * load(w.scale + n + j, lanes));
+    }
 }
 
 // The products of rows [first, last) of MATS weights of one shape with x. After each block of rows
@@ -359,59 +535,60 @@ size_t int_work_bytes(int64_t K) {
 template <class Q, class T, int M, int MATS, bool GROUPED, class Weight, class Done>
 void product_int(int64_t first, int64_t last, const Weight (&w)[MATS], int64_t K, int64_t G,
                  const IntStaged<Q, T, M>& x, char* work, Done&& done) {
-  constexpr Form FORM = int_form<Q, T, M>();
+  constexpr IntForm FORM = int_form<Q, T, M>();
   if (first >= last) return;
-  alignas(64) float results[MATS][M][BLOCK];
+  if constexpr (FORM == IntForm::Tiles) {
 #if defined(DSPARK_TILES)
-  if constexpr (FORM == Form::Tiles) {
+    alignas(64) float results[MATS][M][BLOCK];
     configure_tiles();
     // Rows that a last block lacks are multiplied too.
     std::memset(work, 0, int_work_bytes<Q, T, M>(K));
-  }
-#endif
-  for (int64_t n = first; n < last; n += BLOCK) {
-    const int count = int(std::min<int64_t>(BLOCK, last - n));
-    for (int i = 0; i < MATS; ++i) {
-      if constexpr (FORM == Form::Tiles) {
-#if defined(DSPARK_TILES)
+    for (int64_t n = first; n < last; n += BLOCK) {
+      const int count = int(std::min<int64_t>(BLOCK, last - n));
+      for (int i = 0; i < MATS; ++i) {
         int_tile_block<Q, M, GROUPED>(w[i], n, count, K, G, x.x, reinterpret_cast<bf16*>(work),
                                       results[i]);
-#endif
-      } else {
-        constexpr int MT = Vec::W == 16 ? (M < 4 ? M : 4) : (M < 2 ? M : 2);
-        constexpr int R = 4;
-        const int64_t ld = w[i].ld, lds = spread(K);
-        float* scales = reinterpret_cast<float*>(work);
-        int r = 0;
-        for (; r + R <= count; r += R) {
-          if constexpr (GROUPED) spread_scales<R>(w[i], n + r, K, G, scales);
-          int_tiles_of<Q, R, M, MT, GROUPED>(w[i].q + (n + r) * ld, ld, R * ld, x.x, x.ldx, K,
-                                                   scales, lds, &results[i][0][r]);
-        }
-        for (; r < count; ++r) {
-          if constexpr (GROUPED) spread_scales<1>(w[i], n + r, K, G, scales);
-          int_tiles_of<Q, 1, M, MT, GROUPED>(w[i].q + (n + r) * ld, ld, ld, x.x, x.ldx, K,
-                                                   scales, lds, &results[i][0][r]);
-        }
-        if constexpr (GROUPED && Weight::ZEROS)
-          correct<M>(w[i], n, count, G, x.sums, results[i]);
+        int_finish<GROUPED, false, M>(w[i], n, count, G, x.sums, results[i]);
       }
-      if constexpr (!GROUPED) {
-        for (int m = 0; m < M; ++m)
-          for (int j = 0; j < count; j += Vec::W) {
-            const int lanes = std::min(Vec::W, count - j);
-            Vec v = load(results[i][m] + j);
-            if constexpr (Weight::ZEROS)
-              v = v - load(w[i].zero + n + j, lanes) * all(x.sums[m]);
-            store(results[i][m] + j, v * load(w[i].scale + n + j, lanes));
+      done(n, count, results);
+    }
+    _tile_release();
+#endif
+  } else {
+    constexpr int MT = Vec::W == 16 ? (M < 4 ? M : 4) : (M < 2 ? M : 2);
+    constexpr int R = INT_ROWS<M>, STREAMS = R / MATS, STRIP = 16;
+    const int64_t lds = spread(K);
+    float* scales = reinterpret_cast<float*>(work);
+    alignas(64) float results[STREAMS][MATS][M][BLOCK];
+    const int64_t each = (last - first + STREAMS - 1) / STREAMS;
+    for (int64_t from = 0; from < each; from += STRIP) {
+      const int strip = int(std::min<int64_t>(STRIP, each - from));
+      for (int j = 0; j < strip; ++j) {
+        const uint8_t* rows[R];
+        float* out[R];
+        for (int s = 0; s < STREAMS; ++s) {
+          // The last stream may be shorter; what it reads again is not used.
+          const int64_t n = std::min(first + s * each + from + j, last - 1);
+          for (int i = 0; i < MATS; ++i) {
+            rows[s * MATS + i] = w[i].q + n * w[i].ld;
+            out[s * MATS + i] = &results[s][i][0][j];
+            if constexpr (GROUPED) spread_scales(w[i], n, K, G, scales + (s * MATS + i) * lds);
           }
+        }
+        const uint8_t* const(&read)[R] = rows;
+        float* const(&written)[R] = out;
+        int_tiles_of<Q, R, M, MT, GROUPED>(read, w[0].ld, x.x, x.ldx, K, scales, lds, written);
+      }
+      for (int s = 0; s < STREAMS; ++s) {
+        const int64_t n = first + s * each + from;
+        const int count = int(std::min<int64_t>(strip, std::min(n - from + each, last) - n));
+        if (count <= 0) continue;
+        for (int i = 0; i < MATS; ++i)
+          int_finish<GROUPED, true, M>(w[i], n, count, G, x.sums, results[s][i]);
+        done(n, count, results[s]);
       }
     }
-    done(n, count, results);
   }
-#if defined(DSPARK_TILES)
-  if constexpr (FORM == Form::Tiles) _tile_release();
-#endif
 }
 
 }  // namespace dspark
