@@ -78,8 +78,11 @@ def _vector_cpu() -> bool:
         return False
 
 
-def implementations(op: str, kernels: str, device: torch.device) -> list[Implementation]:
-    """Candidates for ``op`` in order of preference under ``Options(kernels=...)``."""
+def implementations(
+    op: str, kernels: str, device: torch.device, direct: bool = False
+) -> list[Implementation]:
+    """Candidates for ``op`` in order of preference under ``Options(kernels=...)``; with ``direct``
+    no inner compiler would fuse an ATen form."""
     aten = Implementation("aten", op, _always, FORMS[op]) if op in FORMS else None
     reference = Implementation("reference", op, _always, OPS[op].reference)
     triton = None
@@ -91,7 +94,7 @@ def implementations(op: str, kernels: str, device: torch.device) -> list[Impleme
     if kernels == "reference":
         return [reference]
     order = (triton, cpp, aten, reference)
-    if kernels == "auto" and op not in _READ_BOUND:
+    if kernels == "auto" and op not in _READ_BOUND and not direct:
         # Between products of many rows the inner compiler fuses what a kernel would do alone.
         order = (triton, aten, cpp, reference)
     return [item for item in order if item is not None]

@@ -24,6 +24,7 @@ from .diagnostics.report import CompileReport, GraphReport
 from .loops import hook as loops
 from .loops.split import CannotSplit, SplitProgram, has_loops
 from .options import Options, OptionsError
+from .passes import direct
 from .passes.base import PassContext, UserError
 from .passes.capture import capture
 from .passes.lower import lower
@@ -181,17 +182,32 @@ def _compile(
     with report.timed("passes"):
         run_pipeline(traced, ctx)
     native = None
-    if options.kernels in ("auto", "cpp") and options.inner == "inductor" and _on_cpu(inputs):
+    as_it_is = False
+    if options.kernels in ("auto", "cpp") and options.inner != "eager" and _on_cpu(inputs):
         with report.timed("native"):
             native = native_step(traced, ctx)
+            if native is None and options.inner == "auto" and not config:
+                as_it_is = _direct(traced, ctx)
     with report.timed("passes"):
-        decompositions = lower(traced, ctx, native=native is not None)
+        decompositions = lower(traced, ctx, native=native is not None, direct=as_it_is)
     report.num_nodes_after = len(traced.graph.nodes)
     if options.keep_programs:
         report.programs["lowered"] = str(traced.graph)
     if native is not None:
         return wrap(_wrapped(native, inputs, ctx))
+    if as_it_is:
+        return wrap(_inner(traced, inputs, options, config, None, report, ctx, compiled=False))
     return wrap(_inner(traced, inputs, options, config, decompositions, report, ctx))
+
+
+def _direct(traced: fx.GraphModule, ctx: PassContext) -> bool:
+    """Whether the graph runs as it is; the report says so, or why not."""
+    reason = direct.why_not(traced, ctx)
+    if reason is None:
+        direct.write_fresh_in_place(traced.graph, ctx)
+    note = "no inner compiler: its kernels and the library's products are all there is"
+    ctx.report.notes.append(note if reason is None else f"compiled by Inductor: {reason}")
+    return reason is None
 
 
 def _inner(
@@ -202,6 +218,7 @@ def _inner(
     decompositions: set[Any] | None,
     report: GraphReport,
     ctx: PassContext | None = None,
+    compiled: bool = True,
 ) -> Callable[..., Any]:
     """The rewritten graph through the inner compiler, behind the runtime wrapper."""
     whole = inputs
@@ -209,7 +226,7 @@ def _inner(
         kept = _kept(inputs, ctx)
         inputs = [*(inputs[i] for i in kept), *(item.example(inputs) for item in ctx.extra_inputs)]
     with report.timed("inner"):
-        if options.inner == "eager":
+        if options.inner == "eager" or not compiled:
             run: Callable[..., Any] = gm.forward
         else:
             salt = f"{compat.source_hash()}:{sorted(options.to_dict().items())}"

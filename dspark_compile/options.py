@@ -33,9 +33,10 @@ class Options:
     """Options of ``backend="dspark"``; immutable."""
 
     inner: str = _option(
-        "inductor",
-        "What compiles the rewritten graph: Inductor, or nothing (run it as it is).",
-        ("inductor", "eager"),
+        "auto",
+        "What compiles the rewritten graph: Inductor, nothing (run it as it is), or Inductor "
+        "only where the cost model says that fusing what is left is worth it.",
+        ("auto", "inductor", "eager"),
     )
     kernels: str = _option(
         "auto",

@@ -52,12 +52,16 @@ def _inline(node: fx.Node, name: str, ctx: PassContext) -> None:
     graph.erase_node(node)
 
 
-def lower(module: fx.GraphModule, ctx: PassContext, *, native: bool = False) -> set[Any]:
+def lower(
+    module: fx.GraphModule, ctx: PassContext, *, native: bool = False, direct: bool = False
+) -> set[Any]:
     """Lower ``module`` in place; returns the ops that its inner compiler decomposes.
 
-    With ``native`` every op is a stage of one native call already, and only said to be.
+    With ``native`` every op is a stage of one native call already, and only said to be. With
+    ``direct`` there is no inner compiler.
     """
     options, report = ctx.options, ctx.report
+    eager = options.inner == "eager" or direct
     decompositions: set[Any] = {OPS["quantize_kv"].overload}
     chosen: dict[str, tuple[str, str]] = {}
     for node in list(module.graph.nodes):
@@ -71,7 +75,7 @@ def lower(module: fx.GraphModule, ctx: PassContext, *, native: bool = False) -> 
             chosen[node.name] = ("native", "")
             continue
         refused = ""
-        for candidate in implementations(name, options.kernels, _device(node)):
+        for candidate in implementations(name, options.kernels, _device(node), direct):
             if candidate.name == "aten" and OPS[name].mutates and name not in _SPELLED:
                 continue
             reason = candidate.supports(node)
@@ -82,7 +86,7 @@ def lower(module: fx.GraphModule, ctx: PassContext, *, native: bool = False) -> 
                     report.add_fallback(f"{name} at {node.name}", refused)
                 continue
             chosen[node.name] = (candidate.name, refused)
-            if candidate.name in ("triton", "cpp") or options.inner == "eager":
+            if candidate.name in ("triton", "cpp") or eager:
                 node.target = candidate.target or node.target
             elif candidate.name == "aten" and OPS[name].mutates:
                 _inline(node, name, ctx)

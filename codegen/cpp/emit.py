@@ -193,14 +193,14 @@ def build_all(sources: Iterable[Source], level: str) -> None:
             pass
 
 
-_DEFERRED: ContextVar[bool] = ContextVar("dspark_build_deferred", default=False)
+_DEFERRED: ContextVar[list[Source] | None] = ContextVar("dspark_build_deferred", default=None)
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[None]:
+def deferred(wanted: list[Source] | None = None) -> Iterator[None]:
     """Inside, `why_not_built` only asks whether there is a compiler: what is wanted may be
-    another kernel than the one asked about."""
-    token = _DEFERRED.set(True)
+    another kernel than the one asked about. Those asked about are appended to ``wanted``."""
+    token = _DEFERRED.set([] if wanted is None else wanted)
     try:
         yield
     finally:
@@ -210,9 +210,11 @@ def deferred() -> Iterator[None]:
 def why_not_built(text: Source) -> str | None:
     """None once the kernel is built for this machine, else why it cannot be."""
     try:
-        if _DEFERRED.get():
+        wanted = _DEFERRED.get()
+        if wanted is not None:
             build.toolchain()
             isa_levels.detect()
+            wanted.append(text)
         else:
             kernel(text, isa_levels.detect())
     except (build.BuildError, ValueError) as error:
