@@ -1,4 +1,4 @@
-"""Launchers of linear layers and feed-forward blocks of up to 16 rows (``linear.h``).
+"""Launchers of linear layers and feed-forward blocks of up to `most_rows` rows (``linear.h``).
 
 Weights are read where they lie: row-major ``[N, K]``, rows any stride apart, nothing repacked.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dspark_compile.codegen.cpp import emit
+from dspark_compile.codegen.cpp import isa as isa_levels
 from dspark_compile.kernels.cpp._launch import (
     FLOATS,
     MAX_ROWS,
@@ -22,6 +24,15 @@ from dspark_compile.kernels.cpp._launch import (
     size_reason,
 )
 from dspark_compile.ops import OPS
+
+# Rows of x that AMX takes, 16 at a time: with more, ATen's product is compute-bound as well.
+TILED_ROWS = 128
+
+
+def most_rows(dtype: torch.dtype) -> int:
+    """Rows of x that a product of this dtype takes on this machine."""
+    tiled = dtype == torch.bfloat16 and isa_levels.detect() == "amx"
+    return TILED_ROWS if tiled else MAX_ROWS
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -197,7 +208,7 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 def _fits(rows: Tensor, weight: Tensor) -> bool:
     """Whether the call is one that `supports` promised: shapes and strides may have been fake."""
-    return 0 < rows.shape[0] <= MAX_ROWS and weight.numel() > 0 and _plain(weight)
+    return 0 < rows.shape[0] <= most_rows(rows.dtype) and weight.numel() > 0 and _plain(weight)
 
 
 def _reason(x: Tensor, **weights: Tensor | None) -> str | None:
@@ -213,8 +224,8 @@ def _reason(x: Tensor, **weights: Tensor | None) -> str | None:
         count *= size
     if count == 0 or x.shape[-1] == 0:
         return "x is empty"
-    if count > MAX_ROWS:
-        return f"{count} rows, more than {MAX_ROWS}"
+    if count > (most := most_rows(x.dtype)):
+        return f"{count} rows, more than {most}"
     for name, weight in weights.items():
         if weight is None:
             continue

@@ -1,4 +1,5 @@
-// Skinny matrix products: y[M, N] = x[M, K] W[N, K]^T for M = 1 ... 16, W row-major as it lies.
+// Skinny matrix products: y[M, N] = x[M, K] W[N, K]^T for M = 1 ... 16, with tiles for more; W
+// row-major as it lies.
 //
 // The weights are read once, from memory, and everything else follows from that. A thread takes a
 // contiguous share of W's rows, and reads it as several streams or, for tiles, in blocks of 32 rows;
@@ -8,6 +9,8 @@
 //   Fused    float lanes: W and x widened to float                    any type, any CPU
 //   Dot      dpbf16ps: 32 products an instruction                     bf16, AVX-512-BF16, M < 4
 //   Tiles    tdpbf16ps: W's rows as the left tile, x as the right     bf16, AMX, M >= 4
+//
+// More than 16 rows of x are groups of 16: a block of W, in cache by then, meets two at a time.
 //
 // A software prefetch runs 2 KiB ahead in each row and, at a row's end, on into the next tile:
 // the hardware's own stops at every page.
@@ -54,31 +57,48 @@ struct Packed {
   static size_t bytes(int64_t K) { return aligned(sizeof(Element) * M * padded(K) + BEYOND); }
 };
 
-// Packs columns [first, last) of x, in whole steps: [M][K] with zeros behind K, or for tiles
-// [K / 32][16][M][2].
+#if defined(DSPARK_TILES)
+
+// Packs columns [first, last) of up to 16 rows of x for tiles: [K / 32][16][M][2].
+template <int M>
+void pack_tiles(const bf16* x, int64_t ldx, int64_t K, int64_t first, int64_t last, bf16* to) {
+  int64_t k = first;
+  // 16 pairs of columns at a time, each taken for a float.
+  for (; k + 32 <= std::min(last, K); k += 32) {
+    alignas(64) float pairs[16][16] = {};
+    for (int m = 0; m < M; ++m) _mm512_store_si512(pairs[m], _mm512_loadu_si512(x + m * ldx + k));
+    transpose(pairs, reinterpret_cast<float*>(to + k * M), M, 16, (1u << M) - 1);
+  }
+  for (; k < last; k += 2) {
+    bf16* row = to + k / 2 * (2 * M);
+    for (int m = 0; m < M; ++m) {
+      row[2 * m] = k < K ? x[m * ldx + k] : bf16{0};
+      row[2 * m + 1] = k + 1 < K ? x[m * ldx + k + 1] : bf16{0};
+    }
+  }
+}
+
+// The same for any M: one of that after another for each 16 rows.
+template <int M>
+void pack_groups(const bf16* x, int64_t ldx, int64_t K, int64_t padded, int64_t first, int64_t last,
+                 bf16* to) {
+  pack_tiles<(M < 16 ? M : 16)>(x, ldx, K, first, last, to);
+  if constexpr (M > 16)
+    pack_groups<M - 16>(x + 16 * ldx, ldx, K, padded, first, last, to + 16 * padded);
+}
+
+#endif
+
+// Packs columns [first, last) of x, in whole steps: [M][K] with zeros behind K, or for tiles.
 template <class T, int M>
 void pack(const T* x, int64_t ldx, int64_t K, int64_t first, int64_t last,
           typename Packed<T, M>::Element* to) {
   using P = Packed<T, M>;
   const int64_t Kp = P::padded(K);
   if constexpr (P::FORM == Form::Tiles) {
-    int64_t k = first;
 #if defined(DSPARK_TILES)
-    // 16 pairs of columns at a time, each taken for a float.
-    for (; k + 32 <= std::min(last, K); k += 32) {
-      alignas(64) float pairs[16][16] = {};
-      for (int m = 0; m < M; ++m)
-        _mm512_store_si512(pairs[m], _mm512_loadu_si512(x + m * ldx + k));
-      transpose(pairs, reinterpret_cast<float*>(to + k * M), M, 16, (1u << M) - 1);
-    }
+    pack_groups<M>(x, ldx, K, Kp, first, last, to);
 #endif
-    for (; k < last; k += 2) {
-      bf16* row = to + k / 2 * (2 * M);
-      for (int m = 0; m < M; ++m) {
-        row[2 * m] = k < K ? x[m * ldx + k] : bf16{0};
-        row[2 * m + 1] = k + 1 < K ? x[m * ldx + k + 1] : bf16{0};
-      }
-    }
   } else {
     for (int m = 0; m < M; ++m)
       for (int64_t k = first; k < last; ++k) {
@@ -198,7 +218,8 @@ inline void streams(int64_t first, int64_t last, const T* const (&w)[MATS], int6
 
 #if defined(DSPARK_TILES)
 
-// Tiles 0, 1: results; 2, 3: rows of W; 4: x. Each row of x's tile has 64 bytes, of which M pairs are
+// Tiles 0, 1: results; 2, 3: rows of W; 4: x; 5, 6, 7: results and x of a second group of its rows.
+// Each row of x's tile has 64 bytes, of which M pairs are
 // meant and the others are the rows behind, for results that nobody reads: narrower tiles are loaded
 // and multiplied at half the speed.
 inline void configure_tiles() {
@@ -207,7 +228,7 @@ inline void configure_tiles() {
     uint16_t bytes[16] = {};
     uint8_t rows[16] = {};
   } c;
-  for (int i = 0; i < 5; ++i) c.bytes[i] = 64, c.rows[i] = 16;
+  for (int i = 0; i < 8; ++i) c.bytes[i] = 64, c.rows[i] = 16;
   // GCC 12 may drop the stores above without it.
   __asm__ volatile("" : : "r"(&c) : "memory");
   _tile_loadconfig(&c);
@@ -241,25 +262,33 @@ struct Next {
   }
 };
 
-// Two groups of up to 16 rows of W, at wa and wb, with M rows of x.
-template <int M>
+// Two groups of up to 16 rows of W, at wa and wb, with M rows of x, and MORE at `more`.
+template <int M, int MORE>
 inline void tile_pair(const bf16* wa, int rows_a, const bf16* wb, int rows_b, int64_t ldw,
-                      Next next_a, Next next_b, const bf16* packed, int64_t K, float* out_a,
+                      Next next, const bf16* packed, const bf16* more, int64_t K, float* out_a,
                       float* out_b) {
-  alignas(64) float c[2][16][16];
+  alignas(64) float c[4][16][16];
   alignas(64) bf16 edge[2][16][32];
   _tile_zero(0);
   _tile_zero(1);
+  if constexpr (MORE > 0) {
+    _tile_zero(5);
+    _tile_zero(6);
+  }
   const int64_t whole = rows_a == 16 && rows_b == 16 ? K / 32 * 32 : 0;
   int64_t k = 0;
   for (; k < whole; k += 32) {
-    next_a.step();
-    next_b.step();
+    next.step();
     _tile_loadd(4, packed + k * M, 4 * M);
     _tile_loadd(2, wa + k, 2 * ldw);
     _tile_dpbf16ps(0, 2, 4);
     _tile_loadd(3, wb + k, 2 * ldw);
     _tile_dpbf16ps(1, 3, 4);
+    if constexpr (MORE > 0) {
+      _tile_loadd(7, more + k * MORE, 4 * MORE);
+      _tile_dpbf16ps(5, 2, 7);
+      _tile_dpbf16ps(6, 3, 7);
+    }
   }
   for (; k < K; k += 32) {
     const int columns = int(K - k < 32 ? K - k : 32);
@@ -271,17 +300,43 @@ inline void tile_pair(const bf16* wa, int rows_a, const bf16* wb, int rows_b, in
     _tile_dpbf16ps(0, 2, 4);
     _tile_loadd(3, edge[1], 64);
     _tile_dpbf16ps(1, 3, 4);
+    if constexpr (MORE > 0) {
+      _tile_loadd(7, more + k * MORE, 4 * MORE);
+      _tile_dpbf16ps(5, 2, 7);
+      _tile_dpbf16ps(6, 3, 7);
+    }
   }
   _tile_stored(0, c[0], 64);
   _tile_stored(1, c[1], 64);
+  if constexpr (MORE > 0) {
+    _tile_stored(5, c[2], 64);
+    _tile_stored(6, c[3], 64);
+  }
   __asm__ volatile("" : : "r"(c) : "memory");
   transpose<M>(c[0], out_a, BLOCK);
   transpose<M>(c[1], out_b, BLOCK);
+  if constexpr (MORE > 0) {
+    transpose<MORE>(c[2], out_a + M * BLOCK, BLOCK);
+    transpose<MORE>(c[3], out_b + M * BLOCK, BLOCK);
+  }
+}
+
+// All M rows of x with up to 32 rows of W; `next` is fetched meanwhile.
+template <int M>
+inline void tile_block(const bf16* w, int rows, int64_t ldw, Next next, const bf16* packed,
+                       int64_t padded, int64_t K, float* out) {
+  constexpr int FIRST = M < 16 ? M : 16, MORE = M - FIRST < 16 ? M - FIRST : 16;
+  tile_pair<FIRST, MORE>(w, std::min(rows, 16), w + 16 * ldw, std::max(rows - 16, 0), ldw, next,
+                         packed, packed + 16 * padded, K, out, out + 16);
+  if constexpr (M > 32)
+    tile_block<M - 32>(w, rows, ldw, {nullptr, 0, 0, 0}, packed + 32 * padded, padded, K,
+                       out + 32 * BLOCK);
 }
 
 #endif
 
-// The product of rows [first, last) of MATS weights of one shape with x. After each block of rows calls done(n, count, results), results[i][m][r] for weight i, row n + r.
+// The product of rows [first, last) of MATS weights of one shape with x. After each block of rows
+// calls done(n, count, results), results[i][m][r] for weight i, row n + r.
 // x is packed; where that is x itself, `ldx` is its row stride (tiles do not look at it).
 template <class T, int M, int MATS, class Done>
 void product(int64_t first, int64_t last, const T* const (&w)[MATS], int64_t ldw, int64_t K,
@@ -293,25 +348,20 @@ void product(int64_t first, int64_t last, const T* const (&w)[MATS], int64_t ldw
     streams<T, M, MATS, P::FORM>(first, last, w, ldw, K, packed, ldx, done);
   } else {
 #if defined(DSPARK_TILES)
+    static_assert(MATS <= 2, "a product takes one or two weights");
     alignas(64) float results[MATS][M][BLOCK];
     configure_tiles();
+    const int64_t Kp = P::padded(K);
     for (int64_t n = first; n < last; n += BLOCK) {
       const int count = int(std::min<int64_t>(BLOCK, last - n));
+      const bf16* wa = w[0] + n * ldw;
+      const Next after{wa + BLOCK * ldw, std::min<int64_t>(BLOCK, last - n - BLOCK), ldw, K};
       if constexpr (MATS == 1) {
-        const bf16* wa = w[0] + n * ldw;
-        const int64_t left = std::min<int64_t>(BLOCK, last - n - BLOCK);
-        tile_pair<M>(wa, std::min(count, 16), wa + 16 * ldw, std::max(count - 16, 0), ldw,
-                     {wa + BLOCK * ldw, left, ldw, K}, {nullptr, 0, 0, 0}, packed, K,
-                     &results[0][0][0], &results[0][0][16]);
+        tile_block<M>(wa, count, ldw, after, packed, Kp, K, &results[0][0][0]);
       } else {
-        static_assert(MATS == 2, "a product takes one or two weights");
-        const bf16 *wa = w[0] + n * ldw, *wb = w[1] + n * ldw;
-        const int low = std::min(count, 16), high = std::max(count - 16, 0);
-        tile_pair<M>(wa, low, wa + 16 * ldw, high, ldw, {wb, count, ldw, K}, {nullptr, 0, 0, 0},
-                     packed, K, &results[0][0][0], &results[0][0][16]);
-        tile_pair<M>(wb, low, wb + 16 * ldw, high, ldw,
-                     {wa + BLOCK * ldw, std::min<int64_t>(BLOCK, last - n - BLOCK), ldw, K},
-                     {nullptr, 0, 0, 0}, packed, K, &results[1][0][0], &results[1][0][16]);
+        const bf16* wb = w[1] + n * ldw;
+        tile_block<M>(wa, count, ldw, {wb, count, ldw, K}, packed, Kp, K, &results[0][0][0]);
+        tile_block<M>(wb, count, ldw, after, packed, Kp, K, &results[1][0][0]);
       }
       done(n, count, results);
     }

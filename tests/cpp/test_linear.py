@@ -42,6 +42,34 @@ def test_linear(dtype, rows):
             check(call("linear", x, w, bias), F.linear(x, w, bias), want, dtype)
 
 
+TILED = pytest.mark.skipif("amx" not in isa.available(), reason="the CPU has no AMX")
+
+
+@TILED
+@pytest.mark.parametrize("rows", [17, 40, pytest.param(67, marks=pytest.mark.slow)])
+def test_more_rows_are_groups_of_tiles(rows):
+    for n, k in SIZES:
+        x, w, b = (torch.randn(s).bfloat16() for s in ((rows, k), (n, k), (n,)))
+        want = F.linear(x.double(), w.double(), b.double())
+        check(call("linear", x, w, b), F.linear(x, w, b), want, torch.bfloat16)
+    gate, up = (torch.randn(90, 45).bfloat16() for _ in range(2))
+    x, down = torch.randn(rows, 45).bfloat16(), torch.randn(37, 90).bfloat16()
+    args = (x, gate, up, down, None, None, None, "silu")
+    exact = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
+    want = OPS["gated_mlp"].reference(*exact)
+    # The hidden values are rounded here and there, at other places.
+    assert error(call("gated_mlp", *args), want) <= 1.5 * error(
+        OPS["gated_mlp"].reference(*args), want
+    )
+
+
+@TILED
+def test_too_many_rows_are_refused():
+    x, w = torch.randn(129, 64), torch.randn(32, 64)
+    assert "129 rows, more than 16" in cpp.supports("linear", x, w)
+    assert "129 rows, more than 128" in cpp.supports("linear", x.bfloat16(), w.bfloat16())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("level", [x for x in isa.LEVELS if x in isa.available()])
 @pytest.mark.parametrize("dtype", DTYPES)

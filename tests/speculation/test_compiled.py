@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dspark_compile
+from dspark_compile.codegen.cpp import isa
 from dspark_compile.runtime.rounds import POOL
 from dspark_compile.runtime.speculation import loop as loops
 from dspark_compile.runtime.speculation import rounds as rounds_module
@@ -242,6 +243,20 @@ def test_a_batch_too_wide_for_the_kernels(model, drafts):
     assert torch.equal(out, model.generate(**four, max_new_tokens=4, do_sample=False))
 
 
+@pytest.mark.skipif("amx" not in isa.available(), reason="the CPU has no AMX")
+def test_a_batch_on_tiles(model):
+    """A draft in bfloat16 takes the blocks of four requests, 20 rows, at once."""
+    draft = draft_for(model).bfloat16().bind(model)
+    four = {"input_ids": torch.tensor(TWO + TWO), "attention_mask": torch.tensor(MASK + MASK)}
+    given = {"max_new_tokens": 30, "do_sample": False}
+    out, report = dspark_compile.generate(
+        model, **four, **given, draft=draft, schedule="fixed", return_stats=True
+    )
+    assert report.path == "native"
+    assert report.speculation.drafted > 0
+    assert torch.equal(out, model.generate(**four, **given))
+
+
 def test_a_custom_generate_call_takes_it(model, drafts):
     out = model.generate(
         torch.tensor(ONE), max_new_tokens=20, do_sample=False, draft=drafts["draft"],
@@ -297,11 +312,11 @@ def test_later_confidences_do_not_reach_back():
 
 
 def test_widths():
-    assert widths_for(1, 5, native=True) == [1, 6]
-    assert widths_for(1, 15, native=True) == [1, 2, 4, 8, 16]
-    assert widths_for(4, 5, native=True) == [1, 2, 4]
-    assert widths_for(16, 5, native=True) == [1]
-    assert widths_for(16, 5, native=False) == [1, 2, 4, 6]
+    assert widths_for(1, 5, 16) == [1, 6]
+    assert widths_for(1, 15, 16) == [1, 2, 4, 8, 16]
+    assert widths_for(4, 5, 16) == [1, 2, 4]
+    assert widths_for(16, 5, 16) == [1]
+    assert widths_for(16, 5, 128) == widths_for(16, 5) == [1, 2, 4, 6]
 
 
 @pytest.mark.slow

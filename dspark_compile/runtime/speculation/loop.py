@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark_compile.kernels.cpp._launch import MAX_ROWS
+from dspark_compile.kernels.cpp.linear import most_rows
 from dspark_compile.models.draft import DraftModel
 from dspark_compile.ops.token import draw, penalised
 from dspark_compile.runtime.decode_loop import FIRST_ROOM, VISIT, GenerationReport, Plan
@@ -125,11 +125,14 @@ def refusal(model: Any, draft: Any, plan: Plan, batch: int) -> str | None:
     if isinstance(draft, DraftModel) and model.device.type == "cpu":
         config, rows = draft.config, batch_bucket(batch)
         block = max(config.block_size, config.num_drafted + 1)
-        if rows > 1 and rows * block > MAX_ROWS:
-            return (
-                f"a batch of {batch} needs {rows * block} rows a step for blocks of {block} tokens,"
-                f" and the CPU's kernels take {MAX_ROWS}"
-            )
+        for what, width, dtype in (
+            ("blocks of", block, draft.fc.weight.dtype), ("verifying", 2, model.dtype)
+        ):  # fmt: skip
+            if rows > 1 and rows * width > (most := most_rows(dtype)):
+                return (
+                    f"a batch of {batch} needs {rows * width} rows a step for {what} {width} tokens"
+                    f" each, and the CPU's kernels take {most} of {str(dtype)[6:]}"
+                )
     if plan.called is not None or plan.keep_scores or plan.keep_logits:
         return "logits processors called in Python, or scores kept, want one token at a time"
     if plan.cache is not None or plan.keep_cache:
@@ -263,15 +266,19 @@ class SpeculativeLoop:
             return TorchEngine(state)
         on_cpu = state.text.device.type == "cpu"
         program = rounds.ensure(1)
-        native = program is not None and program.native
-        state.widths = widths_for(rounds.rows, rounds.count, native and on_cpu)
+        native = on_cpu and program is not None and program.native
+        limit = most_rows(rounds.model.dtype) if native else None
+        widths = widths_for(rounds.rows, rounds.count, limit)
         if self.fixed:
-            state.widths = sorted({1, max(state.widths)})
-        for width in state.widths:
-            if width in prices.verify:
-                continue
-            rounds.ensure(width)
-            prices.verify[width] = _seconds(lambda w=width: rounds.verify(w), rounds)  # type: ignore[misc]
+            widths = sorted({1, max(widths)})
+        state.widths = []
+        for width in widths:
+            program = rounds.ensure(width)
+            if native and (program is None or not program.native):
+                break  # other kernels of the model take fewer rows
+            state.widths.append(width)
+            if width not in prices.verify:
+                prices.verify[width] = _seconds(lambda w=width: rounds.verify(w), rounds)  # type: ignore[misc]
         if max(state.widths) > 1:
             self.proposer.ensure()
         engine, self.reason = engine_for(state, TorchEngine)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark_compile.kernels.cpp._launch import MAX_ROWS
 from dspark_compile.runtime.speculation.accept import is_greedy
 from dspark_compile.runtime.speculation.calibration import Calibration
 from dspark_compile.runtime.speculation.rounds import SpeculativeRounds
@@ -130,12 +129,12 @@ class State:
             self.text = torch.cat((self.text, more), dim=1)
 
 
-def widths_for(rows: int, count: int, native: bool) -> list[int]:
-    """Widths to have programs for: one token, all of them, and powers of two between; natively no
-    more than the products take rows."""
+def widths_for(rows: int, count: int, limit: int | None = None) -> list[int]:
+    """Widths to have programs for: one token, all of them, and powers of two between; no more than
+    make ``limit`` rows together (`most_rows` of the native products)."""
     most = count + 1
-    if native:
-        most = max(1, min(most, MAX_ROWS // rows))
+    if limit is not None:
+        most = max(1, min(most, limit // rows))
     widths = {1, most}
     if rows > 1 or most > 8:
         widths |= {w for w in (2, 4, 8) if w < most}
