@@ -37,13 +37,44 @@ struct ChooseArguments {
   float* z;         // memory for V floats
 };
 
-// The first largest; NaN counts as largest, as torch has it.
-inline int64_t arg_max(const float* z, int64_t V) {
+// The first largest; NaN counts as largest, as torch has it. One number at a time.
+template <class T>
+int64_t arg_max_plain(const T* z, int64_t V) {
   int64_t at = 0;
-  float best = z[0];
+  float best = to_float(z[0]);
   for (int64_t i = 1; i < V && best == best; ++i)
-    if (!(z[i] <= best)) best = z[i], at = i;
+    if (!(to_float(z[i]) <= best)) best = to_float(z[i]), at = i;
   return at;
+}
+
+// The same by blocks: the largest of each, and then its place in the block that has it. A difference
+// that is not zero says that there is a NaN or an infinity, which is left to the plain way.
+template <class T>
+int64_t arg_max(const T* z, int64_t V) {
+  constexpr int W = Vec::W;
+  constexpr int64_t BLOCK = 16 * W;
+  float best = -INFINITY;
+  int64_t at = 0, end = V / BLOCK * BLOCK;
+  Vec odd = zero();
+  for (int64_t b = 0; b < end; b += BLOCK) {
+    Vec most = load(z + b);
+    odd = odd + (most - most);
+    for (int64_t i = W; i < BLOCK; i += W) {
+      const Vec x = load(z + b + i);
+      most = max(most, x);
+      odd = odd + (x - x);
+    }
+    const float m = largest(most);
+    if (m > best) best = m, at = b;
+  }
+  if (!(sum(odd) == 0)) return arg_max_plain(z, V);
+  for (int64_t i = end; i < V; ++i) {
+    const float x = to_float(z[i]);
+    if (x != x) return arg_max_plain(z, V);
+    if (x > best) best = x, at = i;
+  }
+  while (at < V && to_float(z[at]) != best) ++at;
+  return at < V ? at : 0;
 }
 
 // The k-th largest of z.
@@ -141,19 +172,20 @@ int64_t choose(ChooseArguments& a) {
       continue;
     }
     const T* x = static_cast<const T*>(a.logits) + b * a.ld;
-    for (int64_t i = 0; i < V; i += W) {
+    uint8_t* marks = a.seen == nullptr ? nullptr : a.seen + b * V;
+    const bool greedy = a.uniform == nullptr;
+    for (int64_t i = 0; i < V && !(greedy && marks == nullptr); i += W) {
       const int n = int(std::min<int64_t>(W, V - i));
       store(z + i, load(x + i, n), n);
     }
-    uint8_t* marks = a.seen == nullptr ? nullptr : a.seen + b * V;
     if (marks != nullptr) {
       const float penalty = float(a.how.penalty);
       for (int64_t i = 0; i < V; ++i)
         if (marks[i]) z[i] = z[i] < 0 ? z[i] * penalty : z[i] / penalty;
     }
     int64_t token;
-    if (a.uniform == nullptr) {
-      token = arg_max(z, V);
+    if (greedy) {
+      token = marks == nullptr ? arg_max(x, V) : arg_max(z, V);
     } else {
       const Vec t = all(float(a.how.temperature));
       for (int64_t i = 0; i < V; i += W) {
