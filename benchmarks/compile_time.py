@@ -2,7 +2,11 @@
 
 Every measurement is a fresh process with its own Inductor cache folder: the cold one empty,
 the warm one what the cold run left. The processes take turns. What is timed is everything
-``torch.compile`` does for one prefill and two decode steps of the shipped model.
+``torch.compile`` does for one prefill and two decode steps of the shipped model in float32, or
+with ``--shape qwen3-0.6b`` of a random one in bfloat16.
+
+    python -m benchmarks.compile_time
+    python -m benchmarks.compile_time --shape qwen3-0.6b --rounds 1 --name compile_time_qwen3
 """
 
 from __future__ import annotations
@@ -16,15 +20,20 @@ import sys
 import tempfile
 
 from benchmarks._common import write
+from benchmarks.decode import SHAPES
 
 _CHILD = """
 import json, sys, time, torch
 from transformers import AutoModelForCausalLM, StaticCache
 from dspark_compile.models import DEMO_PATH
-backend, layers = sys.argv[1], int(sys.argv[2])
+backend, layers, shape = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 import dspark_compile.backend, torch._inductor.compile_fx  # imports are not compile time
-model = AutoModelForCausalLM.from_pretrained(DEMO_PATH, dtype=torch.float32).eval()
-if layers:
+if shape == "shipped":
+    model = AutoModelForCausalLM.from_pretrained(DEMO_PATH, dtype=torch.float32).eval()
+else:
+    from benchmarks.decode import make
+    model = make(shape, torch.bfloat16, layers)
+if layers and shape == "shipped":
     del model.model.layers[layers:]
     model.config.num_hidden_layers = layers
     model.config.layer_types = model.config.layer_types[:layers]
@@ -36,10 +45,11 @@ with torch.no_grad():
     cache.reset()
     start = time.perf_counter()
     run(ids, past_key_values=cache)
+    prefill = time.perf_counter() - start
     run(ids[:, :1], past_key_values=cache)
     run(ids[:, :1], past_key_values=cache)
     total = time.perf_counter() - start
-out = {"seconds": total}
+out = {"seconds": total, "decode_seconds": total - prefill}
 if backend == "dspark":
     import dspark_compile
     report = dspark_compile.last_report()
@@ -53,11 +63,11 @@ print("RESULT", json.dumps(out))
 """
 
 
-def child(backend: str, cache: str, layers: int) -> dict:
+def child(backend: str, cache: str, layers: int, shape: str) -> dict:
     """One fresh process; its result."""
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "DSPARK_CACHE_DIR": cache + "/dspark"}
     done = subprocess.run(
-        [sys.executable, "-c", _CHILD, backend, str(layers)],
+        [sys.executable, "-c", _CHILD, backend, str(layers), shape],
         env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     for line in done.stdout.splitlines():
@@ -71,22 +81,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=0, help="keep only the first N layers")
+    parser.add_argument("--shape", choices=["shipped", *SHAPES], default="shipped")
+    parser.add_argument("--name", default="compile_time")
     args = parser.parse_args()
     runs: dict[str, list[dict]] = {}
     for _ in range(args.rounds):
         for backend in ("inductor", "dspark"):
             with tempfile.TemporaryDirectory() as cache:
                 for state in ("cold", "warm"):
-                    result = child(backend, cache, args.layers)
+                    result = child(backend, cache, args.layers, args.shape)
                     runs.setdefault(f"{backend} {state}", []).append(result)
-                    print(backend, state, f"{result['seconds']:.1f} s", flush=True)
-    median = {k: statistics.median(r["seconds"] for r in v) for k, v in runs.items()}
+                    print(
+                        f"{backend} {state} {result['seconds']:.1f} s, of which decode"
+                        f" {result['decode_seconds']:.1f} s",
+                        flush=True,
+                    )
+    median, decode = (
+        {k: statistics.median(r[part] for r in v) for k, v in runs.items()}
+        for part in ("seconds", "decode_seconds")
+    )
     write(
-        "compile_time",
+        args.name,
         {
-            "what": "one prefill of 64 tokens and two decode steps of the shipped model, float32",
+            "what": "one prefill of 64 tokens and two decode steps",
+            "model": args.shape,
             "layers": args.layers or "all",
             "median_s": median,
+            "decode_median_s": decode,
             "cold_ratio_to_inductor": median["dspark cold"] / median["inductor cold"],
             "warm_over_cold": median["dspark warm"] / median["dspark cold"],
             "runs": runs,

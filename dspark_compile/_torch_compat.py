@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -52,6 +52,15 @@ def fake_inputs(inputs: Sequence[Any]) -> tuple[list[Any], Any]:
 
     with mode:
         return [convert(x) for x in inputs], mode
+
+
+@contextlib.contextmanager
+def outside_of_tracing() -> Iterator[None]:
+    """Inside, real tensors are computed with and graphs compiled as if nothing were traced."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes(), torch._guards.tracing(None):
+        yield
 
 
 def ignore_fresh_symbols(mode: Any) -> contextlib.AbstractContextManager[Any]:

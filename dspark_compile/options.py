@@ -46,6 +46,13 @@ class Options:
         ("auto", "aten", "triton", "cpp", "reference"),
         variable="DSPARK_KERNELS",
     )
+    tune: str = _option(
+        "auto",
+        "Measuring what is fastest for a site on the CPU, where the cost model is unsure: not at "
+        "all, for at most a second of a process, or for a minute with Inductor among the "
+        "candidates. What was measured is kept.",
+        ("off", "auto", "full"),
+    )
     kv_cache: str = _option(
         "model",
         "How a static key/value cache that the caller brings is stored: as the model has "

@@ -8,12 +8,14 @@ directly. A ``triton`` or ``cpp`` site calls the kernel's own op. ``aten.view`` 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from dspark_compile.codegen.fastest import arrange
 from dspark_compile.codegen.registry import implementations
 from dspark_compile.ops import OPS
 from dspark_compile.passes.base import PassContext
@@ -64,6 +66,7 @@ def lower(
     eager = options.inner == "eager" or direct
     decompositions: set[Any] = {OPS["quantize_kv"].overload}
     chosen: dict[str, tuple[str, str]] = {}
+    told: Counter[str] = Counter()
     for node in list(module.graph.nodes):
         if is_op(node, aten.view.default):
             node.target = aten.reshape.default
@@ -74,8 +77,11 @@ def lower(
         if native:
             chosen[node.name] = ("native", "")
             continue
-        refused = ""
-        for candidate in implementations(name, options.kernels, _device(node), direct):
+        refused = measured = ""
+        candidates = implementations(name, options.kernels, _device(node), direct)
+        if options.kernels == "auto":
+            candidates, measured = arrange(node, candidates, options.tune, eager=eager)
+        for candidate in candidates:
             if candidate.name == "aten" and OPS[name].mutates and name not in _SPELLED:
                 continue
             reason = candidate.supports(node)
@@ -85,7 +91,9 @@ def lower(
                     # Asked for and not given; under "auto" it is a choice, told with the site.
                     report.add_fallback(f"{name} at {node.name}", refused)
                 continue
-            chosen[node.name] = (candidate.name, refused)
+            chosen[node.name] = (candidate.name, measured or refused)
+            if measured:
+                told[f"{name} is {candidate.name}, {measured}"] += 1
             if candidate.name in ("triton", "cpp") or eager:
                 node.target = candidate.target or node.target
             elif candidate.name == "aten" and OPS[name].mutates:
@@ -93,6 +101,7 @@ def lower(
             elif candidate.name == "aten":
                 decompositions.add(OPS[name].overload)
             break
+    report.notes += [f"{count} × {text}" for text, count in told.items()]
     report.sites[:] = [
         replace(site, impl=chosen[site.node][0], reason=chosen[site.node][1])
         if site.status == "raised" and site.node in chosen
