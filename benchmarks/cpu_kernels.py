@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import statistics
+from dataclasses import replace
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +21,14 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks._common import interleaved, write
-from dspark_compile.codegen.cost import cost
+from dspark_compile.codegen.cost import Cost, cost
 from dspark_compile.codegen.machine import _probes, describe
 from dspark_compile.kernels import cpp
 from dspark_compile.ops.cache import quantize_kv
 
 SHAPES = ((3072, 1024), (9728, 2560), (151936, 1024))
 PROBE_BYTES = 256 * 2**20
+SHORT = 50e-6  # what is shorter is not counted among the predictions
 
 
 def turns(count: int, make: Callable[[], Any]) -> Callable[[], Any]:
@@ -33,7 +36,7 @@ def turns(count: int, make: Callable[[], Any]) -> Callable[[], Any]:
     return itertools.cycle([make() for _ in range(count)]).__next__
 
 
-def measure(runs: dict[str, Callable[[], Any]], nbytes: int, predicted: float, rounds: int) -> dict:
+def measure(runs: dict[str, Callable[[], Any]], nbytes: int, model: Cost, rounds: int) -> dict:
     """Times, ratios and shares of bandwidth of one case."""
     probes, buffer = _probes(), torch.ones(PROBE_BYTES // 4)
     threads = torch.get_num_threads()
@@ -43,12 +46,14 @@ def measure(runs: dict[str, Callable[[], Any]], nbytes: int, predicted: float, r
     times = interleaved(runs, rounds)
     bandwidth = PROBE_BYTES / times["probe"]["median_s"]
     ours = times["cpp"]["median_s"]
+    predicted = model.seconds(replace(describe(), read={threads: bandwidth}))
     return {
         "bytes": nbytes,
         "read_bandwidth": bandwidth,
         "times": times,
         "of_bandwidth": nbytes / ours / bandwidth,
         "predicted_s": predicted,
+        "prediction_error": predicted / ours - 1,
         "speedup": {n: t["median_s"] / ours for n, t in times.items() if n not in ("cpp", "probe")},
     }
 
@@ -68,9 +73,9 @@ def products(dtype: torch.dtype, cold: int, rounds: int) -> list[dict]:
                 "cpp": lambda x=x, take=following: torch.ops.dspark_cpu.linear(x, take()),
                 "aten": lambda x=x, take=following: F.linear(x, take()),
             }
-            predicted = cost("linear", x, following()).seconds(describe())
+            model = cost("linear", x, following())
             case = {"op": "linear", "dtype": str(dtype), "n": n, "k": k, "rows": rows}
-            results.append({**case, **measure(runs, nbytes, predicted, rounds)})
+            results.append({**case, **measure(runs, nbytes, model, rounds)})
             show(results[-1])
     return results
 
@@ -122,7 +127,7 @@ def attentions(cold: int, rounds: int) -> list[dict]:
         ):  # fmt: skip
             runs = {"cpp": run, "sdpa": aten, "sdpa_sliced": sliced}
             case = {"op": name, "context": context, "rows": rows}
-            results.append({**case, **measure(runs, nbytes, c.seconds(describe()), rounds)})
+            results.append({**case, **measure(runs, nbytes, c, rounds)})
             show(results[-1])
     return results
 
@@ -160,7 +165,15 @@ def main() -> None:
             results += products(dtype, cold, args.rounds)
     if args.only != "products":
         results += attentions(cold, args.rounds)
-    payload = {"load_before": load, "machine": describe().to_dict(), "results": results}
+    errors = [abs(r["prediction_error"]) for r in results if r["times"]["cpp"]["median_s"] > SHORT]
+    error = statistics.median(errors)
+    print(f"median error of the prediction: {error:.0%} of {len(errors)} kernels", flush=True)
+    payload = {
+        "median_prediction_error": error,
+        "load_before": load,
+        "machine": describe().to_dict(),
+        "results": results,
+    }
     if not args.no_write:
         write("cpu_kernels", payload)
 
