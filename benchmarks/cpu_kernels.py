@@ -13,8 +13,8 @@ import argparse
 import itertools
 import os
 import statistics
-from dataclasses import replace
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
