@@ -22,6 +22,7 @@ from dspark_compile.passes.graph import aten
 
 SMALL = 8192  # elements that one thread does alone
 LARGE = 1 << 22  # above, the inner compiler's vectorised loops are wanted
+LARGEST_INDEX = 4096  # numbers, each of which every thread checks
 
 _TYPES = {
     torch.bool: "bool",
@@ -168,6 +169,11 @@ def _print(
         return _cat(args, out, pointer)
     if target is aten.roll.default:
         return _roll(args, out, pointer)
+    if target is aten.index.Tensor:
+        return _index(args, out, pointer)
+    if target is aten.index_select.default:
+        given = [*[None] * (args[1] % tensors[0].dim()), args[2]]
+        return _index([args[0], given], out, pointer, from_end=False)
     if target in _MAKERS:
         return _made(node, args, out, pointer)
     if target is aten.argmax.default:
@@ -279,8 +285,11 @@ def _expression(node: fx.Node, args: list[Any], out: Tensor) -> tuple[str, str]:
     raise NotGlue(f"{target} is not among the printed ones")
 
 
-def _loops(out: Tensor, views: Sequence[Tensor], body: Sequence[str]) -> list[str]:
-    """Loops over ``out``'s shape, dimensions merged where all strides allow."""
+def _loops(
+    out: Tensor, views: Sequence[Any], body: Sequence[str], alone: bool = False
+) -> list[str]:
+    """Loops over ``out``'s shape, dimensions merged where all strides allow; shared out over the
+    team if there is much to do, and every thread must not do all of it (``alone``)."""
     sizes: list[int] = []
     strides: list[list[int]] = []
     every = [*views, out]
@@ -296,7 +305,9 @@ def _loops(out: Tensor, views: Sequence[Tensor], body: Sequence[str]) -> list[st
             strides.append(now)
     if out.numel() == 0:
         return []
-    shared = max(range(len(sizes)), key=sizes.__getitem__) if out.numel() > SMALL else -1
+    shared = (
+        max(range(len(sizes)), key=sizes.__getitem__) if out.numel() > SMALL and not alone else -1
+    )
     lines: list[str] = []
     for i, size in enumerate(sizes):
         indent = "  " * len(lines)
@@ -345,6 +356,57 @@ def _embedding(args: list[Any], out: Tensor, pointer: Callable[[Tensor], str]) -
         f" {weight.stride(0)}, {features * weight.element_size()});"
     )
     return [*lines, "}", "}"]
+
+
+@dataclass(frozen=True)
+class _Strides:
+    """Where a loop over a result's shape reads."""
+
+    of: tuple[int, ...]
+
+    def stride(self, axis: int) -> int:
+        return self.of[axis]
+
+
+def _index(
+    args: list[Any], out: Tensor, pointer: Callable[[Tensor], str], from_end: bool = True
+) -> list[str]:
+    """``x[:, i]``, ``x[i, :, j]``: integer tensors in any places, broadcast with each other.
+    Negative ones count from the end, or are outside."""
+    x, given = args
+    indices = {axis: i for axis, i in enumerate(given) if i is not None}
+    for i in indices.values():
+        if not isinstance(i, Tensor) or i.dtype not in (torch.int64, torch.int32):
+            raise NotGlue("an index that is no tensor of integers")
+        if i.numel() > LARGEST_INDEX:
+            raise NotGlue(f"an index of {i.numel()} numbers")
+    shape = torch.broadcast_shapes(*(i.shape for i in indices.values()))
+    axes = sorted(indices)
+    together = axes == list(range(axes[0], axes[-1] + 1))
+    front = axes[0] if together else 0  # where the indices' dimensions stand in the result
+    kept = [x.stride(a) for a in range(x.dim()) if a not in indices]
+    kind = _TYPES[x.dtype]
+    source = _Strides((*kept[:front], *[0] * len(shape), *kept[front:]))
+    checks, views, at = [], [source], []
+    body = [f"const {kind}* from = &((const {kind}*){pointer(x)})[{{0}}];"]
+    for n, (axis, i) in enumerate(indices.items()):
+        size, spread = x.shape[axis], i.expand(shape)
+        steps = [0] * out.dim()
+        steps[front : front + len(shape)] = spread.stride()
+        views.append(_Strides(tuple(steps)))
+        read = f"((const {_TYPES[i.dtype]}*){pointer(i)})"
+        # Every thread looks at all of them, so that all leave together.
+        least = -size if from_end else 0
+        looked = [
+            f"const int64_t row = {read}[{{0}}];",
+            f"if (row < {least}LL || row >= {size}LL) return 3;",
+        ]
+        checks += ["{", *_loops(i, [i], looked, alone=True), "}"]
+        body.append(f"int64_t n{n} = {read}[{{{n + 1}}}];")
+        body.append(f"if (n{n} < 0) n{n} += {size};")
+        at.append(f"n{n} * {x.stride(axis)}")
+    body.append(f"(({kind}*){pointer(out)})[{{out}}] = from[{' + '.join(at)}];")
+    return [*checks, *_loops(out, views, body)]
 
 
 def _cat(args: list[Any], out: Tensor, pointer: Callable[[Tensor], str]) -> list[str]:

@@ -49,6 +49,8 @@ _OTHERS = (
     "rope", "cache_append_", "cache_append_int8_", "qk_norm_rope_append_",
     "qk_norm_rope_append_int8_", "attention", "attention_int8",
 )  # fmt: skip
+# Where cosines and sines stand among an op's arguments.
+ANGLES = {"rope": (1, 2), "qk_norm_rope_append_": (5, 6), "qk_norm_rope_append_int8_": (5, 6)}
 QUANTIZED = ("linear_int8", "linear_int4", "gated_mlp_int8", "gated_mlp_int4")
 PRODUCTS = (*_LINEARS, *_MLPS, *QUANTIZED)
 EXPERTS = ("moe_router", "moe_experts")
@@ -452,6 +454,11 @@ class Planner:
     def _other(self, node: fx.Node, name: str) -> None:
         args = fx.node.map_arg(node.args, self.get)
         kwargs = dict(node.kwargs)
+        if name in ANGLES:  # cosine and sine in turns, say, as one table has them
+            args = tuple(
+                self.contiguous(a, node.name) if i in ANGLES[name] and a.stride(-1) != 1 else a
+                for i, a in enumerate(args)
+            )
         if name in QUANTIZED:
             x = args[0]
             rows = self.rows(x, node.name).reshape(x.shape)

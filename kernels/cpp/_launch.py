@@ -74,7 +74,7 @@ def raise_for(status: int, name: str) -> None:
     if status == 2:
         raise IndexError(f"{name}: a position lies outside of the cache")
     if status == 3:
-        raise IndexError(f"{name}: a token lies outside of the vocabulary")
+        raise IndexError(f"{name}: a token or another index lies outside of its table")
 
 
 def threads_for(nbytes: int) -> int:

@@ -13,6 +13,7 @@ from dspark_compile.codegen.cpp.program import NativeProgram, Program, Result
 from dspark_compile.diagnostics import state
 from dspark_compile.kernels.cpp._launch import Call
 from dspark_compile.kernels.cpp.linear import linear_call
+from dspark_compile.models.gpt_fast import GPT, GPTConfig
 
 SMALL = {
     "vocab_size": 199, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2,
@@ -217,6 +218,60 @@ def test_a_token_outside_of_the_vocabulary_is_an_error():
         with pytest.raises(IndexError, match="outside"):
             compiled(torch.tensor([[199]]), past_key_values=cache)
         assert compiled(torch.tensor([[5]]), past_key_values=cache).logits.isfinite().all()
+
+
+class Indexed(torch.nn.Module):
+    """Reads tables by integer tensors in several places."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+        self.register_buffer("table", torch.randn(6, 5, 8))
+        self.register_buffer("large", torch.randn(64, 3, 300).transpose(0, 1))
+
+    def forward(self, x, i, j):
+        x = self.linear(x)
+        return (
+            x + self.table[i, 0], self.table[:, j], self.table[i, :, j], self.table[i, j[:1]],
+            self.table[:, i, j].neg(), self.table.index_select(-1, i),
+            self.large[:, i[:, None] * 7],
+        )  # fmt: skip
+
+
+def test_indices_are_stages():
+    module = Indexed().eval()
+    x, i, j = torch.randn(2, 8), torch.tensor([3, -2]), torch.tensor([4, 1], dtype=torch.int32)
+    i[1] = 4
+    compiled = torch.compile(module, backend="dspark", options={"kernels": "auto"}, dynamic=False)
+    with torch.no_grad():
+        for turn in range(3):
+            got, want = compiled(x, i, j), module(x, i, j)
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b)
+            i, j = (i + 1 + turn) % 5, -1 - j
+        notes = state.last_report().graphs[0].notes
+        assert any("one native call" in n for n in notes), notes
+        with pytest.raises(IndexError, match="outside"):
+            compiled(x, torch.tensor([0, 6]), j)
+        with pytest.raises(IndexError, match="outside"):  # index_select counts from 0
+            compiled(x, torch.tensor([0, -1]), j)
+        torch.testing.assert_close(compiled(x, i, j)[0], module(x, i, j)[0])
+
+
+def test_gpt_fast_is_one_native_call():
+    torch.manual_seed(0)
+    config = GPTConfig(vocab=64, layers=2, width=64, heads=4, kv_heads=2, hidden=96)
+    model, plain = GPT(config).eval(), GPT(config).eval()
+    plain.load_state_dict(model.state_dict())
+    compiled = torch.compile(model, backend="dspark", dynamic=False, options={"kernels": "auto"})
+    with torch.no_grad():
+        for m in (model, plain):
+            m.setup_caches(1, 32)
+            m(torch.tensor([[5, 9, 2]]), torch.arange(3))
+        for step in range(3, 6):
+            ids, where = torch.tensor([[7 + step]]), torch.tensor([step])
+            torch.testing.assert_close(compiled(ids, where), plain(ids, where))
+    assert any("one native call" in n for n in state.last_report().graphs[-1].notes)
 
 
 # ------------------------------------------------------------------------------- the program
