@@ -283,6 +283,9 @@ def _rope(x: T, cos: T, sin: T, *rest: Any) -> Cost:
 # -- attention
 
 
+_SOFTMAX = 64  # what a score costs besides its products, in operations of a matrix unit
+
+
 def _attend(
     query: T, key: T, value: T, scales: Sequence[T], mask: Sequence[Any], keys: Size | None
 ) -> Cost:
@@ -293,9 +296,11 @@ def _attend(
     bias, sinks = mask[0], mask[1]
     out = T((batch, heads, rows, value.shape[3]), query.dtype)
     pairs = sympy.sympify(batch) * heads * rows * read
-    flops = pairs * (2 * features + 2 * value.shape[3] + 5)
-    # Scores and weights pass through vector units, in float32.
-    return Cost(query.bytes + cache + _bytes(bias, sinks), out.bytes, flops, torch.float32)
+    # The softmax is five operations a score on vector units, which products of half types leave far
+    # behind.
+    softmax = 5 if query.dtype.itemsize >= 4 else _SOFTMAX
+    flops = pairs * (2 * features + 2 * value.shape[3] + softmax)
+    return Cost(query.bytes + cache + _bytes(bias, sinks), out.bytes, flops, query.dtype)
 
 
 @_formula("attention")
