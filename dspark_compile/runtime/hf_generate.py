@@ -164,7 +164,26 @@ def _refusal(model: Any, input_ids: Any, config: Any, given: Mapping[str, Any]) 
     if cache is not None and not isinstance(cache, DecodeCache):
         if getattr(cache, "_is_user_defined", False) or _held(cache):
             return f"past_key_values is a {type(cache).__name__} of the caller's"
-    return unsupported(model.config)
+    return unsupported(model.config) or _own_ways(model)
+
+
+_WINDOW_MASKS = {
+    "create_sliding_window_causal_mask", "create_chunked_causal_mask", "create_masks_for_generate",
+}  # fmt: skip
+
+
+def _own_ways(model: Any) -> str | None:
+    """Why a `DecodeCache` is not what the model takes its cache for."""
+    general = getattr(model, "_supports_default_dynamic_cache", None)
+    if general is not None and not general():
+        return "it has a cache of its own kind"
+    # Some models have no mask for their windows: transformers' caches drop what lies outside, and
+    # ours, which keeps everything, would show it.
+    modules = {type(m).__module__ for m in model.modules()}
+    masks = any(_WINDOW_MASKS & set(vars(sys.modules[m])) for m in modules if m in sys.modules)
+    if not masks and any(x.is_sliding for x in DecodeCache(model.config).attention):
+        return "its sliding windows are those of its cache: it has no mask for them"
+    return None
 
 
 def _cache(given: Mapping[str, Any]) -> Any:
