@@ -9,8 +9,10 @@ be rewritten is compiled unchanged and the report says why.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -164,6 +166,20 @@ def _refusal(gm: fx.GraphModule, inputs: Sequence[Any]) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Inside, Python does not look for garbage: graphs are many small objects, all of them alive,
+    and to look through them again and again takes its time."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def _compile(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
@@ -172,24 +188,25 @@ def _compile(
     report: GraphReport,
 ) -> Callable[..., Any]:
     given = inputs
-    gm, inputs, wrap = desugar(gm, given)
-    with report.timed("trace"), naming(given):
-        traced, mode = trace(capture(gm, report), inputs)
-    if options.keep_programs:
-        report.programs["dynamo"] = str(gm.graph)
-        report.programs["traced"] = str(traced.graph)
-    ctx = PassContext(options, report, mode, list(inputs))
-    with report.timed("passes"):
-        run_pipeline(traced, ctx)
-    native = None
-    as_it_is = False
-    if options.kernels in ("auto", "cpp") and options.inner != "eager" and _on_cpu(inputs):
-        with report.timed("native"):
-            native = native_step(traced, ctx)
-            if native is None and options.inner == "auto" and not config:
-                as_it_is = _direct(traced, ctx)
-    with report.timed("passes"):
-        decompositions = lower(traced, ctx, native=native is not None, direct=as_it_is)
+    with _uncollected():
+        gm, inputs, wrap = desugar(gm, given)
+        with report.timed("trace"), naming(given):
+            traced, mode = trace(capture(gm, report), inputs)
+        if options.keep_programs:
+            report.programs["dynamo"] = str(gm.graph)
+            report.programs["traced"] = str(traced.graph)
+        ctx = PassContext(options, report, mode, list(inputs))
+        with report.timed("passes"):
+            run_pipeline(traced, ctx)
+        native = None
+        as_it_is = False
+        if options.kernels in ("auto", "cpp") and options.inner != "eager" and _on_cpu(inputs):
+            with report.timed("native"):
+                native = native_step(traced, ctx)
+                if native is None and options.inner == "auto" and not config:
+                    as_it_is = _direct(traced, ctx)
+        with report.timed("passes"):
+            decompositions = lower(traced, ctx, native=native is not None, direct=as_it_is)
     report.num_nodes_after = len(traced.graph.nodes)
     if options.keep_programs:
         report.programs["lowered"] = str(traced.graph)

@@ -5,7 +5,7 @@
 // one value for each row, or for each group of a multiple of 32 in a row.
 //
 //   Fused    float lanes: q widened to float                          any type, any CPU
-//   Bytes    dpbusd: nibbles times x as 16-bit numbers, see below     int4, half types, AMX, M <= 2
+//   Bytes    dpbusd: q times x as 16-bit numbers, see below           half types, AMX, M <= 2
 //   Tiles    a block of rows widened to bf16 in L1, then tdpbf16ps    bf16, AMX, M >= 5
 //
 // (To make bf16 of q for dpbf16ps costs more than the instruction saves.) The first two read a
@@ -66,18 +66,28 @@ constexpr IntForm int_form() {
   if (M >= 5 && std::is_same<T, bf16>::value) return IntForm::Tiles;
 #endif
 #if defined(DSPARK_BYTE_DOT)
-  if (M <= 2 && Q::BITS == 4 && !std::is_same<T, float>::value) return IntForm::Bytes;
+  if (M <= 2 && !std::is_same<T, float>::value) return IntForm::Bytes;
 #endif
   return IntForm::Fused;
 }
 
-// 128 numbers of x for Bytes, as 64 bytes of W meet them: [0] the first and the third 32, which low
-// nibbles multiply, [1] the others.
+// 128 numbers of x for Bytes, as the bytes of W meet them. int8: [0] the first 64, [1] the others.
+// int4: [0] the first and the third 32, which low nibbles multiply, [1] the others.
 struct alignas(64) ByteStep {
   int8_t high[2][64], low[2][64];  // 256 high + low
   float scale[2][16];              // of the four numbers that end up in each lane
-  float offset[2][16];             // -8 times their sum: nibbles are taken for 0 ... 15
+  float offset[2][16];             // their sum, times what q is too large by: see UP
 };
+
+// Added to q to make it unsigned.
+template <class Q>
+constexpr int UP = 1 << (Q::BITS - 1);
+
+// Where plane p of a step lies in a ByteStep: which half, and from which byte on.
+template <class Q>
+constexpr int half_of(int p) { return Q::BITS == 4 ? p % 2 : p / 2; }
+template <class Q>
+constexpr int byte_of(int p) { return (Q::BITS == 4 ? p / 2 : p % 2) * PLANE; }
 
 // -- x
 
@@ -88,10 +98,10 @@ struct alignas(64) ByteStep {
 #pragma GCC target("avx512vnni")
 
 // Numbers [0, 128) of a row of which `left` are there.
-template <class T>
+template <class Q, class T>
 inline void pack_bytes(const T* row, int64_t left, ByteStep& to) {
   for (int plane = 0; plane < 4; ++plane) {
-    const int which = plane % 2, at = plane / 2 * PLANE;
+    const int which = half_of<Q>(plane), at = byte_of<Q>(plane);
     Vec x[2];
     for (int i : {0, 1}) {
       const int64_t from = plane * PLANE + 16 * i;
@@ -116,11 +126,11 @@ inline void pack_bytes(const T* row, int64_t left, ByteStep& to) {
     }
     for (int i = 0; i < 8; ++i) to.scale[which][at / 4 + i] = scale;
   }
-  const __m512i eights = _mm512_set1_epi8(8);
+  const __m512i up = _mm512_set1_epi8(char(UP<Q>));
   for (int which : {0, 1}) {
-    const __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), eights,
+    const __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), up,
                                              _mm512_load_si512(to.high[which]));
-    const __m512i sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), eights,
+    const __m512i sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), up,
                                             _mm512_load_si512(to.low[which]));
     const __m512 offset = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_load_ps(to.scale[which]));
     _mm512_store_ps(to.offset[which], _mm512_sub_ps(_mm512_setzero_ps(), offset));
@@ -180,7 +190,7 @@ class IntStaged {
     if constexpr (BYTES) {
 #if defined(DSPARK_BYTE_DOT)
       for (int64_t k = first; k < last; k += STEP)
-        pack_bytes(row + k, K - k, to[m * ldx + k / STEP]);
+        pack_bytes<Q>(row + k, K - k, to[m * ldx + k / STEP]);
 #endif
     } else if constexpr (FORM == IntForm::Tiles) {
       // [K / 2][M][2], as tiles take their right operand.
@@ -289,31 +299,36 @@ inline void int_tile(const uint8_t* const (&w)[R], int64_t next, const float* pa
 #pragma GCC push_options
 #pragma GCC target("avx512vnni")
 
-// The same in bytes, for int4.
+// The same in bytes.
 template <class Q, int R, int MT, bool GROUPED>
 __attribute__((noinline)) void int_tile(const uint8_t* const (&w)[R], int64_t next,
                                         const ByteStep* packed, int64_t ldx, int64_t K,
                                         const float* scales, int64_t lds,
                                         float* const (&out)[R]) {
   constexpr int COUNT = (R * MT + 15) / 16 * 16;
+  constexpr int BYTES = 2 * STEP_BYTES<Q>;
   Vec a[COUNT];
   for (int i = 0; i < COUNT; ++i) a[i] = zero();
-  const __m512i mask = _mm512_set1_epi8(15), eights = _mm512_set1_epi8(8);
-  auto steps = [&](int64_t from, int64_t to, int64_t ahead, bool whole)
+  const __m512i mask = _mm512_set1_epi8(15), up = _mm512_set1_epi8(char(UP<Q>));
+  // 64 numbers of step q as 0 ... 2 UP: `left` bytes of it are there. Behind them x is zero.
+  auto numbers = [&](const uint8_t* q, int p, int64_t left) __attribute__((always_inline)) {
+    if (Q::BITS == 8) q += 64 * p, left -= 64 * p;
+    const __m512i x = left >= 64 ? _mm512_loadu_si512(q)
+                                 : _mm512_maskz_loadu_epi8(
+                                       left <= 0 ? 0 : (__mmask64(1) << left) - 1, q);
+    if (Q::BITS == 8) return _mm512_xor_si512(x, up);
+    // (x & 15) ^ 8
+    return _mm512_ternarylogic_epi32(p ? _mm512_srli_epi16(x, 4) : x, mask, up, 0x6a);
+  };
+  auto steps = [&](int64_t from, int64_t to, int64_t ahead, int64_t left)
                    __attribute__((always_inline)) {
     for (int64_t s = from; s < to; ++s) {
       const ByteStep* x = packed + s;
       for (int r = 0; r < R; ++r) {
-        const uint8_t* q = w[r] + s * 64;
-        __builtin_prefetch(q + ahead, 0, 3);
-        // Behind a row's last 32 bytes x is zero, offset and all.
-        const __m512i both = whole ? _mm512_loadu_si512(q)
-                                   : _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)q));
+        const uint8_t* q = w[r] + s * BYTES;
+        for (int i = 0; i < BYTES; i += 64) __builtin_prefetch(q + i + ahead, 0, 3);
         for (int p : {0, 1}) {
-          // (both & 15) ^ 8: the number plus 8.
-          const __m512i c = _mm512_ternarylogic_epi32(p ? _mm512_srli_epi16(both, 4) : both, mask,
-                                                      eights, 0x6a);
-          const float* by = scales + r * lds + 4 * s + p;
+          const __m512i c = numbers(q, p, left);
           for (int m = 0; m < MT; ++m) {
             const ByteStep& y = x[m * ldx];
             const __m512i high =
@@ -324,8 +339,11 @@ __attribute__((noinline)) void int_tile(const uint8_t* const (&w)[R], int64_t ne
                                                 _mm512_load_ps(y.offset[p]));
             Vec& to = a[r * MT + m];
             if constexpr (GROUPED) {
-              const __m512 each = _mm512_mask_broadcastss_ps(_mm512_set1_ps(by[0]), 0xff00,
-                                                             _mm_load_ss(by + 2));
+              const float* by = scales + r * lds + 4 * s;
+              constexpr bool EIGHT = Q::BITS == 8;
+              const __m512 each = _mm512_mask_broadcastss_ps(
+                  _mm512_set1_ps(by[EIGHT ? 2 * p : p]), 0xff00,
+                  _mm_load_ss(by + (EIGHT ? 2 * p + 1 : p + 2)));
               to.v = _mm512_fmadd_ps(part, each, to.v);
             } else {
               to.v = _mm512_add_ps(part, to.v);
@@ -335,15 +353,15 @@ __attribute__((noinline)) void int_tile(const uint8_t* const (&w)[R], int64_t ne
       }
     }
   };
-  const int64_t bytes = (K + PAIR - 1) / PAIR * PLANE, whole = bytes / 64;
+  const int64_t bytes = Q::BITS == 8 ? K : (K + PAIR - 1) / PAIR * PLANE, whole = bytes / BYTES;
   if (next == bytes) {
-    steps(0, whole, AHEAD, true);
+    steps(0, whole, AHEAD, BYTES);
   } else {
-    const int64_t ahead = std::min<int64_t>(AHEAD / 64, whole);
-    steps(0, whole - ahead, ahead * 64, true);
-    steps(whole - ahead, whole, (ahead - whole) * 64 + next, true);
+    const int64_t ahead = std::min<int64_t>(AHEAD / BYTES, whole);
+    steps(0, whole - ahead, ahead * BYTES, BYTES);
+    steps(whole - ahead, whole, (ahead - whole) * BYTES + next, BYTES);
   }
-  if (whole * 64 < bytes) steps(whole, whole + 1, 0, false);
+  if (whole * BYTES < bytes) steps(whole, whole + 1, 0, bytes - whole * BYTES);
   float flat[COUNT];
   for (int i = 0; i < COUNT; i += 16) store(flat + i, sums(a + i));
   for (int r = 0; r < R; ++r)
@@ -393,6 +411,14 @@ inline void spread_scales(const Weight& w, int64_t n, int64_t K, int64_t G, floa
 template <int M, class Weight>
 inline void correct(const Weight& w, int64_t n, int count, int64_t G, const float* sums_of_x,
                     float (*results)[BLOCK]) {
+  using Zero = typename std::decay<decltype(*w.zero)>::type;
+  if constexpr (std::is_integral<Zero>::value) {
+    // Symmetric weights often carry zero points all the same.
+    const Zero* from = w.zero + n * G;
+    Zero any = 0;
+    for (int64_t i = 0; i < count * G; ++i) any |= from[i];
+    if (any == 0) return;
+  }
   constexpr int W = Vec::W;
   for (int r = 0; r < count; r += W) {
     const int rows = std::min(W, count - r);
