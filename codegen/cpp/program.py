@@ -194,12 +194,17 @@ struct Fix {
   int64_t where, which, offset;
 };
 
+static const Stage* table_of(int64_t* block, const Fix* fixes, int64_t count,
+                             const int64_t* bases) {
+  for (int64_t i = 0; i < count; ++i)
+    block[fixes[i].where] = bases[fixes[i].which] + fixes[i].offset;
+  return (const Stage*)block;
+}
+
 extern "C" __attribute__((visibility("default"))) int dspark_program(
     int64_t* block, const Fix* fixes, int64_t fix_count, const int64_t* bases, int64_t stages,
     void* memory, int64_t threads, int64_t ahead, int64_t* spent) {
-  for (int64_t i = 0; i < fix_count; ++i)
-    block[fixes[i].where] = bases[fixes[i].which] + fixes[i].offset;
-  const Stage* table = (const Stage*)block;
+  const Stage* table = table_of(block, fixes, fix_count, bases);
   if (spent != nullptr)
     return run_program<true>(table, stages, (char*)memory, int(threads), ahead, spent);
   return run_program<false>(table, stages, (char*)memory, int(threads), ahead, nullptr);
@@ -213,16 +218,13 @@ extern "C" __attribute__((visibility("default"))) int dspark_rounds(
     void* memory, int64_t threads, int64_t ahead, int64_t (*choose)(void*), void* arguments,
     const int64_t* tokens, int64_t rows, int64_t count, int64_t* history, int64_t* taken) {
   *taken = 0;
-  while (*taken < count) {
-    const int status = dspark_program(block, fixes, fix_count, bases, stages, memory, threads,
-                                      ahead, nullptr);
-    if (status != 0) return status;
+  if (count <= 0) return 0;
+  const Stage* table = table_of(block, fixes, fix_count, bases);
+  return run_rounds(table, stages, (char*)memory, int(threads), ahead, [&] {
     const int64_t open = choose(arguments);
     for (int64_t i = 0; i < rows; ++i) history[*taken * rows + i] = tokens[i];
-    ++*taken;
-    if (open == 0) break;
-  }
-  return 0;
+    return ++*taken < count && open != 0;
+  });
 }
 """
 

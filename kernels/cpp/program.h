@@ -43,30 +43,64 @@ inline int64_t now() {
   return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
 }
 
-// Returns the first status that is not 0; what comes behind the stage that gave it is not run.
-// With TIMED, spent[i] gains the nanoseconds that thread 0 spends in stage i, waiting included.
-template <bool TIMED>
-inline int run_program(const Stage* stages, int64_t count, char* memory, int threads,
-                       int64_t ahead_bytes, int64_t* spent) {
+// How a program went, for all threads.
+struct Outcome {
   std::atomic<int> status{0};
   // The stage that failed: a thread may see it while it still leaves the stage before, and must
   // then go on to where the others will wait for it.
-  std::atomic<int64_t> failed{count};
+  std::atomic<int64_t> failed;
+};
+
+// One thread's part of the stages; whether all went well. What comes behind a stage that gave a
+// status other than 0 is not run. With TIMED, spent[i] gains the nanoseconds that thread 0 spends
+// in stage i, waiting included.
+template <bool TIMED>
+inline bool run_stages(Team team, const Stage* stages, int64_t count, char* memory,
+                       int64_t ahead_bytes, int64_t* spent, Outcome& outcome) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t start = TIMED ? now() : 0;
+    const int mine = stages[i].run(&team, stages[i].arguments, memory);
+    if (mine != 0) {
+      outcome.status.store(mine, std::memory_order_relaxed);
+      outcome.failed.store(i, std::memory_order_relaxed);
+    }
+    fetch_ahead(team, stages[i], ahead_bytes);
+    team.barrier();
+    if (TIMED && team.thread == 0) spent[i] += now() - start;
+    if (outcome.failed.load(std::memory_order_relaxed) <= i) return false;
+  }
+  return true;
+}
+
+// The stages once. Returns the first status that is not 0.
+template <bool TIMED>
+inline int run_program(const Stage* stages, int64_t count, char* memory, int threads,
+                       int64_t ahead_bytes, int64_t* spent) {
+  Outcome outcome;
+  outcome.failed = count;
   parallel(threads, [&](Team team) {
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t start = TIMED ? now() : 0;
-      const int mine = stages[i].run(&team, stages[i].arguments, memory);
-      if (mine != 0) {
-        status.store(mine, std::memory_order_relaxed);
-        failed.store(i, std::memory_order_relaxed);
-      }
-      fetch_ahead(team, stages[i], ahead_bytes);
+    run_stages<TIMED>(team, stages, count, memory, ahead_bytes, spent, outcome);
+  });
+  return outcome.status.load();
+}
+
+// The stages, then `again()` on one thread, for as long as it says so: all in one parallel region,
+// since to open one for each step costs more than a choice of tokens.
+template <class Again>
+inline int run_rounds(const Stage* stages, int64_t count, char* memory, int threads,
+                      int64_t ahead_bytes, Again&& again) {
+  Outcome outcome;
+  outcome.failed = count;
+  bool more = true;  // written by thread 0 between two meetings
+  parallel(threads, [&](Team team) {
+    for (;;) {
+      if (!run_stages<false>(team, stages, count, memory, ahead_bytes, nullptr, outcome)) return;
+      if (team.thread == 0) more = again();
       team.barrier();
-      if (TIMED && team.thread == 0) spent[i] += now() - start;
-      if (failed.load(std::memory_order_relaxed) <= i) return;
+      if (!more) return;
     }
   });
-  return status.load();
+  return outcome.status.load();
 }
 
 }  // namespace dspark
