@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 
 import pytest
@@ -460,3 +461,19 @@ print("hits", c["autograd_cache_hit"], "misses", c["autograd_cache_miss"],
         for _ in range(2)
     ]
     assert lines == ["hits 0 misses 1 bypass 0", "hits 1 misses 0 bypass 0"]
+
+
+def test_garbage_is_collected_again_after_a_failure(monkeypatch):
+    seen = []
+
+    def broken(*args):
+        seen.append(gc.isenabled())
+        raise RuntimeError("broken pass")
+
+    monkeypatch.setattr("dspark_compile.backend.run_pipeline", broken)
+    model = torch.nn.Linear(4, 4)
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        run = torch.compile(model, backend="dspark", options={"inner": "eager"})
+        torch.testing.assert_close(run(x), model(x))
+    assert seen == [False] and gc.isenabled()
