@@ -2,7 +2,7 @@
 
     symbols     c = cost("linear", T((M, K)), T((N, K)))      M, K, N sympy symbols
     a graph     c = of_node(node)                             fake tensors, symbols kept
-    time        c.seconds(machine, {M: 1})                    max(bytes / bandwidth, flops / rate)
+    time        c.seconds(machine, {M: 1})                    hypot(bytes / bandwidth, flops / rate)
                                                               + launch
 
 A formula counts what a good kernel has to move: each operand once and each result once, a cache
@@ -46,12 +46,14 @@ class T:
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes read and written, and floating-point operations in `dtype`."""
+    """Bytes read and written, floating-point operations in `dtype`, and beside those what goes
+    through vector units, in operations of float32."""
 
     read: sympy.Expr
     write: sympy.Expr
     flops: sympy.Expr
     dtype: torch.dtype
+    vector: sympy.Expr = sympy.S.Zero
 
     @property
     def bytes(self) -> sympy.Expr:
@@ -59,13 +61,17 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
-            self.read + other.read, self.write + other.write, self.flops + other.flops, self.dtype
+            *(self.read + other.read, self.write + other.write, self.flops + other.flops),
+            self.dtype,
+            self.vector + other.vector,
         )
 
     def subs(self, sizes: Mapping[Any, Any]) -> Cost:
         """With symbols (or their names) replaced."""
-        read, write, flops = (e.subs(sizes) for e in (self.read, self.write, self.flops))
-        return Cost(read, write, flops, self.dtype)
+        read, write, flops, vector = (
+            e.subs(sizes) for e in (self.read, self.write, self.flops, self.vector)
+        )
+        return Cost(read, write, flops, self.dtype, vector)
 
     def seconds(
         self, machine: Machine, sizes: Mapping[Any, Any] | None = None, *, resident: bool = False
@@ -84,14 +90,20 @@ class Cost:
         """Time over symbolic sizes; ``resident`` says that the operands lie in cache."""
         bandwidth = machine.cached if resident else machine.bandwidth
         move = self.bytes / sympy.Float(bandwidth)
-        compute = self.flops / sympy.Float(machine.rate(self.dtype))
-        return sympy.Max(move, compute) + sympy.Float(machine.launch + machine.region)
+        compute = self.computing(machine)
+        # Neither hides behind the other altogether: cores that compute ask for less.
+        return sympy.sqrt(move**2 + compute**2) + sympy.Float(machine.launch + machine.region)
+
+    def computing(self, machine: Machine) -> sympy.Expr:
+        """The time of the operations alone."""
+        vector = self.vector / sympy.Float(machine.rate(torch.float32))
+        return self.flops / sympy.Float(machine.rate(self.dtype)) + vector
 
     def bound(self, machine: Machine, sizes: Mapping[Any, Any] | None = None) -> str:
         """What the time goes to: ``"memory"`` or ``"compute"``."""
         c = self.subs(sizes or {})
         memory = float(c.bytes) / machine.bandwidth
-        return "memory" if memory >= float(c.flops) / machine.rate(self.dtype) else "compute"
+        return "memory" if memory >= float(c.computing(machine)) else "compute"
 
 
 def tensor(x: Any) -> T:
@@ -283,7 +295,9 @@ def _rope(x: T, cos: T, sin: T, *rest: Any) -> Cost:
 # -- attention
 
 
-_SOFTMAX = 64  # what a score costs besides its products, in operations of a matrix unit
+# What a score costs besides its products: a maximum, an exponential and a sum, and what is moved
+# between matrix and vector units. Measured.
+_SOFTMAX = 64
 
 
 def _attend(
@@ -296,11 +310,9 @@ def _attend(
     bias, sinks = mask[0], mask[1]
     out = T((batch, heads, rows, value.shape[3]), query.dtype)
     pairs = sympy.sympify(batch) * heads * rows * read
-    # The softmax is five operations a score on vector units, which products of half types leave far
-    # behind.
-    softmax = 5 if query.dtype.itemsize >= 4 else _SOFTMAX
-    flops = pairs * (2 * features + 2 * value.shape[3] + softmax)
-    return Cost(query.bytes + cache + _bytes(bias, sinks), out.bytes, flops, query.dtype)
+    flops = pairs * (2 * features + 2 * value.shape[3])
+    read = query.bytes + cache + _bytes(bias, sinks)
+    return Cost(read, out.bytes, flops, query.dtype, pairs * _SOFTMAX)
 
 
 @_formula("attention")
@@ -328,7 +340,7 @@ def _mla(
     read = sympy.sympify(count if keys is None else keys)
     pairs = _rows(query) * read
     out = T((*query.shape[:-1], rank), query.dtype)
-    return Cost(c.read, out.bytes, c.flops + 2 * pairs * rank, c.dtype)
+    return Cost(c.read, out.bytes, c.flops + 2 * pairs * rank, c.dtype, c.vector)
 
 
 # -- caches

@@ -39,12 +39,17 @@ def test_linear_over_symbols():
         c.seconds(MACHINE, {M: 1})
 
 
-def test_time_is_the_larger_of_the_two_and_the_launch():
+def test_time_is_that_of_memory_and_arithmetic_and_the_launch():
     c = Cost(sympy.Integer(30_000_000), sympy.S(0), sympy.S(0), torch.float32)
     assert c.seconds(MACHINE) == pytest.approx(1e-3 + 6e-6)
     assert c.seconds(MACHINE, resident=True) == pytest.approx(5e-4 + 6e-6)
     c = Cost(sympy.S(0), sympy.S(0), sympy.Integer(10**9), torch.float32)
     assert c.seconds(MACHINE) == pytest.approx(1e-2 + 6e-6)
+    # Neither hides the other: 3 and 4 ms make 5.
+    c = Cost(sympy.Integer(90_000_000), sympy.S(0), sympy.Integer(4 * 10**8), torch.float32)
+    assert c.seconds(MACHINE) == pytest.approx(5e-3 + 6e-6)
+    c = Cost(c.read, c.write, sympy.S(0), torch.bfloat16, vector=c.flops)
+    assert c.seconds(MACHINE) == pytest.approx(5e-3 + 6e-6) and (c + c).vector == 2 * c.vector
 
 
 def test_attention_reads_the_keys_that_the_mask_leaves():
