@@ -52,6 +52,12 @@ def check(model, *, own=None, **given):
     return last_generation()
 
 
+def test_windows_that_are_the_caches(models):
+    # The model has no mask for its window of 8: a cache that drops nothing would show more.
+    report = check(models("moshi"), inputs=prompt())
+    assert report.path == "transformers" and "no mask" in report.notes[-1]
+
+
 # One with states alone, one with layers of both kinds, one with both in one layer, convolutions.
 SLOW = [pytest.param(x, marks=pytest.mark.slow) for x in ("falcon_h1", "lfm2")]
 KINDS = ["mamba", "qwen3_next", *SLOW]
@@ -201,6 +207,11 @@ def test_the_check_of_a_step_does_not_advance_the_states(models):
     assert rounds.program is not None and rounds.cache.known == plain.cache.known
     for got, x in zip(held, want, strict=True):
         torch.testing.assert_close(got, x)
+
+
+def test_states_that_modules_hold(models):
+    report = check(models("recurrent_gemma"), inputs=prompt())
+    assert report.path == "transformers" and "modules hold states" in report.notes[-1]
 
 
 def test_a_program_knows_for_which_sizes_it_holds():

@@ -214,6 +214,8 @@ class Rounds:
                     " holds: give rows of equal length"
                 )
             cache.use_rows(rows)
+        new = self.program is None and self.reason is None
+        marks = held_by_modules(self.model) if new else {}
         logits = None
         for at in range(0, count, chunk):
             part = slice(at, min(at + chunk, count))
@@ -231,10 +233,34 @@ class Rounds:
                 cache.set_length(self.length)
         if cache.known != self.length:
             raise NotRounds(f"it holds {cache.known} positions for {self.length} tokens")
+        if new and held_by_modules(self.model) != marks:
+            self._check_modules(input_ids, attention_mask, position_ids)
         self.positions.fill_(self.length)
         if position_ids is not None:
             self.positions[:rows] = position_ids[:, -1:] + 1
         return logits[:, -1]
+
+    def _check_modules(
+        self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> None:
+        """A prompt changed tensors that modules hold: tables that were made once, or states.
+
+        Raises:
+            NotRounds: one more token changes them, too.
+        """
+        rows, cache = len(ids), self.cache
+        held, marks = cache.snapshot(), held_by_modules(self.model)
+        given: dict[str, Any] = {"input_ids": ids[:, -1:]}
+        if attention_mask is not None:
+            given["attention_mask"] = self.mask[:rows, : self.length + 1]
+        if position_ids is not None:
+            given["position_ids"] = position_ids[:, -1:] + 1
+        cache.use_rows(rows)
+        self._forward(given)
+        cache.use_rows(self.rows)
+        cache.restore(held)
+        if held_by_modules(self.model) != marks:
+            raise NotRounds("its modules hold states of their own")
 
     def _forward(self, given: dict[str, Any]) -> Tensor:
         if self._keeps:
@@ -362,6 +388,16 @@ def signature(model: Any) -> tuple[Any, ...]:
         torch.get_num_threads(),
         *((id(x), x.data_ptr(), x.dtype, x.device) for x in tensors),
     )
+
+
+def held_by_modules(model: Any) -> dict[tuple[int, str], tuple[int, int]]:
+    """Tensors that modules hold beside their parameters, by what tells whether they changed."""
+    marks = {}
+    for module in model.modules():
+        for name, x in (*vars(module).items(), *module._buffers.items()):
+            if isinstance(x, Tensor):
+                marks[id(module), name] = id(x), 0 if x.is_inference() else x._version
+    return marks
 
 
 def pool_key(rows: int, masked: bool | str, scheme: str, options: Mapping[str, Any]) -> Any:
