@@ -1,7 +1,7 @@
 // Decode attention: up to 16 query rows over a cache, grouped heads, online softmax in float.
 //
 // A unit of work is one key/value head of one batch row, with all query rows that read it. Its
-// keys, as far as the mask's bounds can allow them, are cut into blocks of 128; the blocks of all
+// keys, as far as the mask's bounds can allow them, are cut into blocks of 128 or 256; those of all
 // units, one after another, are dealt out evenly, so a thread may begin and end inside a unit.
 // Such pieces leave (max, sum, output) in a slot and are joined after one barrier.
 //
@@ -18,7 +18,7 @@ template <class C, class Mask>
 class Attention {
   using Q = typename C::Q;
   using K = typename C::K;
-  static constexpr int R = C::R, M = C::M, G = C::G;
+  static constexpr int R = C::R, M = C::M, G = C::G, KEYS = C::KEYS;
 
  public:
   Attention(const Tensors<C>& tensors, const Shape& shape, const Mask& mask)

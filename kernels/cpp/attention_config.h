@@ -14,7 +14,6 @@
 
 namespace dspark {
 
-constexpr int KEYS = 128;
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
 // Sizes and strides, in elements. The last dimension of q, k and v is contiguous.
@@ -67,6 +66,8 @@ struct Config {
   static constexpr bool TILES = false;
 #endif
   static constexpr bool MATRIX = TILES || BYTES;
+  // Keys of a block. What is done once a block takes its time beside the bytes of few rows.
+  static constexpr int KEYS = BYTES && R <= 4 ? 256 : 128;
   static constexpr bool LANES = TILES || (BYTES && R > 4);  // a row a lane, see attention_lanes.h
   static constexpr int RP = TILES ? (R + 15) / 16 * 16 : R;  // rows of sums, padded for tiles
   static constexpr int STEP = DOT ? 32 : Vec::W;
@@ -119,14 +120,14 @@ struct alignas(64) State {
 
 #if defined(DSPARK_BYTE_TILES)
 template <class C>
-using Bytes = ByteRoom<C::R, C::D, C::DV, KEYS>;
+using Bytes = ByteRoom<C::R, C::D, C::DV, C::KEYS>;
 #else
 template <class C>
 using Bytes = None;
 #endif
 #if defined(DSPARK_TILES)
 template <class C>
-using Tiled = TileRoom<C::R, C::D, C::DV, KEYS>;
+using Tiled = TileRoom<C::R, C::D, C::DV, C::KEYS>;
 #else
 template <class C>
 using Tiled = None;
@@ -140,6 +141,7 @@ struct Matrix {
 // What a thread works with in one unit.
 template <class C>
 struct alignas(64) Room {
+  static constexpr int KEYS = C::KEYS;
   typename Matrix<C>::Type matrix;
   State<C> state;
   State<C> slot[2];  // pieces of units: [0] one that another thread began, [1] one begun here

@@ -60,7 +60,7 @@ struct Lanes {
 template <class C, class Next>
 inline void soften_lanes(Room<C>& room, State<C>& state, int rows, float factor, Next& next) {
   constexpr bool PAIRED = C::BYTES && C::R <= 8;
-  using L = Lanes<PAIRED, KEYS>;
+  using L = Lanes<PAIRED, C::KEYS>;
   float(*s)[16] = room.matrix.s[rows];
   __m512 high[4];
   for (int i = 0; i < 4; ++i) high[i] = _mm512_set1_ps(NEVER);
@@ -116,9 +116,9 @@ inline void soften_lanes(Room<C>& room, State<C>& state, int rows, float factor,
     constexpr int REST = Next::part(2, (C::R + 15) / 16 * L::LIVE / 4);
     split_weights(room.matrix, rows, most, nan, next, REST);
   } else {
-    constexpr int STEPS = Next::part(2, (C::R + 15) / 16 * KEYS / 2);
+    constexpr int STEPS = Next::part(2, (C::R + 15) / 16 * C::KEYS / 2);
     const __m512i half = _mm512_set1_epi32(0x8000);
-    for (int from = 0; from < KEYS; from += 32) {
+    for (int from = 0; from < C::KEYS; from += 32) {
       __m512 pairs[16];
       for (int i = 0; i < 16; ++i) {
         const float* at = s[from + 2 * i];
@@ -148,11 +148,11 @@ inline void soften_lanes(Room<C>& room, State<C>& state, int rows, float factor,
 template <class C>
 inline void forbid_lanes(Room<C>& room, int keys, bool tested, const float* moved) {
   constexpr bool PAIRED = C::BYTES && C::R <= 8;
-  using L = Lanes<PAIRED, KEYS>;
+  using L = Lanes<PAIRED, C::KEYS>;
   const __m512 never = _mm512_set1_ps(NEVER);
   for (int rows = 0; rows < (C::R + 15) / 16; ++rows) {
     float(*s)[16] = room.matrix.s[rows];
-    uint16_t lanes[KEYS];
+    uint16_t lanes[C::KEYS];
     const int count = std::min(16, C::R - 16 * rows);
     std::memset(lanes, 0, sizeof(lanes));
     for (int r = 0; r < count; ++r) {
@@ -161,7 +161,7 @@ inline void forbid_lanes(Room<C>& room, int keys, bool tested, const float* move
         lanes[j] |= uint16_t((tested ? allowed[j] : 1) << L::lane(r));
     }
     for (int j = 0; j < L::LIVE; ++j) {
-      const __mmask16 yes = lanes[j] | (PAIRED ? lanes[j + L::LIVE % KEYS] << 8 : 0);
+      const __mmask16 yes = lanes[j] | (PAIRED ? lanes[j + L::LIVE % C::KEYS] << 8 : 0);
       __m512 x = _mm512_load_ps(s[j]);
       if (moved == nullptr) {
         x = _mm512_mask_mov_ps(never, yes, x);

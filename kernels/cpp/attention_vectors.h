@@ -58,13 +58,13 @@ inline void score_tile(const typename C::Staged (*q)[C::DP], int rows, const typ
   float flat[W];
   store(flat, sums(a));
   for (int i = 0; i < KR && i * run < keys; ++i)
-    for (int r = 0; r < RR && r < rows; ++r) scores[r * KEYS + i * run] = flat[r * KR + i];
+    for (int r = 0; r < RR && r < rows; ++r) scores[r * C::KEYS + i * run] = flat[r * KR + i];
 }
 
 // `v`, if not null, is where the values lie that come next.
 template <class C>
 inline void score_block(const Room<C>& room, const typename C::K* k, int64_t ldk, int keys,
-                        float (*scores)[KEYS], const typename C::K* v, int64_t ldv) {
+                        float (*scores)[C::KEYS], const typename C::K* v, int64_t ldv) {
   constexpr int RR = C::R >= 4 ? 4 : C::R >= 2 ? 2 : 1;
   constexpr int KR = Vec::W / RR;
   const int64_t run = (keys + KR - 1) / KR;
@@ -76,7 +76,7 @@ inline void score_block(const Room<C>& room, const typename C::K* k, int64_t ldk
 
 // out[r] += p[r] V for RR rows and DT vectors of columns.
 template <class C, int RR, int DT>
-inline void value_tile(const float (*p)[KEYS], int rows, const typename C::K* v, int64_t ldv,
+inline void value_tile(const float (*p)[C::KEYS], int rows, const typename C::K* v, int64_t ldv,
                        int keys, float (*out)[C::DVP], int d, const typename C::K* soon) {
   constexpr int W = Vec::W;
   Vec a[RR][DT];
@@ -105,7 +105,7 @@ inline void value_tile(const float (*p)[KEYS], int rows, const typename C::K* v,
 }
 
 template <class C>
-inline void value_block(const float (*p)[KEYS], const typename C::K* v, int64_t ldv, int keys,
+inline void value_block(const float (*p)[C::KEYS], const typename C::K* v, int64_t ldv, int keys,
                         float (*out)[C::DVP], const typename C::K* k, int64_t ldk) {
   constexpr int W = Vec::W, RR = C::R >= 4 ? 4 : C::R >= 2 ? 2 : 1;
   constexpr int MOST = (W == 16 ? 16 : 8) / RR, VECTORS = C::DVP / W;

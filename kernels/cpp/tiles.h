@@ -63,13 +63,20 @@ template <class K, int D, int DV, int KEYS>
 struct Follow {
   static constexpr int LINE = 64 / int(sizeof(K)), ROW = (std::max(D, DV) + LINE - 1) / LINE * LINE;
   static constexpr bool NEAR = sizeof(K) == 1;
-  static constexpr int RUNS = NEAR ? 1 : 4, STEPS = KEYS / RUNS * (ROW / LINE);
+  // Steps of a block: whole rows in order, or a line of each run.
+  static constexpr int RUNS = 4, STEPS = NEAR ? KEYS : KEYS / RUNS * (ROW / LINE);
   const K *k, *v;  // null: nothing comes next
   int64_t ldk, ldv;
-  int at = 0, left = k == nullptr ? 0 : KEYS / RUNS;
+  int at = 0, left = k == nullptr ? 0 : NEAR ? KEYS : KEYS / RUNS;
 
   inline __attribute__((always_inline)) void go(int steps) {
     if (left <= 0) return;
+    if constexpr (NEAR) {
+      left -= steps;
+      for (int i = 0; i < steps; ++i, k += ldk, v += ldv)
+        for (int d = 0; d < ROW; d += LINE) ask(k + d), ask(v + d);
+      return;
+    }
     for (int i = 0; i < steps; ++i) {
       for (int r = 0; r < RUNS; ++r) ask(k + at + r * (KEYS / RUNS) * ldk);
       for (int r = 0; r < RUNS; ++r) ask(v + at + r * (KEYS / RUNS) * ldv);
