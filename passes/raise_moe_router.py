@@ -45,6 +45,9 @@ from dspark_compile.passes.graph import (
 )
 
 _MAX_NODES = 80
+# Means and deviations of the logits that are tried. Some lie close together: SparseMixer counts
+# those within 1 % of the best, which logits of a wide spread hardly ever are.
+_LOGITS = ((0.0, 0.3), (1.0, 0.02), (0.0, 2.0), (-1.0, 0.02), (0.0, 8.0), (4.0, 0.01))
 _MOVES = (aten._to_copy.default, aten.clone.default, aten.unsqueeze.default, *VIEWS)
 _MAKERS = frozenset({"device", "pin_memory", "layout", "memory_format"})
 
@@ -230,9 +233,10 @@ def _trials(found: Region) -> Iterator[tuple[Tensor, Tensor | None, Tensor, Tens
     generator = torch.Generator().manual_seed(0)
     sizes = [_hint(n) for n in shape(found.logits)]
     rows = max(1, math.prod(sizes[:-1]))
-    for number in range(max(4, 64 // rows)):
-        spread = (0.3, 2.0, 8.0)[number % 3]
-        logits = torch.randn(sizes, dtype=torch.float64, generator=generator) * spread
+    for number in range(max(len(_LOGITS), 64 // rows)):
+        middle, spread = _LOGITS[number % len(_LOGITS)]
+        noise = torch.randn(sizes, dtype=torch.float64, generator=generator)
+        logits = middle + noise * spread
         values: dict[fx.Node, Any] = {found.logits: logits}
         correction = None
         for node in found.corrections:

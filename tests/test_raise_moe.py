@@ -328,6 +328,21 @@ def test_routers(name):
     assert all(str(value) in line for value in expected.values()), line
 
 
+def test_a_router_that_asks_which_logits_are_close():
+    # One token at a time: whatever logits the rewrite tries, some must lie within 1 %.
+    pytest.importorskip("transformers")
+    from tests.zoo import families
+
+    model = families.build("phimoe").eval()
+    tokens = torch.arange(3, 19)[:, None]
+    with torch.no_grad():
+        model.config.use_cache = False
+        step = torch.compile(model, backend="dspark", options={"inner": "eager"}, dynamic=False)
+        for ids in tokens.split(1):
+            close(step(ids).logits, model(ids).logits)
+    assert ops_of(dspark_compile.last_report())["moe_router"] > 0
+
+
 def test_a_router_of_another_kind_is_left_alone():
     def odd(logits, bias):
         weight, index = (logits.softmax(-1) ** 2).topk(3, -1)
