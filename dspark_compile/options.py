@@ -33,10 +33,10 @@ class Options:
     """Options of ``backend="dspark"``; immutable."""
 
     inner: str = _option(
-        "auto",
-        "What compiles the rewritten graph: Inductor, nothing (run it as it is), or Inductor "
-        "only where the cost model says that fusing what is left is worth it.",
-        ("auto", "inductor", "eager"),
+        "inductor",
+        "What compiles the rewritten graph: Inductor, Inductor only "
+        "where the cost model says that fusing what is left is worth it, or nothing.",
+        ("inductor", "auto", "eager"),
     )
     kernels: str = _option(
         "auto",

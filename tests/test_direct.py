@@ -17,7 +17,7 @@ SIZES = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
     "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-AUTO = {"kernels": "auto", "fallback": "error", "verify": True}
+AUTO = {"kernels": "auto", "inner": "auto", "fallback": "error", "verify": True}
 
 
 def machine(monkeypatch, bandwidth):

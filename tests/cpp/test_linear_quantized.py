@@ -73,9 +73,9 @@ def compare(bits, dtype, rows, size, scale=torch.float32, zero=None, bias=False)
     check(call(f"linear_int{bits}", x, *tensors, b), eager, want, dtype)
 
 
-# Each is a form of the kernel: float lanes, dot products, tiles. The rest of the grid is slow: a
+# Each is a form of the kernel: float lanes, bytes, tiles. The rest of the grid is slow: a
 # case is two kernels to build.
-FORMS = [(torch.float32, 4), (torch.bfloat16, 1), (torch.bfloat16, 8)]
+FORMS = [(torch.float32, 4), (torch.bfloat16, 1), (torch.bfloat16, 2), (torch.bfloat16, 8)]
 GRID = [(d, m) for d in DTYPES for m in (1, 4, 8, 16) if (d, m) not in FORMS]
 
 
