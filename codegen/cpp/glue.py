@@ -335,7 +335,7 @@ def _embedding(args: list[Any], out: Tensor, pointer: Callable[[Tensor], str]) -
     weight, index = args[0], args[1]
     if weight.dtype != out.dtype or not out.is_contiguous() or weight.stride(-1) != 1:
         raise NotGlue("an embedding whose rows are not contiguous")
-    if index.numel() > 64:
+    if index.numel() > 256:
         raise NotGlue(f"an embedding of {index.numel()} rows")
     w, i, y = pointer(weight), pointer(index), pointer(out)
     kind, features = _TYPES[weight.dtype], weight.shape[1]

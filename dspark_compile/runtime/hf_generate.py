@@ -114,12 +114,13 @@ def _speculate(
             reason = rigid(which.config)
     if reason is None:
         masked = batch > 1 or given.get("attention_mask") is not None
+        fixed = own["schedule"] == "fixed"
         try:
             speculator = take(
                 model, own["draft"], batch, masked, own["kv_cache"], own["options"],
-                own["num_drafted"],
+                own["num_drafted"], fixed,
             )  # fmt: skip
-            loop = SpeculativeLoop(speculator, input_ids, plan, report, own["schedule"] == "fixed")
+            loop = SpeculativeLoop(speculator, input_ids, plan, report, fixed)
             sequences = loop.run()
         except (NotRounds, DraftError) as error:
             reason = str(error)

@@ -243,6 +243,18 @@ def test_a_batch_too_wide_for_the_kernels(model, drafts):
     assert torch.equal(out, model.generate(**four, max_new_tokens=4, do_sample=False))
 
 
+def test_a_draft_that_does_not_pay_rests(model, drafts, monkeypatch):
+    given = {"schedule": "auto", "num_drafted": 4}
+    speculate(model, ONE, 12, drafts["ngram"], **given)
+    monkeypatch.setattr(ParkPolicy, "rests", lambda self: True)
+    out, report = speculate(model, ONE, 12, drafts["ngram"], **given)
+    assert report.speculation is None
+    assert any("parked: drafting takes" in note for note in report.notes)
+    assert torch.equal(out, plain(model, ONE, 12))
+    out, report = speculate(model, ONE, 12, drafts["ngram"], num_drafted=4)
+    assert report.speculation is not None  # asked for: schedule="fixed"
+
+
 @pytest.mark.skipif("amx" not in isa.available(), reason="the CPU has no AMX")
 def test_a_batch_on_tiles(model):
     """A draft in bfloat16 takes the blocks of four requests, 20 rows, at once."""

@@ -377,3 +377,34 @@ def test_counters():
             torch.ones(3, dtype=torch.bool),
         )  # fmt: skip
     assert "tokenizer" in SpeculationStats.read(counters).notes[0]
+
+
+def test_calls_rest_where_the_last_ended_parked():
+    policy = ParkPolicy(least=1)
+    taken = []
+    for _ in range(30):
+        if policy.rests():
+            taken.append(0)
+            continue
+        taken.append(1)
+        policy.drafted(3.0, 1.0)
+        policy.plain(1.0)
+        policy.ended()
+    starts = [i for i, x in enumerate(taken) if x]
+    assert starts == [0, 2, 5, 10, 19]  # 1, 2, 4, 8 calls rest in between
+    while policy.rests():
+        pass
+    for _ in range(40):
+        policy.drafted(1.0, 3.0)
+    policy.ended()
+    assert not policy.parked
+    assert not policy.rests()
+
+
+def test_a_hiccup_does_not_park():
+    policy = ParkPolicy()
+    for _ in range(8):
+        policy.drafted(1.8, 2.0)
+        policy.plain(1.0)
+    policy.drafted(100.0, 2.0, 8)
+    assert policy.price < 2.5

@@ -101,11 +101,13 @@ def take(
     scheme: str,
     options: Mapping[str, Any],
     count: int | None,
+    fixed: bool = False,
 ) -> Speculator:
     """An idle one, or a new one.
 
     Raises:
-        NotRounds: it has been found out that there is none for this batch.
+        NotRounds: it has been found out that there is none for this batch, or that its draft does
+            not pay and rests (never if ``fixed``).
     """
     rows = batch_bucket(batch)
     masked = masked or rows > 1
@@ -115,8 +117,16 @@ def take(
         raise NotRounds(reason)
     while (idle := POOL.idle(model, key)) is not None:
         speculator: Speculator = idle.speculator  # type: ignore[attr-defined]
-        if speculator.proposer.fits():
-            return speculator
+        if not speculator.proposer.fits():
+            continue
+        policy = speculator.policy
+        if not fixed and policy.rests():
+            POOL.give(idle)
+            raise NotRounds(
+                f"parked: drafting takes {1e6 * policy.price:.0f} us a token here, plain decoding "
+                f"{1e6 * policy.plain_price:.0f}; schedule='fixed' drafts all the same"
+            )
+        return speculator
     return Speculator(model, draft, rows, masked, scheme, options, count)
 
 
@@ -341,6 +351,8 @@ class SpeculativeLoop:
 
     def _finish(self, state: State, engine: Any) -> Tensor:
         report, policy = self.report, self.speculator.policy
+        if not self.fixed:
+            policy.ended()
         new = state.lengths - state.prompts
         most = int(new.max()) if state.limit > 0 else 0
         tail = self.prompt.new_full((state.batch, most), self.plan.pad)
@@ -367,7 +379,7 @@ class SpeculativeLoop:
         )  # fmt: skip
         if max(state.widths) == 1 and state.limit > 1:
             report.notes.append(
-                f"a batch of {state.batch} leaves no row for drafted tokens in a step of 16: it is "
+                f"a batch of {state.batch} leaves no row for drafted tokens in a step: it is "
                 "decoded plainly"
             )
         report.notes += report.speculation.notes

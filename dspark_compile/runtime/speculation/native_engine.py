@@ -97,7 +97,13 @@ class NativeEngine:
     def again(self) -> NativeEngine:
         """After tensors of the state were replaced."""
         self.finish()
-        new = NativeEngine(self.state)
+        state = self.state
+        if any(w not in state.rounds.programs for w in state.widths):  # the room was assumed
+            for width in state.widths:
+                state.rounds.ensure(width)
+        if isinstance(state.proposer, ModelProposals) and max(state.widths) > 1:
+            state.proposer.ensure()
+        new = NativeEngine(state)
         new.seconds, new._uniform, new._used = self.seconds, self._uniform, self._used
         return new
 

@@ -6,6 +6,10 @@ is smaller by a margin (3 %), so that noise does not flip it. While parked, a pr
 8 plain steps at first, and ever more rarely while probes keep failing: as rarely as it takes for
 what probes lose to stay below a share (2 %) of the time.
 
+Even a parked round costs something: the draft's context goes on. A call that ends parked therefore
+lets the next one rest, which is decoded without the draft; then two, four, ... `MOST_RESTS`, until
+one ends drafting.
+
 Times are the host's or the device's, measured by the caller; nothing here reads a clock.
 """
 
@@ -15,10 +19,15 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+# How often a visit of many rounds, whose mean is one measurement, counts at most.
+MOST_ADDED = 4
+# Calls in a row that are decoded without the draft.
+MOST_RESTS = 16
+
 
 @dataclass
 class _Average:
-    """An exponential average that starts as a plain one."""
+    """An exponential average that starts as a plain one; a hiccup does not throw it."""
 
     share: float = 0.1
     value: float = 0.0
@@ -26,6 +35,8 @@ class _Average:
 
     def add(self, value: float) -> None:
         self.count += 1
+        if self.count > 4:
+            value = min(value, 1.5 * self.value)
         self.value += max(self.share, 1 / self.count) * (value - self.value)
 
 
@@ -60,6 +71,8 @@ class ParkPolicy:
     _plain: _Average = field(default_factory=_Average)
     _since: int = 0
     _interval: int = 0
+    _rests: int = 0
+    _resting: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.margin < 1 or not 0 < self.budget < 1:
@@ -101,7 +114,7 @@ class ParkPolicy:
         """
         if not seconds > 0 or not tau > 0:
             raise ValueError(f"a round of {seconds} s with {tau} tokens: both are positive")
-        for _ in range(min(rounds, 16)):  # more do not move an average
+        for _ in range(min(rounds, MOST_ADDED)):
             self._round.add(seconds)
             self._tau.add(tau)
         if self.parked:
@@ -124,12 +137,24 @@ class ParkPolicy:
         """
         if not seconds > 0:
             raise ValueError(f"a step of {seconds} s: times are positive")
-        for _ in range(min(steps, 16)):
+        for _ in range(min(steps, MOST_ADDED)):
             self._plain.add(seconds)
         if self.parked:
             self.parked_rounds += steps
             self._since += steps
         self._decide()
+
+    def ended(self) -> None:
+        """A call has ended."""
+        self._rests = min(max(2 * self._rests, 1), MOST_RESTS) if self.parked else 0
+        self._resting = self._rests
+
+    def rests(self) -> bool:
+        """Whether the call that begins is to go without the draft."""
+        if self._resting == 0:
+            return False
+        self._resting -= 1
+        return True
 
     def _decide(self) -> None:
         if self._round.count < self.least or not self._plain.count:

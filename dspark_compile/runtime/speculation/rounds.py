@@ -121,9 +121,13 @@ class SpeculativeRounds(Rounds):
         new = {(layer, name): x for layer, name, x in self.cache.tensors()}
         replaced = {key: new[where] for key, where in old.items() if where in new}
         replaced[id(mask)] = self.mask
-        for program in self.programs.values():
-            if program is not None:
+        for width, program in list(self.programs.items()):
+            if program is None:
+                continue
+            if program.holds(self.cache.room):
                 program.replace(replaced, self.cache.room)
+            else:  # what tracing assumed of the room: compiled anew when it is wanted
+                del self.programs[width]
         for grow in self.growers:
             grow(replaced)
 
