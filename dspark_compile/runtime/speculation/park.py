@@ -6,9 +6,12 @@ is smaller by a margin (3 %), so that noise does not flip it. While parked, a pr
 8 plain steps at first, and ever more rarely while probes keep failing: as rarely as it takes for
 what probes lose to stay below a share (2 %) of the time.
 
-Even a parked round costs something: the draft's context goes on. A call that ends parked therefore
-lets the next one rest, which is decoded without the draft; then two, four, ... `MOST_RESTS`, until
-one ends drafting.
+A machine has slow phases, so both prices have to be of the same time: among drafted rounds a few
+plain steps are taken again and again.
+
+Even a parked round costs something: the draft's context goes on. A call that ends parked, and not
+by a hair, therefore lets the next one rest, which is decoded without the draft; then two, four, ...
+`MOST_RESTS`, until one ends drafting.
 
 Times are the host's or the device's, measured by the caller; nothing here reads a clock.
 """
@@ -21,6 +24,10 @@ from typing import Any
 
 # How often a visit of many rounds, whose mean is one measurement, counts at most.
 MOST_ADDED = 4
+# Drafted rounds between two looks at what plain steps cost, and how many of these.
+PLAIN_EVERY, PLAIN_STEPS = 48, 2
+# How much dearer drafting is where calls rest.
+CLEARLY = 1.1
 # Calls in a row that are decoded without the draft.
 MOST_RESTS = 16
 
@@ -71,6 +78,7 @@ class ParkPolicy:
     _plain: _Average = field(default_factory=_Average)
     _since: int = 0
     _interval: int = 0
+    _drafted: int = 0
     _rests: int = 0
     _resting: int = 0
 
@@ -92,9 +100,12 @@ class ParkPolicy:
         return self._plain.value if self._plain.count else math.inf
 
     def drafts(self) -> bool:
-        """Whether the next round drafts. One plain step is taken early, to know its price."""
+        """Whether the next round drafts. Plain steps are taken early, and now and then, to know
+        their price."""
         if not self.parked:
-            return self._round.count < self.least or self._plain.count > 0
+            if self._round.count < self.least:
+                return True
+            return self._plain.count > 0 and self._drafted < PLAIN_EVERY
         return self._since >= self._interval
 
     def most(self, first: int) -> int:
@@ -102,9 +113,13 @@ class ParkPolicy:
         ``first`` while it knows little."""
         if self.parked:
             return max(1, self._interval - self._since)
+        if self._drafted >= PLAIN_EVERY:
+            return PLAIN_STEPS
         if self._round.count == self.least and not self._plain.count:
             return first
-        return first if self._round.count < 4 * self.least else 1 << 30
+        return min(first, PLAIN_EVERY) if self._round.count < 4 * self.least else (
+            PLAIN_EVERY - self._drafted
+        )  # fmt: skip
 
     def drafted(self, seconds: float, tau: float, rounds: int = 1) -> None:
         """Each of ``rounds`` took ``seconds`` and committed ``tau`` tokens a request.
@@ -117,6 +132,7 @@ class ParkPolicy:
         for _ in range(min(rounds, MOST_ADDED)):
             self._round.add(seconds)
             self._tau.add(tau)
+        self._drafted += rounds
         if self.parked:
             self.probes += 1
             self._since = 0
@@ -139,6 +155,7 @@ class ParkPolicy:
             raise ValueError(f"a step of {seconds} s: times are positive")
         for _ in range(min(steps, MOST_ADDED)):
             self._plain.add(seconds)
+        self._drafted = 0
         if self.parked:
             self.parked_rounds += steps
             self._since += steps
@@ -146,7 +163,8 @@ class ParkPolicy:
 
     def ended(self) -> None:
         """A call has ended."""
-        self._rests = min(max(2 * self._rests, 1), MOST_RESTS) if self.parked else 0
+        dear = self.parked and self.price > CLEARLY * self.plain_price
+        self._rests = min(max(2 * self._rests, 1), MOST_RESTS) if dear else 0
         self._resting = self._rests
 
     def rests(self) -> bool:
