@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--twin", default="")
-    parser.add_argument("--draft", default=str(DEMO_DRAFT_PATH))
+    parser.add_argument("--draft", default="", help="a folder; the shipped draft if left out")
     parser.add_argument("--ways", default="draft,fixed,mtp1,hostile,ngram,copy")
     parser.add_argument("--identity", type=int, default=0)
     parser.add_argument("--name", default="")
@@ -173,7 +173,7 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     model = AutoModelForCausalLM.from_pretrained(DEMO_PATH, dtype=dtype).eval()
     tokenizer = AutoTokenizer.from_pretrained(DEMO_PATH)
-    draft = DraftModel.from_pretrained(args.draft, target=model)
+    draft = DraftModel.from_pretrained(args.draft or DEMO_DRAFT_PATH, target=model)
     wanted = args.ways.split(",")
 
     def call(new: int = args.new, **given: Any) -> Callable[[torch.Tensor], Any]:

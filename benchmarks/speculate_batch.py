@@ -147,14 +147,14 @@ def main() -> None:
     parser.add_argument("--ways", default="draft,mtp1,fixed")
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--turns", type=int, default=8)
-    parser.add_argument("--draft", default=str(DEMO_DRAFT_PATH))
+    parser.add_argument("--draft", default="", help="a folder; the shipped draft if left out")
     parser.add_argument("--name", default="")
     parser.add_argument("--no-write", action="store_true")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     model = AutoModelForCausalLM.from_pretrained(DEMO_PATH, dtype=dtype).eval()
     tokenizer = AutoTokenizer.from_pretrained(DEMO_PATH)
-    draft = DraftModel.from_pretrained(args.draft, target=model)
+    draft = DraftModel.from_pretrained(args.draft or DEMO_DRAFT_PATH, target=model)
     cut = held_out(tokenizer, 200, 150)
     # Ragged: 90 ... 150 tokens.
     prompts = [p[: 90 + 37 * i % 61] for i, p in enumerate(cut)]
