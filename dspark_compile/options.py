@@ -50,8 +50,9 @@ class Options:
         "auto",
         "Measuring what is fastest for a site on the CPU, where the cost model is unsure: not at "
         "all, for at most a second of a process, or for a minute with Inductor among the "
-        "candidates. What was measured is kept.",
+        "candidates. What was measured is kept. $DSPARK_TUNE, if set, is the default.",
         ("off", "auto", "full"),
+        variable="DSPARK_TUNE",
     )
     kv_cache: str = _option(
         "model",

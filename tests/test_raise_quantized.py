@@ -196,7 +196,7 @@ def tiny_llama(dtype):
 @pytest.mark.parametrize(
     "dtype,kernels,inner",
     [
-        (torch.float32, "auto", "eager"),
+        pytest.param(torch.float32, "auto", "eager", marks=pytest.mark.slow),
         (torch.bfloat16, "cpp", "eager"),
         pytest.param(torch.float32, "cpp", "inductor", marks=pytest.mark.slow),
         pytest.param(torch.bfloat16, "auto", "inductor", marks=pytest.mark.slow),

@@ -154,6 +154,7 @@ class TestAlibi:
         model.slopes.zero_()
         assert relative(run(tokens)[0], model(tokens)[0]) < 1e-5
 
+    @pytest.mark.slow
     def test_dynamic_shapes(self):
         model = Alibi.tiny()
         run = compiled(model, dynamic=True)

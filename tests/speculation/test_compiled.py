@@ -65,7 +65,7 @@ def drafts(model):
     }
 
 
-@pytest.mark.parametrize("kind", ["draft", "ngram", "model"])
+@pytest.mark.parametrize("kind", ["draft", "ngram", pytest.param("model", marks=pytest.mark.slow)])
 def test_greedy_text_is_the_models(model, drafts, kind):
     new = 70
     out, report = speculate(model, ONE, new, drafts[kind], num_drafted=_count(kind))
