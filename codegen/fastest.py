@@ -125,7 +125,7 @@ def unsure(node: fx.Node) -> bool:
     try:
         return cost.of_node(node).seconds(machine.describe()) >= SHORT
     except (KeyError, ValueError):
-        return False
+        return False  # no cost is known for it: nothing says that a measurement is worth its time
 
 
 # -- the table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 import transformers as tf
 from torch import nn
 
+from dspark_compile.backend import dspark
 from dspark_compile.diagnostics import state
-from dspark_compile.passes import direct
 
 SIZES = {
     "vocab_size": 199, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -121,15 +122,15 @@ def test_a_graph_without_kernels_of_ours(monkeypatch):
     assert "no kernel of ours takes part" in note and calls == 1
 
 
-def test_a_torch_compile_mode_is_inductors(monkeypatch):
+@pytest.mark.parametrize("mode,calls", [(None, 0), ("max-autotune-no-cudagraphs", 1)])
+def test_a_torch_compile_mode_is_inductors(monkeypatch, mode, calls):
+    """A graph that would run as it is goes to Inductor where a mode of Inductor's is asked for."""
     machine(monkeypatch, 1e6)
     seen = []
     monkeypatch.setattr(
         "dspark_compile._torch_compat.inductor", lambda gm, *a: seen.append(a) or gm.forward
     )
-    model = Body()
-    run = torch.compile(model, backend="dspark", mode="max-autotune-no-cudagraphs")
-    monkeypatch.setenv("DSPARK_KERNELS", "auto")
+    run = torch.compile(Body(), backend=functools.partial(dspark, mode=mode, options=AUTO))
     with torch.no_grad():
         run(torch.randn(32, 64))
-    assert len(seen) == 1 and direct.SHARE < 1
+    assert len(seen) == calls

@@ -57,36 +57,6 @@ inline void widen_row(const T* x, int64_t n, float* z) {
   }
 }
 
-// The first largest of a row of any type; NaN counts as largest.
-template <class T>
-inline int64_t first_largest(const T* x, int64_t n, int64_t from = 0) {
-  constexpr int W = Vec::W;
-  Vec best = all(-INFINITY), probe = zero();
-  int64_t i = from;
-  for (; i + W <= n; i += W) {
-    const Vec v = load(x + i);
-    best = max(best, v);
-    probe = fma(v, zero(), probe);  // NaN stays, and infinities become it
-  }
-  float most = largest(best);
-  bool strange = !(sum(probe) == 0);
-  for (; i < n; ++i) {
-    const float v = to_float(x[i]);
-    strange |= v != v;
-    most = v > most ? v : most;
-  }
-  if (strange) {  // NaN, or infinities
-    int64_t at = from;
-    float found = to_float(x[from]);
-    for (int64_t j = from; j < n && found == found; ++j)
-      if (!(to_float(x[j]) <= found)) at = j, found = to_float(x[j]);
-    return at;
-  }
-  for (int64_t j = from; j < n; ++j)
-    if (to_float(x[j]) == most) return j;
-  return from;
-}
-
 // Repetition penalty on z[first, last) of a row: what `marks` says, and `count` tokens more.
 inline void penalise(float* z, int64_t first, int64_t last, const uint8_t* marks,
                      const int64_t* more, int64_t count, double penalty,
@@ -292,7 +262,7 @@ void draft_sequence(Team team, Drafting& d) {
       penalise(z, first, last, d.seen == nullptr ? nullptr : d.seen + b * d.target_vocabulary,
                d.block + b * (K + 1) + 1, k, d.how.penalty, s.vocabulary_map);
       if (first < last && (d.greedy || plain)) {
-        const int64_t at = first_largest(z, last, first);
+        const int64_t at = first + arg_max(z + first, last - first);
         largest_[team.thread * B + b] = z[at];
         places[team.thread * B + b] = at;
       } else if (d.greedy || plain) {

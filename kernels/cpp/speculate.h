@@ -175,7 +175,7 @@ int by_model(Speculation& s) {
         penalise(p, 0, s.vocabulary, marks, drafted(s, b), k, s.how.penalty);
         int64_t token;
         if (s.greedy) {
-          token = first_largest(p, s.vocabulary);
+          token = arg_max(p, s.vocabulary);
         } else {
           const double all = weigh(p, s.vocabulary, s.how);
           s.draft_totals[b * s.count + k] = all;
@@ -295,14 +295,14 @@ void read_logits(Team team, const Speculation& s, int64_t width_index) {
                    m * s.logits_rows[width_index];
       const int64_t at = b * (K + 1) + m;
       if (s.greedy && marks == nullptr) {
-        s.choice[at] = first_largest(x, V);
+        s.choice[at] = arg_max(x, V);
         continue;
       }
       float* p = s.target_weights + at * V;
       widen_row(x, V, p);
       penalise(p, 0, V, marks, drafted(s, b), m, s.how.penalty);
       if (s.greedy)
-        s.choice[at] = first_largest(p, V);
+        s.choice[at] = arg_max(p, V);
       else
         s.target_totals[at] = weigh(p, V, s.how);
     }
