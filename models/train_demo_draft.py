@@ -70,8 +70,10 @@ def data_file(work: pathlib.Path) -> pathlib.Path:
 
 
 def options_for(twin: bool, args) -> TrainOptions:
+    own = {name: getattr(args, name) for name in ("block_size", "init", "seed", "lr")}
+    own = {name: value for name, value in own.items() if value is not None}
     rank = 0 if twin else 32
-    return TrainOptions(**OPTIONS, markov_rank=rank, steps=args.steps, minutes=args.minutes)
+    return TrainOptions(**OPTIONS | own, markov_rank=rank, steps=args.steps, minutes=args.minutes)
 
 
 def train(args) -> None:
@@ -185,6 +187,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--minutes", type=float, help="train so long instead")
     parser.add_argument("--work", default="/tmp/dspark-train-draft", help="not shipped")
+    parser.add_argument("--block-size", type=int, help=f"in place of {OPTIONS['block_size']}")
+    parser.add_argument("--init", help="the folder of a draft to go on from")
+    parser.add_argument("--seed", type=int, help="of other prompts, texts and anchors")
+    parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--new-tokens", type=int, default=256, help="of an evaluated prompt")
     parser.add_argument("--prompts", type=int, default=24, help="that are evaluated")

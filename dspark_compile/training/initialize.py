@@ -1,4 +1,4 @@
-"""The first weights of a draft: small and random, or the target's own where they fit.
+"""The first weights of a draft: small and random, the target's own where they fit, or a draft's.
 
 The draft's output goes through the target's lm_head, so the target's final norm is the right scale
 for it, and its last layers already write into that space. Context enters through ``fc``, which
@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from dspark_compile.models.draft import DraftModel
+from dspark_compile.models.draft_config import DraftError
 from dspark_compile.runtime.speculation.taps import decoder_layers
+from dspark_compile.training.options import TrainError
 
 
 def initialize(draft: DraftModel, target: Any = None) -> list[str]:
@@ -41,6 +43,38 @@ def initialize(draft: DraftModel, target: Any = None) -> list[str]:
     if draft.confidence_head is not None:
         nn.init.zeros_(draft.confidence_head.proj.weight)
     return [] if target is None else _copy(draft, target)
+
+
+@torch.no_grad()
+def go_on_from(draft: DraftModel, source: str) -> None:
+    """Set all weights to those of the draft at ``source``, a folder or Hub id.
+
+    The block size and the number of anchors may differ; the taps, layers and heads may not.
+
+    Raises:
+        TrainError: there is no draft, it reads other taps, or a weight has another shape; names
+            what differs.
+    """
+    try:
+        theirs = DraftModel.from_pretrained(source)
+    except (DraftError, OSError) as error:
+        raise TrainError(
+            f"init={source!r}: give target, random, or a draft to go on from; {error}"
+        ) from error
+    if theirs.config.target_layer_ids != draft.config.target_layer_ids:
+        raise TrainError(
+            f"init={source!r} reads the layers {tuple(theirs.config.target_layer_ids)} of its "
+            f"target, this draft {tuple(draft.config.target_layer_ids)}; give the same taps"
+        )
+    have, want = theirs.state_dict(), draft.state_dict()
+    for name in sorted(have.keys() | want.keys()):
+        a, b = (tuple(d[name].shape) if name in d else None for d in (have, want))
+        if a != b:
+            raise TrainError(
+                f"init={source!r}: {name} has the shape {a} there and {b} here; give the same "
+                "layers, intermediate_size, markov_rank and heads"
+            )
+    draft.load_state_dict({n: t.to(want[n].dtype) for n, t in have.items()})
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from dspark_compile.training.batches import Batches
 from dspark_compile.training.data import prompts, read
 from dspark_compile.training.draft_config import new_config
 from dspark_compile.training.evaluate import Evaluation, evaluate
-from dspark_compile.training.initialize import initialize
+from dspark_compile.training.initialize import go_on_from, initialize
 from dspark_compile.training.options import TrainError, TrainOptions
 from dspark_compile.training.regenerate import Text, regenerate
 from dspark_compile.training.step import Programs, learn, observe
@@ -87,7 +87,10 @@ def train_draft(
     options = options.resolve(parameters, width, _layers(target))
     torch.manual_seed(options.seed)
     draft = DraftModel(new_config(target, tokenizer, options))
-    initialize(draft, target if options.init == "target" else None)
+    if options.init in ("target", "random"):
+        initialize(draft, target if options.init == "target" else None)
+    else:
+        go_on_from(draft, options.init)
     draft = draft.to(device)
     draft.bind(target)
     work = Path(out) / ".training"

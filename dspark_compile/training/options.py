@@ -25,6 +25,8 @@ class TrainOptions:
         confidence: whether there is a confidence head.
         init: "target" starts layers and norms as copies of the target's last ones where those are
             of the same kind and shape, and ``fc`` as the identity on the last tap; "random" not.
+            Anything else is the folder or Hub id of a draft of the same shapes to go on from, for
+            instance to fit it to a fine-tuned target, or to give it another block size.
         mask_token_id: fills block rows; None finds an unused id, or takes the padding token.
         prompts: how many prompts the target continues.
         prompt_tokens: the longest prompt that is cut from text.
@@ -97,8 +99,8 @@ class TrainOptions:
             raise TrainError(f"markov_rank={self.markov_rank}: give 0 (none) or more")
         if self.markov_head not in ("vanilla", "gated", "rnn"):
             raise TrainError(f"markov_head={self.markov_head!r}: give vanilla, gated or rnn")
-        if self.init not in ("target", "random"):
-            raise TrainError(f"init={self.init!r}: give target or random")
+        if not self.init:
+            raise TrainError("init='': give target, random, or a draft to go on from")
         if self.optimizer not in ("adamw", "muon"):
             raise TrainError(f"optimizer={self.optimizer!r}: give adamw or muon")
         if not self.temperatures or min(self.temperatures) < 0:

@@ -231,7 +231,7 @@ def test_missing_data(tmp_path):
         ({"held_out": 1.0}, "held_out=1.0"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"optimizer": "sgd"}, "optimizer='sgd'"),
-        ({"init": "zeros"}, "init='zeros'"),
+        ({"init": ""}, "init=''"),
         ({"minutes": 0}, "minutes=0"),
     ],
 )
@@ -331,6 +331,31 @@ def test_a_run_resumes_where_it_was_killed(tmp_path):
             model, data, tmp_path / "straight", tokenizer=Letters(), quiet=True,
             options=dataclasses.replace(SMALL, block_size=3),
         )  # fmt: skip
+
+
+def test_a_draft_to_go_on_from(tmp_path):
+    data, model = folder_data(tmp_path), target()
+
+    def run(name, **changes):
+        options = dataclasses.replace(SMALL, steps=1, **changes)
+        return train_draft(
+            model, data, tmp_path / name, tokenizer=Letters(), quiet=True, options=options
+        )
+
+    first = run("first").draft
+    second = run("second", init=str(tmp_path / "first"), block_size=6, lr=1e-12).draft
+    assert second.config.block_size == 6
+    for name, tensor in second.state_dict().items():
+        torch.testing.assert_close(tensor, first.state_dict()[name])
+    for number, (changes, words) in enumerate((
+        ({"markov_rank": 2}, r"confidence_head.* has the shape \(1, 28\) there and \(1, 26\) here"),
+        ({"layers": 2}, r"layers.1.* has the shape None there"),
+        ({"taps": (0, 1)}, r"reads the layers \(0, 2\) of its target"),
+    )):  # fmt: skip
+        with pytest.raises(TrainError, match=words):
+            run(f"other{number}", init=str(tmp_path / "first"), **changes)
+    with pytest.raises(TrainError, match="init='zeros': give target, random, or a draft"):
+        run("third", init="zeros")
 
 
 @pytest.mark.parametrize(
