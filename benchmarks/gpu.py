@@ -21,19 +21,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-# (section, seconds). A model's section is "decode MODEL BATCH".
+# (section, seconds). A model's sections are "decode MODEL BATCH": a step with a static cache, and
+# "generate MODEL BATCH": whole captured decode loops.
 SECTIONS = (
     ("machine", 20),
     ("products", 90),
     ("decode_attention", 70),
     ("decode llama-1b 1", 80),
     ("decode qwen3-8b 1", 80),
+    ("generate llama-1b 1", 60),
     ("prefill_attention", 25),
     ("experts", 60),
     ("decode qwen3-30b-a3b 1", 80),
     ("gated", 45),
     ("decode qwen3-8b 8", 80),
     ("decode qwen3-8b 64", 80),
+    ("generate qwen3-8b 1", 80),
     ("decode llama-1b 8", 80),
     ("decode llama-1b 64", 80),
     ("decode qwen3-30b-a3b 8", 80),
@@ -41,7 +44,7 @@ SECTIONS = (
 )
 SMOKE_SECTIONS = (
     "machine", "products", "gated", "decode_attention", "prefill_attention",
-    "experts", "decode llama-1b 2", "decode qwen3-30b-a3b 1",
+    "experts", "decode llama-1b 2", "decode qwen3-30b-a3b 1", "generate llama-1b 2",
 )  # fmt: skip
 # A child that has not ended by its deadline gets this long to finish the row at hand.
 GRACE = 10
@@ -51,7 +54,7 @@ def run_section(name: str, seconds: float, into: Path, options: argparse.Namespa
     """One section, in this process; rows are written to ``into`` as they come."""
     import torch
 
-    from benchmarks import _gpu_experts, _gpu_kernels, _gpu_models
+    from benchmarks import _gpu_experts, _gpu_kernels, _gpu_models, _gpu_rounds
     from benchmarks._gpu_timing import Bench, describe
 
     device = torch.device("cpu" if options.smoke else "cuda")
@@ -64,6 +67,9 @@ def run_section(name: str, seconds: float, into: Path, options: argparse.Namespa
         if name.startswith("decode "):
             _, model, batch = name.split()
             rows = _gpu_models.decode(bench, model, int(batch), options.layers)
+        elif name.startswith("generate "):
+            _, model, batch = name.split()
+            rows = _gpu_rounds.generate(bench, model, int(batch), options.layers)
         else:
             rows = getattr(_gpu_experts if name == "experts" else _gpu_kernels, name)(bench)
         with torch.no_grad():
@@ -84,6 +90,8 @@ def show(section: str, row: dict[str, Any]) -> None:
     keys = {"skipped", "failed", "what", "rows", "batch", "context", "contender", "rate", "tokens"}
     what = " ".join(f"{k}={v}" for k, v in row.items() if k in keys and isinstance(v, plain))
     times = row.get("times") or row.get("step_s") or {}
+    if "token_s" in row:
+        times = {"token": {"median_s": row["token_s"]}}
     if "wall" in row:
         times = {row["contender"]: row["wall"]}
     figures = "  ".join(f"{n} {t['median_s'] * 1e6:.1f} us" for n, t in times.items())

@@ -35,7 +35,7 @@ def test_smoke(tmp_path: Path) -> None:
     assert document["conditions"]["torch"]
     assert document["copy_bandwidth"] > 0
     sections = {s["section"]: s for s in document["sections"]}
-    assert len(sections) == 8
+    assert len(sections) == 9
     for section in sections.values():
         assert section["rows"], section
         assert "skipped" not in section, section
@@ -48,6 +48,8 @@ def test_smoke(tmp_path: Path) -> None:
     assert set(product["times"]) == {"dspark", "dspark no pdl", "cublas"}
     assert product["speedup"]["dspark"] > 0
     assert product["of_roofline"]["dspark"] > 0
+    loop, theirs = sections["generate llama-1b 2"]["rows"]
+    assert loop["token_s"] > 0 and theirs["equal"] == 1.0
     last = sections["decode llama-1b 2"]["rows"][-1]
     assert last["in_turns"]
     assert set(last["step_s"]) == {"eager", "dspark", "inductor"}

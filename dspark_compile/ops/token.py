@@ -18,12 +18,17 @@ def greedy_token(logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
-def penalised(logits: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
+def penalised(logits: Tensor, seen: Tensor | None, penalty: float | Tensor) -> Tensor:
     """Float32 logits ``[..., V]`` with the repetition penalty of bool ``seen [..., V]``."""
     z = logits.float()
-    if seen is None or penalty == 1:
+    if seen is None or _is(penalty, 1):
         return z
     return torch.where(seen, torch.where(z < 0, z * penalty, z / penalty), z)
+
+
+def _is(value: float | Tensor, off: float) -> bool:
+    """Whether a filter is off. A tensor's value is not looked at: the host would wait for it."""
+    return not isinstance(value, Tensor) and value == off
 
 
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
@@ -37,24 +42,28 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 def filtered_probabilities(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+    logits: Tensor,
+    temperature: float | Tensor,
+    top_k: int,
+    top_p: float | Tensor,
+    min_p: float | Tensor,
 ) -> Tensor:
     """Float32 probabilities after temperature, top-k, top-p and min-p, in that order.
 
-    ``top_k=0``, ``top_p=1`` and ``min_p=0`` switch a filter off. Ties at the top-k
-    threshold are all kept, as in Hugging Face.
+    ``top_k=0``, ``top_p=1`` and ``min_p=0`` switch a filter off; a tensor of one number, on the
+    logits' device, is read there. Ties at the top-k threshold are all kept, as in Hugging Face.
     """
     z = logits.float() / temperature
     if top_k > 0:
         kth = z.topk(min(top_k, z.shape[-1]), dim=-1).values[..., -1:]
         z = z.masked_fill(z < kth, -torch.inf)
-    if top_p < 1.0:
+    if isinstance(top_p, Tensor) or top_p < 1.0:
         ordered, order = z.sort(dim=-1, descending=False)
         # Ascending: drop the tail whose cumulative mass stays within 1 - top_p.
         drop = ordered.softmax(-1).cumsum(-1) <= (1.0 - top_p)
         drop[..., -1] = False
         z = z.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
-    if min_p > 0.0:
+    if isinstance(min_p, Tensor) or min_p > 0.0:
         p = z.softmax(-1)
         z = z.masked_fill(p < min_p * p.amax(-1, keepdim=True), -torch.inf)
     return z.softmax(-1)

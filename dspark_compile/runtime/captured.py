@@ -50,6 +50,7 @@ class Captured:
         self._symbols, self._place = whole.symbols, whole.place
         self._call: Callable[[], Any] | None = None
         self.holds = whole.holds
+        self.version = 0  # how often tensors were replaced
 
     def replace(self, tensors: Mapping[int, Tensor], size: int) -> None:
         """Other tensors, by the ``id`` of those they replace, and the new size of what grew."""
@@ -57,6 +58,11 @@ class Captured:
         for i in self._symbols:
             self._args[i] = size
         self._call = None
+        self.version += 1
+
+    def tensors(self) -> list[Tensor]:
+        """What it reads and writes, besides what it makes."""
+        return [x for x in self._args if isinstance(x, Tensor)]
 
     def __call__(self) -> Tensor:
         """Run once. The result may be the same tensor each time, overwritten."""
@@ -75,7 +81,10 @@ class Captured:
     @property
     def result(self) -> Tensor | None:
         """What every call writes its result to; None where each makes a new tensor."""
-        results = getattr(self._bound(), "results", None)
+        bound = self._bound()
+        results = getattr(bound, "results", None)
+        if getattr(bound, "draws", None):  # every call wants other random numbers first
+            return None
         return None if results is None else results[self._place]
 
     def stage_seconds(self) -> list[float]:

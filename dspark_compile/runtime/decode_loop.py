@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .device_choice import DeviceChooser
+from .device_rounds import MOST, DeviceRounds
 from .rounds import POOL, Rounds
 from .token_choice import Chooser, TokenChoice
+from .visits import Visits
 
 if TYPE_CHECKING:
     from .speculation.telemetry import SpeculationStats
@@ -27,13 +30,14 @@ class GenerationReport:
     """What one call of `generate` did.
 
     Attributes:
-        path: ``"native"`` (a step is one native call), ``"compiled"``, ``"eager"`` or
-            ``"transformers"`` (its own loop).
+        path: ``"native"`` (a step is one native call), ``"captured"`` (a round is one launch of a
+            CUDA graph), ``"compiled"``, ``"eager"`` or ``"transformers"`` (its own loop).
         notes: why it is not a faster path, and what is called in Python at every step.
         prompt_tokens, new_tokens: for each sequence.
         seconds: of ``"prefill"``, ``"compile"`` (the first step) and ``"decode"``.
         steps_timed: steps that ``"decode"`` is the time of.
         cache_bytes: allocated for keys and values.
+        looks: how often the host waited for tokens of a device; None where it did at every step.
         speculation: what a draft did (`SpeculationStats`); None without one.
     """
 
@@ -44,6 +48,7 @@ class GenerationReport:
     seconds: dict[str, float] = field(default_factory=dict)
     steps_timed: int = 0
     cache_bytes: int = 0
+    looks: int | None = None
     speculation: SpeculationStats | None = None
 
     @property
@@ -113,6 +118,7 @@ class DecodeLoop:
         self.logits: tuple[Tensor, ...] | None = () if plan.keep_logits else None
         self.stopped = torch.zeros(self.batch, dtype=torch.bool, device=self.prompt.device)
         self.cache: Any = None
+        self.kept = plan.keep_cache or plan.cache is not None
         report.prompt_tokens = self.length
         # Tokens so far, with room that doubles.
         room = min(plan.max_length, self.length + FIRST_ROOM)
@@ -131,16 +137,20 @@ class DecodeLoop:
             held = plan.cache.snapshot()
         try:
             self._run()
-            rounds.set_length(rounds.length)
+            end = self._end()
+            if self.kept:  # it holds the text, but for the last token if that is new
+                new = end > self.report.prompt_tokens
+                rounds.set_length(min(rounds.length, end - 1) if new else rounds.length)
         except BaseException:
+            rounds.release()
             if plan.cache is not None:
                 plan.cache.restore(held)
             raise
         self.cache = rounds.cache
-        if plan.cache is not None or plan.keep_cache:
+        if self.kept:
             rounds.adopt(rounds.another_cache())
         POOL.give(rounds)
-        sequences = self.ids[:, : self._end()].clone()
+        sequences = self.ids[:, :end].clone()
         self.report.new_tokens = sequences.shape[1] - self.report.prompt_tokens
         return sequences
 
@@ -164,19 +174,28 @@ class DecodeLoop:
         report.spend("prefill", clock() - began)
         if plan.max_length <= self.length:
             return
-        chooser = Chooser(
-            rounds.tokens[: self.batch], rounds.done[: self.batch], plan.choice, list(plan.eos),
-            plan.pad, plan.choice.seen(self.prompt, logits.shape[-1]),
-        )  # fmt: skip
+        device = rounds.on_device()
+        chooser: Chooser | DeviceChooser
+        if device is None:
+            chooser = Chooser(
+                rounds.tokens[: self.batch], rounds.done[: self.batch], plan.choice,
+                list(plan.eos), plan.pad, plan.choice.seen(self.prompt, logits.shape[-1]),
+            )  # fmt: skip
+        else:
+            chooser = device.chooser
+            chooser.begin(plan.choice, plan.eos, plan.pad, self.prompt, logits.shape[-1])
         self._add(chooser, logits)
-        # Nobody looks at single steps: many at a time.
-        alone = not plan.asked and all(
-            x is None for x in (plan.called, plan.streamer, self.scores, self.logits)
-        )
+        # Nobody takes part in single steps: many at a time.
+        free = not plan.asked and all(x is None for x in (plan.called, self.scores, self.logits))
+        alone = device is None and free and plan.streamer is None
         seconds = 0.01  # of a step; measured as it goes
         while not self.finished:
             began = clock()
+            if device is not None and free and rounds.program is not None:
+                self._visit(device)
+                break
             if alone and rounds.program is not None:
+                assert isinstance(chooser, Chooser)
                 most = min(max(1, int(VISIT / seconds)), plan.max_length - self.length, 1024)
                 history = rounds.run(chooser, self.batch, most)
                 if history is not None:
@@ -195,10 +214,38 @@ class DecodeLoop:
         report.cache_bytes = rounds.cache.nbytes
         if rounds.program is not None:
             report.path = "native" if rounds.program.native else "compiled"
+            if device is not None:
+                report.path = "captured" if device.captured else "compiled"
+                if device.reason is not None:
+                    report.notes.append(device.reason)
         elif rounds.reason is not None:
             report.notes.append(f"the step is not compiled: {rounds.reason}")
 
-    def _add(self, chooser: Chooser, logits: Tensor) -> None:
+    def _visit(self, device: DeviceRounds) -> None:
+        """Rounds on a device until the text has ended; the host looks now and then."""
+        rounds, plan, began = self.rounds, self.plan, time.perf_counter()
+        start = self.length
+
+        def launch(count: int) -> Tensor:
+            rounds.room_for(count)
+            tokens = device.launch(count)[:, : self.batch]
+            self._append(tokens)
+            return tokens
+
+        # What is run for nothing behind the end is dropped from a cache, but not from states.
+        exact = self.kept and bool(plan.eos) and bool(getattr(rounds.cache, "recurrent", False))
+        visits = Visits(
+            launch, plan.eos, 1 if exact or plan.streamer is not None else MOST, 0 if exact else 1,
+            None if plan.streamer is None else plan.streamer.put,
+        )  # fmt: skip
+        done = device.chooser.done.cpu()
+        taken = visits.run(plan.max_length - start, done)
+        self.length, self.finished = start + taken, True
+        rounds.length = self.length - 1
+        self.report.looks = visits.looks
+        self.report.spend("decode", time.perf_counter() - began, taken)
+
+    def _add(self, chooser: Chooser | DeviceChooser, logits: Tensor) -> None:
         """Choose the next tokens, and ask who is to be asked whether to go on."""
         plan = self.plan
         so_far = self.ids[:, : self.length]
@@ -213,7 +260,7 @@ class DecodeLoop:
         still = chooser(logits)
         self._append(chooser.tokens.T)
         if plan.streamer is not None:
-            plan.streamer.put(chooser.tokens[:, 0].cpu())
+            plan.streamer.put(chooser.tokens[:, 0].to("cpu", copy=True))  # it may keep them
         if plan.asked:
             so_far = self.ids[:, : self.length]
             for criterion in plan.asked:
@@ -221,7 +268,8 @@ class DecodeLoop:
             if plan.eos:
                 chooser.done |= self.stopped
             still = int((~(chooser.done | self.stopped)).sum())
-        if still is None and (self.length % LOOK == 0 or plan.streamer is not None):
+        look = self.length % LOOK == 0 or plan.streamer is not None or self.kept
+        if still is None and look:
             still = int((~chooser.done).sum())
         self.finished = still == 0 or self.length >= plan.max_length
 
@@ -236,7 +284,7 @@ class DecodeLoop:
 
     def _end(self) -> int:
         """Where the text ends: a device is only asked now and then whether all rows are done."""
-        if self.ids.device.type == "cpu" or not self.plan.eos:
+        if self.rounds.device is None or not self.plan.eos:
             return self.length
         start = self.report.prompt_tokens
         new = self.ids[:, start : self.length]

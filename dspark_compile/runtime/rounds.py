@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from .captured import Captured
+from .device_graph import graphs_for
+from .device_rounds import DeviceRounds
 from .errors import KVCacheError
 from .token_choice import Chooser
 from .trace_whole import CaptureError
@@ -88,6 +90,7 @@ class Rounds:
         self.length = 0
         self.program: Captured | None = None
         self.reason: str | None = None  # why there is no program
+        self.device: DeviceRounds | None = None
         self._signature = signature(model)
         self._keeps = self._positioned = False
         self._named = "past_key_values"
@@ -271,17 +274,37 @@ class Rounds:
 
     def step(self) -> Tensor:
         """The next token's logits ``[R, V]`` after ``tokens``; valid until the next step."""
-        if self.length + 1 > self.cache.room:
-            self.cache.set_length(self.length)
-            self.reserve(self.length + 1)
+        self.room_for(1)
         if self.program is not None:
-            logits = self.program()
+            logits = self.program() if self.device is None else self.device.step()
         elif self.reason is not None:
             logits = self._eager_step()
         else:
             logits = self._compile()
         self.length += 1
         return logits
+
+    def room_for(self, count: int) -> None:
+        """Room for ``count`` more steps.
+
+        Raises:
+            KVCacheError: there is no memory; everything is as it was.
+        """
+        if self.length + count > self.cache.room:
+            self.cache.set_length(self.length)
+            self.reserve(self.length + count)
+
+    def on_device(self) -> DeviceRounds | None:
+        """Rounds that the host launches without waiting; None on a CPU, where it runs them."""
+        device = self.tokens.device
+        if self.device is None and (device.type != "cpu" or graphs_for(device) is not None):
+            self.device = DeviceRounds(self)
+        return self.device
+
+    def release(self) -> None:
+        """Give back what the device holds for captured rounds."""
+        if self.device is not None:
+            self.device.release()
 
     def run(self, chooser: Chooser, rows: int, count: int) -> Tensor | None:
         """Up to ``count`` steps and choices of the first ``rows`` sequences without Python in
@@ -293,8 +316,7 @@ class Rounds:
         if native is None:
             return None
         if self.length + count > self.cache.room:
-            self.cache.set_length(self.length)
-            self.reserve(self.length + count)
+            self.room_for(count)
             return self.run(chooser, rows, count)
         uniform = chooser.draw_many(count)
         native.draw_from(uniform)
@@ -442,9 +464,13 @@ class RoundsPool:
         """Free what is idle, of ``model`` or of all: programs and caches."""
         with self._lock:
             if model is None:
+                dropped = list(self._idle.values())
                 self._idle.clear()
             else:
-                self._idle.pop(model, None)
+                dropped = [self._idle.pop(model, {})]
+        for idle in dropped:
+            for rounds in (r for several in idle.values() for r in several):
+                rounds.release()
 
 
 POOL = RoundsPool()
