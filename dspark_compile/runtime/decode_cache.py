@@ -221,8 +221,12 @@ def unsupported(config: Any) -> str | None:
         known |= {*_HYBRID, "LinearAttentionLayer"}
     other = {type(x).__name__ for x in layers} - known
     if "StaticIndexedLayer" in other:
-        # An indexer's mask over a static cache lets it choose other tokens than over a dynamic one.
-        return "it has cache layers with an indexer (StaticIndexedLayer), whose static form differs"
+        # Scores are sums of ReLUs: many keys have exactly 0, and which of them top-k takes depends on
+        # how many numbers it looks at, also where all that follow are -inf.
+        return (
+            "it has cache layers with an indexer (StaticIndexedLayer): among keys of equal score its"
+            " top-k takes others where a cache has room than where it ends with the text"
+        )
     if other:
         return f"it has cache layers of kinds that are not known ({', '.join(sorted(other))})"
     return None
