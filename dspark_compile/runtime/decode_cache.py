@@ -221,11 +221,11 @@ def unsupported(config: Any) -> str | None:
         known |= {*_HYBRID, "LinearAttentionLayer"}
     other = {type(x).__name__ for x in layers} - known
     if "StaticIndexedLayer" in other:
-        # Scores are sums of ReLUs: many keys have exactly 0, and which of them top-k takes depends on
-        # how many numbers it looks at, also where all that follow are -inf.
+        # Scores are sums of ReLUs: many keys have exactly 0, and which of them top-k takes depends
+        # on how many numbers it looks at, also where all that follow are -inf.
         return (
-            "it has cache layers with an indexer (StaticIndexedLayer): among keys of equal score its"
-            " top-k takes others where a cache has room than where it ends with the text"
+            "it has cache layers with an indexer (StaticIndexedLayer): among keys of equal score"
+            " its top-k takes others where a cache has room than where it ends with the text"
         )
     if other:
         return f"it has cache layers of kinds that are not known ({', '.join(sorted(other))})"
