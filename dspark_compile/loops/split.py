@@ -226,8 +226,9 @@ class SplitProgram:
             raise CannotSplit(where, str(error)) from error
         loop = UserLoop(run, made.plan, first)
         self.loops.append(loop)
-        how = "a native loop" if loop.native else "one compiled call a step"
-        self.findings.append(f"loop at {where}: decode_loop, {title}, one compiled once: {how}")
+        self.findings.append(
+            f"loop at {where}: decode_loop, {title}, one compiled once: {loop.how}"
+        )
         takes = [self._value(x) for x in (*carried, *others)]  # type: ignore[misc]
         piece = _Piece(loop, takes, [], carried=len(carried))  # type: ignore[arg-type]
         for path in made.paths if mine else [(i,) for i in range(len(carried))]:  # type: ignore[arg-type]
