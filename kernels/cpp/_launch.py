@@ -75,6 +75,10 @@ def raise_for(status: int, name: str) -> None:
         raise IndexError(f"{name}: a position lies outside of the cache")
     if status == 3:
         raise IndexError(f"{name}: a token or another index lies outside of its table")
+    if status == 4:
+        raise RuntimeError(
+            f"{name}: probabilities to draw from are inf, nan, below 0, or all 0 in a row"
+        )
 
 
 def threads_for(nbytes: int) -> int:

@@ -150,14 +150,17 @@ class Attention {
     }
     if constexpr (C::TILES) {
 #if defined(DSPARK_TILES)
-      std::memset(room.matrix.q, 0, sizeof(room.matrix.q));
-      for (int r = 0; r < R; ++r) {
-        const Q* from = query(u, r);
-        for (int d = 0; d < C::D; d += 2) {
-          bf16* to = room.matrix.q[r / 16][d / 2][r % 16];
-          to[0] = from[d], to[1] = from[d + 1];
+      for (int rows = 0; rows < R; rows += 16)
+        for (int d = 0; d < C::D; d += 32) {
+          // Pairs of columns, each taken for a float.
+          __m512 pairs[16];
+          for (int r = 0; r < 16; ++r)
+            pairs[r] = rows + r < R ? _mm512_loadu_ps((const float*)(query(u, rows + r) + d))
+                                    : _mm512_setzero_ps();
+          transposed(pairs, [&](int i, __m512 row) __attribute__((always_inline)) {
+            _mm512_store_ps((float*)room.matrix.q[rows / 16][d / 2 + i], row);
+          });
         }
-      }
 #endif
       return;
     }
@@ -301,14 +304,16 @@ class Attention {
           room.matrix.s[r / 16][L::place(j)][L::lane(r) + L::half(j)] +=
               to_float(t.bias[base + j * s.bias_n]);
       }
-    if (tested || !inside || keys < KEYS) {
+    if (C::TILES && !tested) {
+      if (!inside || keys < KEYS) bound_lanes(room, k, keys);
+    } else if (tested || !inside || keys < KEYS) {
       if (!tested && !inside)
         for (int r = 0; r < R; ++r)
           for (int j = 0; j < keys; ++j)
             room.allowed[r][j] = k + j >= room.lower[r] && k + j < room.upper[r];
       forbid_lanes(room, keys, tested || !inside, bounded() ? nullptr : &t.mask_value);
     }
-    for (int rows = 0; rows < ROWS; ++rows) soften_lanes(room, state, rows, factor, follow);
+    for (int rows = 0; rows < ROWS; ++rows) soften_lanes(room, state, rows, keys, factor, follow);
     __asm__ volatile("" : : "r"(&room) : "memory");
 #if defined(DSPARK_BYTE_TILES)
     if constexpr (C::BYTES) byte_values(room.matrix, vp, s.v_n, keys, state.out, follow);
@@ -362,8 +367,11 @@ class Attention {
       Q* out = t.out + ((batch(u) * M + r % M) * heads + head(u, r)) * C::DV;
       const float* from = state.out[r];
 #if defined(DSPARK_TILES)
-      float ordered[C::DVP];
-      if constexpr (C::MATRIX) {
+      alignas(64) float ordered[C::DVP];
+      if constexpr (C::TILES) {
+        for (int d = 0; d < C::DV; d += 32) in_order(from + d, ordered + d);
+        from = ordered;
+      } else if constexpr (C::MATRIX) {
         for (int d = 0; d < C::DV; ++d) ordered[d] = from[place(d)];
         from = ordered;
       }

@@ -13,7 +13,7 @@
 #if defined(DSPARK_TILES)
 namespace dspark {
 
-// 2^x for x <= 127, to 1e-7 of itself; 0 for minus infinity, NaN for NaN.
+// 2^x for x <= 127, to 1e-7 of itself; 0 below -125 (see `exp`), NaN for NaN.
 inline __attribute__((always_inline)) __m512 power_of_two(__m512 x) {
   const __m512 f = _mm512_reduce_ps(x, 0x01);  // x - floor(x)
   __m512 p = _mm512_set1_ps(1.877576645e-03f);
@@ -22,7 +22,7 @@ inline __attribute__((always_inline)) __m512 power_of_two(__m512 x) {
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.401536171e-01f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931530732e-01f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.999999251e-01f));
-  return _mm512_scalef_ps(p, x);
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-125.0f), _CMP_NLT_UQ), p, x);
 }
 
 inline __m512 other_half(__m512 x) { return _mm512_shuffle_f32x4(x, x, 0x4e); }
@@ -58,13 +58,16 @@ struct Lanes {
 // Weights of the 16 rows from 16 `rows` on, over scores s * factor: relative to the rows' new
 // maxima. s becomes weights for BYTES, times vs; for bf16 they are packed to `p` at once.
 template <class C, class Next>
-inline void soften_lanes(Room<C>& room, State<C>& state, int rows, float factor, Next& next) {
+inline void soften_lanes(Room<C>& room, State<C>& state, int rows, int keys, float factor,
+                         Next& next) {
   constexpr bool PAIRED = C::BYTES && C::R <= 8;
   using L = Lanes<PAIRED, C::KEYS>;
+  // Vectors that have keys, in whole steps of `tile_values`; those of an int8 cache take whole blocks.
+  const int live = C::BYTES ? L::LIVE : (keys + 31) / 32 * 32;
   float(*s)[16] = room.matrix.s[rows];
   __m512 high[4];
   for (int i = 0; i < 4; ++i) high[i] = _mm512_set1_ps(NEVER);
-  for (int j = 0; j < L::LIVE; j += 4)
+  for (int j = 0; j < live; j += 4)
     for (int i = 0; i < 4; ++i) high[i] = _mm512_max_ps(_mm512_load_ps(s[j + i]), high[i]);
   __m512 top = _mm512_max_ps(_mm512_max_ps(high[0], high[1]), _mm512_max_ps(high[2], high[3]));
   if (PAIRED) top = _mm512_max_ps(top, other_half(top));
@@ -97,7 +100,7 @@ inline void soften_lanes(Room<C>& room, State<C>& state, int rows, float factor,
   if constexpr (C::BYTES) {
     constexpr int STEPS = Next::part(2, (C::R + 15) / 16 * L::LIVE / 2);
     __m512 most = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
-    for (int j = 0; j < L::LIVE; j += 2) {
+    for (int j = 0; j < live; j += 2) {
       const __m512 a = power_of_two(_mm512_fmadd_ps(_mm512_load_ps(s[j]), by, base));
       const __m512 b = power_of_two(_mm512_fmadd_ps(_mm512_load_ps(s[j + 1]), by, base));
       sum = _mm512_add_ps(sum, a);
@@ -118,7 +121,7 @@ inline void soften_lanes(Room<C>& room, State<C>& state, int rows, float factor,
   } else {
     constexpr int STEPS = Next::part(2, (C::R + 15) / 16 * C::KEYS / 2);
     const __m512i half = _mm512_set1_epi32(0x8000);
-    for (int from = 0; from < C::KEYS; from += 32) {
+    for (int from = 0; from < live; from += 32) {
       __m512 pairs[16];
       for (int i = 0; i < 16; ++i) {
         const float* at = s[from + 2 * i];
@@ -141,6 +144,35 @@ inline void soften_lanes(Room<C>& room, State<C>& state, int rows, float factor,
     }
   }
   L::store_rows(state.total + 16 * rows, _mm512_add_ps(total, sum));
+}
+
+// Scores of keys k ... k + keys that lie outside of their rows' bounds, and all behind them up to
+// what `soften_lanes` looks at: forbidden.
+template <class C>
+inline void bound_lanes(Room<C>& room, int64_t k, int keys) {
+  const __m512 never = _mm512_set1_ps(NEVER);
+  const int live = (keys + 31) / 32 * 32;
+  // Keys that all rows may attend to; bounds beyond a block say no more than its ends.
+  const auto place = [&](int64_t bound) { return int(std::clamp<int64_t>(bound - k, 0, keys)); };
+  const int first = place(room.inner_lower), last = std::max(first, place(room.inner_upper));
+  for (int rows = 0; rows < (C::R + 15) / 16; ++rows) {
+    alignas(64) int32_t lower[16], upper[16];
+    for (int r = 0; r < 16; ++r) {
+      const int row = std::min(16 * rows + r, C::R - 1);
+      lower[r] = place(room.lower[row]), upper[r] = place(room.upper[row]);
+    }
+    const __m512i from = _mm512_load_si512(lower), to = _mm512_load_si512(upper);
+    float(*s)[16] = room.matrix.s[rows];
+    const auto forbid = [&](int j) __attribute__((always_inline)) {
+      const __m512i at = _mm512_set1_epi32(j);
+      const __mmask16 yes =
+          _mm512_cmple_epi32_mask(from, at) & _mm512_cmplt_epi32_mask(at, to);
+      _mm512_store_ps(s[j], _mm512_mask_mov_ps(never, yes, _mm512_load_ps(s[j])));
+    };
+    for (int j = 0; j < first; ++j) forbid(j);
+    for (int j = last; j < keys; ++j) forbid(j);
+    for (int j = keys; j < live; ++j) _mm512_store_ps(s[j], never);
+  }
 }
 
 // Scores behind the mask: lane by lane, allowed[r][j] for `keys` keys; all that lie behind them are

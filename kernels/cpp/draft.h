@@ -18,7 +18,7 @@ struct Sequence {
   int64_t base_row, base_request;
   const void* hidden;  // [B, K, d] of type W, dense
   const void* w1;      // [target vocabulary, r]
-  const void* w2;      // [V / 64, r, 64]
+  const void* w2;      // [V / 64, r, 64], or with `pairs` [V / 64, r / 2, 64, 2]
   const void* gate;    // gated: [r, d + r], rnn: [3 r, 2 r + d]
   const void* gate_bias;
   const float* confidence;  // [d + r] or [d], float32; null without
@@ -32,6 +32,7 @@ struct Sequence {
   float* largest;               // [2, threads, B]
   int64_t* places;              // [2, threads, B]
   double* sums;                 // [threads, B]
+  int64_t pairs;                // whether W2 lies in pairs, for dpbf16ps
 };
 
 struct Drafting {
@@ -167,25 +168,88 @@ inline float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
 
 constexpr int64_t kPanel = 64;
 
-// z[first, last) = base + W2 code, first a multiple of a panel. W2 lies in panels of 64 tokens,
-// [V / 64][r][64]: one run of memory, however long the vocabulary is.
-template <class U, class W>
-inline void biased(const U* base, const W* w2, const float* code, int64_t rank, int64_t first,
-                   int64_t last, float* z) {
-  constexpr int L = Vec::W, N = kPanel / L;
-  for (int64_t i = first; i < last; i += kPanel) {
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+
+// W2 of the head, which lies in panels of 64 tokens, [V / 64][r][64]: one run of memory, however
+// long the vocabulary is. With PAIRS [V / 64][r / 2][64][2], r even, and the code is rounded to W.
+template <class W, bool PAIRS>
+struct Panels {
+  static constexpr int N = kPanel / Vec::W;
+  const W* w2;
+  const float* code;
+  int64_t rank;
+  const uint32_t* code_pairs;
+
+  // The bias of tokens i ... i + 63, i a multiple of 64.
+  inline void sums(int64_t i, Vec (&a)[N]) const {
     const W* panel = w2 + i * rank;
-    Vec a[N];
     for (int j = 0; j < N; ++j) a[j] = zero();
-    for (int64_t r = 0; r < rank; ++r) {
-      const Vec c = all(code[r]);
-      for (int j = 0; j < N; ++j) a[j] = fma(load(panel + r * kPanel + j * L), c, a[j]);
+    if constexpr (PAIRS) {
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+      for (int64_t r = 0; r < rank / 2; ++r) {
+        const __m512bh c = (__m512bh)_mm512_set1_epi32(int(code_pairs[r]));
+        for (int j = 0; j < N; ++j)
+          a[j].v = _mm512_dpbf16_ps(
+              a[j].v, (__m512bh)_mm512_loadu_si512(panel + (r * kPanel + j * Vec::W) * 2), c);
+      }
+#endif
+    } else {
+      for (int64_t r = 0; r < rank; ++r) {
+        const Vec c = all(code[r]);
+        for (int j = 0; j < N; ++j) a[j] = fma(load(panel + r * kPanel + j * Vec::W), c, a[j]);
+      }
     }
+  }
+};
+
+// z[first, last) = base + W2 code, first a multiple of a panel.
+template <class U, class P>
+inline void biased(const U* base, const P& panels, int64_t first, int64_t last, float* z) {
+  constexpr int L = Vec::W, N = P::N;
+  Vec a[N];
+  for (int64_t i = first; i < last; i += kPanel) {
+    panels.sums(i, a);
     for (int j = 0; j < N && i + j * L < last; ++j) {
       const int n = int(std::min<int64_t>(L, last - i - j * L));
       store(z + i + j * L, load(base + i + j * L, n) + a[j], n);
     }
   }
+}
+
+// Where base + W2 code is largest in [first, last), the first of them, and what it is there; false
+// where there may be a NaN or an infinity, or the last panel is not whole.
+template <class U, class P>
+inline bool largest_biased(const U* base, const P& panels, int64_t first, int64_t last, float* most,
+                           int64_t* at) {
+  constexpr int L = Vec::W, N = P::N;
+  if (first >= last || (last - first) % kPanel != 0) return false;
+  Vec a[N], odd = zero();
+  float best = -INFINITY;
+  int64_t panel = first;
+  const auto values = [&](int64_t i) __attribute__((always_inline)) {
+    panels.sums(i, a);
+    for (int j = 0; j < N; ++j) a[j] = a[j] + load(base + i + j * L);
+  };
+  for (int64_t i = first; i < last; i += kPanel) {
+    values(i);
+    Vec high = a[0];
+    for (int j = 1; j < N; ++j) high = max(high, a[j]);
+    for (int j = 0; j < N; ++j) odd = odd + (a[j] - a[j]);
+    const float x = largest(high);
+    if (x > best) best = x, panel = i;
+  }
+  if (!(sum(odd) == 0)) return false;
+  values(panel);
+  float z[kPanel];
+  for (int j = 0; j < N; ++j) store(z + j * L, a[j]);
+  int64_t i = 0;
+  while (i + 1 < kPanel && z[i] != best) ++i;
+  *most = best, *at = panel + i;
+  return true;
 }
 
 // codes [B, r] of position k; needs a barrier behind it unless the head is vanilla.
@@ -223,14 +287,18 @@ inline void make_codes(Team team, const Drafting& d, int64_t k, std::vector<floa
   }
 }
 
-template <class U, class W>
+template <class U, class W, bool PAIRS>
 void draft_sequence(Team team, Drafting& d) {
   static thread_local std::vector<float> local, features;
+  static thread_local std::vector<uint32_t> code_pairs;
   Sequence& s = *d.s;
   const int64_t B = d.batch, K = d.count, V = s.vocabulary, r = s.rank, T = team.threads;
   const auto [first, last] = team.share(V, kPanel);
   const bool plain = !d.greedy && !filters(d.how);
+  // Where nobody asks for weights but for the largest, they are not written.
+  const bool only_largest = d.greedy && d.seen == nullptr && s.head != kNone;
   local.resize(size_t(std::max<int64_t>(B * r, 1)));
+  code_pairs.resize(size_t(r / 2 + 1));
   for (int64_t k = 0; k < K; ++k) {
     if (s.head != kNone) make_codes<W>(team, d, k, local);
     if (s.head == kGated || s.head == kRnn) team.barrier();
@@ -251,13 +319,22 @@ void draft_sequence(Team team, Drafting& d) {
     for (int64_t b = 0; b < B; ++b) {
       float* z = d.weights + (b * K + k) * d.target_vocabulary;
       const U* base = (const U*)s.base + b * s.base_request + k * s.base_row;
+      const Panels<W, PAIRS> panels{(const W*)s.w2, codes + b * r, r, code_pairs.data()};
+      if constexpr (PAIRS)
+        if (s.head != kNone)
+          for (int64_t i = 0; i < r; ++i)
+            from_float(reinterpret_cast<W*>(code_pairs.data())[i], panels.code[i]);
+      if (only_largest) {
+        const int64_t at = team.thread * B + b;
+        if (largest_biased(base, panels, first, last, largest_ + at, places + at)) continue;
+      }
       if (s.head == kNone) {
         for (int64_t i = first; i < last; i += Vec::W) {
           const int n = int(std::min<int64_t>(Vec::W, last - i));
           store(z + i, load(base + i, n), n);
         }
       } else {
-        biased(base, (const W*)s.w2, codes + b * r, r, first, last, z);
+        biased(base, panels, first, last, z);
       }
       penalise(z, first, last, d.seen == nullptr ? nullptr : d.seen + b * d.target_vocabulary,
                d.block + b * (K + 1) + 1, k, d.how.penalty, s.vocabulary_map);
@@ -317,6 +394,14 @@ void draft_sequence(Team team, Drafting& d) {
   if (team.thread == 0 && s.confidence != nullptr)
     for (int64_t b = 0; b < B; ++b)
       for (int64_t k = 1; k < K; ++k) d.survival[b * K + k] *= d.survival[b * K + k - 1];
+}
+
+template <class U, class W>
+void draft_sequence(Team team, Drafting& d) {
+  if constexpr (kPairs && std::is_same<W, bf16>::value) {
+    if (d.s->pairs) return draft_sequence<U, W, true>(team, d);
+  }
+  draft_sequence<U, W, false>(team, d);
 }
 
 }  // namespace dspark

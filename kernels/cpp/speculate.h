@@ -5,6 +5,8 @@
 //   rows      of the programs, B <= rows requests of them
 //   K, M      drafted tokens of a round, tokens a program verifies (M = 1 + drafted)
 #pragma once
+#include <limits>
+
 #include "draft.h"
 #include "program.h"
 
@@ -105,9 +107,21 @@ struct Speculation {
   int64_t* drafted_ids;   // [batch, K]: in the draft's own vocabulary
 };
 
-inline int run(const Speculation& s, const BoundStages& p) {
-  return run_program<false>((const Stage*)p.block, p.stages, p.memory, int(s.threads), s.ahead,
-                            nullptr);
+// What the threads of a call share. All run every line of a round: thread 0 decides and writes, the
+// others meet it before they read; so one parallel region does for all rounds of a call, which is
+// worth a tenth of a round of a small model.
+struct Shared {
+  Outcome outcome;  // of the first program that failed, after which none runs
+  int64_t width_index = 0;
+  bool open = false, appends = false;
+  int64_t times[4];
+};
+
+// The stages of a program, behind a meeting; whether all is well. What failed in the next program
+// must not be taken for a failure here: threads meet once more before they call this again.
+inline bool run(Team team, const Speculation& s, const BoundStages& p, Shared& shared) {
+  return run_stages<false>(team, (const Stage*)p.block, p.stages, p.memory, s.ahead, nullptr,
+                           shared.outcome);
 }
 
 inline void patch(const BoundStages& p) {
@@ -115,10 +129,13 @@ inline void patch(const BoundStages& p) {
     p.block[p.patches[i].where] = p.bases[p.patches[i].which] + p.patches[i].offset;
 }
 
-inline int append_context(Speculation& s) {
-  if (s.behind == 0) return 0;
-  s.behind = 0;
-  return run(s, s.append);
+// Every thread calls it behind a meeting, so that all see the same number.
+inline bool append_context(Team team, Speculation& s, Shared& shared) {
+  if (s.behind == 0) return true;
+  const bool well = run(team, s, s.append, shared);
+  if (team.thread == 0) s.behind = 0;
+  team.barrier();
+  return well;
 }
 
 // Prompt lookup: `ngram.propose`.
@@ -144,78 +161,82 @@ inline const int64_t* drafted(const Speculation& s, int64_t b) {
 }
 
 template <class D>
-int by_model(Speculation& s) {
+bool by_model(Team team, Speculation& s, Shared& shared) {
   const int64_t start = *s.slot, width = s.count + 1;
-  const auto hold = [&](int64_t n) {
-    for (int64_t i = 0; i < s.model_held_count; ++i) *s.model_held[i] = n;
-  };
   for (int64_t k = 0; k < s.count; ++k) {
-    hold(k == 0 ? start - 1 : start + k);
-    for (int64_t b = 0; b < s.rows; ++b) {
-      s.model_positions[b] = s.positions[b] + (k == 0 ? -1 : k);
-      int64_t* block = s.model_block + 2 * b;
-      if (k == 0) {
-        const int64_t n = b < s.batch ? s.lengths[b] : 0;
-        block[0] = n > 1 ? s.text[b * s.text_room + n - 2] : 0;
-        block[1] = s.block[b * width];
-      } else {
-        block[0] = s.block[b * width + k];
+    if (team.thread == 0) {
+      for (int64_t i = 0; i < s.model_held_count; ++i)
+        *s.model_held[i] = k == 0 ? start - 1 : start + k;
+      for (int64_t b = 0; b < s.rows; ++b) {
+        s.model_positions[b] = s.positions[b] + (k == 0 ? -1 : k);
+        int64_t* block = s.model_block + 2 * b;
+        if (k == 0) {
+          const int64_t n = b < s.batch ? s.lengths[b] : 0;
+          block[0] = n > 1 ? s.text[b * s.text_room + n - 2] : 0;
+          block[1] = s.block[b * width];
+        } else {
+          block[0] = s.block[b * width + k];
+        }
       }
     }
-    const int status = run(s, k == 0 ? s.two : s.one);
-    if (status != 0) return status;
+    team.barrier();
+    if (!run(team, s, k == 0 ? s.two : s.one, shared)) return false;
     const char* logits = (const char*)(k == 0 ? s.two_logits : s.one_logits);
     const int64_t step = k == 0 ? s.model_requests_two : s.model_requests_one;
-    parallel(int(s.threads), [&](Team team) {
-      for (int64_t b = team.thread; b < s.batch; b += team.threads) {
-        const D* x = (const D*)logits + b * step;
-        float* p = s.draft_weights + (b * s.count + k) * s.vocabulary;
-        const uint8_t* marks = s.seen == nullptr ? nullptr : s.seen + b * s.vocabulary;
-        widen_row(x, s.vocabulary, p);
-        penalise(p, 0, s.vocabulary, marks, drafted(s, b), k, s.how.penalty);
-        int64_t token;
-        if (s.greedy) {
-          token = arg_max(p, s.vocabulary);
-        } else {
-          const double all = weigh(p, s.vocabulary, s.how);
-          s.draft_totals[b * s.count + k] = all;
-          token = pick(p, s.vocabulary, s.uniform[b * (2 * s.count + 1) + k] * all);
-        }
-        s.block[b * width + 1 + k] = s.drafted_ids[b * s.count + k] = token;
+    for (int64_t b = team.thread; b < s.batch; b += team.threads) {
+      const D* x = (const D*)logits + b * step;
+      float* p = s.draft_weights + (b * s.count + k) * s.vocabulary;
+      const uint8_t* marks = s.seen == nullptr ? nullptr : s.seen + b * s.vocabulary;
+      widen_row(x, s.vocabulary, p);
+      penalise(p, 0, s.vocabulary, marks, drafted(s, b), k, s.how.penalty);
+      int64_t token;
+      if (s.greedy) {
+        token = arg_max(p, s.vocabulary);
+      } else {
+        const double all = weigh(p, s.vocabulary, s.how);
+        s.draft_totals[b * s.count + k] = all;
+        token = pick(p, s.vocabulary, s.uniform[b * (2 * s.count + 1) + k] * all);
       }
-    });
+      s.block[b * width + 1 + k] = s.drafted_ids[b * s.count + k] = token;
+    }
+    team.barrier();
   }
-  for (int64_t b = 0; b < s.batch; ++b) s.found[b] = s.count;
-  return 0;
+  if (team.thread == 0)
+    for (int64_t b = 0; b < s.batch; ++b) s.found[b] = s.count;
+  return true;
 }
 
-// Drafted tokens into the block, `found` and `survival`.
+// Drafted tokens into the block, `found` and `survival`: thread 0 has them all at its end.
 template <class U, class W>
-int draft_round(Speculation& s) {
+bool draft_round(Team team, Speculation& s, Shared& shared) {
   const int64_t K = s.count, width = K + 1;
-  int status = 0;
   if (s.kind == 1) {
-    if ((status = append_context(s)) != 0) return status;
-    for (int64_t b = 0; b < s.rows; ++b) s.draft_ids[b * s.draft_block] = s.block[b * width];
-    if ((status = run(s, s.propose)) != 0) return status;
+    if (!append_context(team, s, shared)) return false;
+    if (team.thread == 0)
+      for (int64_t b = 0; b < s.rows; ++b) s.draft_ids[b * s.draft_block] = s.block[b * width];
+    team.barrier();
+    if (!run(team, s, s.propose, shared)) return false;
     Drafting d{&s.sequence, s.batch, K, s.vocabulary, s.block, s.seen, s.how, s.greedy != 0,
                s.uniform, s.draft_weights, s.draft_totals, s.drafted_ids, s.survival};
     const int64_t start = now();
-    parallel(int(s.threads), [&](Team team) { draft_sequence<U, W>(team, d); });
+    draft_sequence<U, W>(team, d);
+    if (team.thread != 0) return true;
     s.counters[4 + 5 * K + K + 1 + 3] += 1e-9 * double(now() - start);
     for (int64_t b = 0; b < s.batch; ++b) s.found[b] = K;
-    if (s.sequence.confidence != nullptr) return 0;
+    if (s.sequence.confidence != nullptr) return true;
   } else if (s.kind == 2) {
+    if (team.thread != 0) return true;
     for (int64_t b = 0; b < s.batch; ++b)
       if (!s.done[b]) look_up(s, b);
-  } else if ((status = by_model<U>(s)) != 0) {
-    return status;
+  } else {
+    if (!by_model<U>(team, s, shared)) return false;
+    if (team.thread != 0) return true;
   }
   for (int64_t b = 0; b < s.batch; ++b) {
     double a = s.found[b] > 0;
     for (int64_t k = 0; k < K; ++k) s.survival[b * K + k] = a *= s.conditional[k];
   }
-  return 0;
+  return true;
 }
 
 // The index of the width to verify: `state.verify_length`, and what of its width is left is filled.
@@ -344,37 +365,34 @@ inline int64_t commit(Speculation& s, int64_t b, int64_t accepted, int64_t next)
   return count;
 }
 
-template <class T, class U, class W>
-int round(Speculation& s, bool drafting) {
-  const int64_t K = s.count, start_slot = *s.slot;
-  int64_t times[4] = {now(), 0, 0, 0};
-  int status = 0, width_index = 0;
-  for (int64_t b = 0; b < s.batch; ++b) s.found[b] = 0;
-  if (drafting) {
-    if ((status = draft_round<U, W>(s)) != 0) return status;
-    width_index = int(schedule(s));
-  }
-  const int64_t width = s.widths[width_index];
+// What thread 0 does between drafting and verifying: the width, and how much of it each request has.
+inline void plan(Speculation& s, Shared& shared, bool drafting) {
+  shared.width_index = drafting ? schedule(s) : 0;
+  const int64_t width = s.widths[shared.width_index];
   for (int64_t b = 0; b < s.batch; ++b) {
     const int64_t left = s.limit - (s.lengths[b] - s.prompts[b]);
     s.verified[b] =
         s.done[b] ? 0 : std::min({s.found[b], width - 1, std::max<int64_t>(left - 1, 0)});
   }
-  times[1] = now();
-  if ((status = run(s, s.verify[width_index])) != 0) return status;
-  if (s.kind == 1) {
-    if (s.behind + width > K + 1 && (status = append_context(s)) != 0) return status;
-    if (s.behind == 0) {
-      *s.context_slot = start_slot;
-      for (int64_t b = 0; b < s.rows; ++b) s.context_positions[b] = s.positions[b];
-    }
-    const int64_t bytes = width * s.state_bytes;
-    for (int64_t b = 0; b < s.rows; ++b)
-      std::memcpy(s.pending + (b * (K + 1) + s.behind) * s.state_bytes,
-                  (const char*)s.states[width_index] + b * bytes, size_t(bytes));
+}
+
+// The tapped states of what was verified wait for the next draft.
+inline void keep_states(Speculation& s, int64_t width_index) {
+  const int64_t K = s.count, width = s.widths[width_index];
+  if (s.behind == 0) {
+    *s.context_slot = *s.slot;
+    for (int64_t b = 0; b < s.rows; ++b) s.context_positions[b] = s.positions[b];
   }
-  times[2] = now();
-  parallel(int(s.threads), [&](Team team) { read_logits<T>(team, s, width_index); });
+  const int64_t bytes = width * s.state_bytes;
+  for (int64_t b = 0; b < s.rows; ++b)
+    std::memcpy(s.pending + (b * (K + 1) + s.behind) * s.state_bytes,
+                (const char*)s.states[width_index] + b * bytes, size_t(bytes));
+}
+
+// Accept, correct, bonus, commit and crop, for all requests. Whether the context has to be appended
+// at once: where positions of rows go on differently, the next states cannot follow these.
+inline bool settle(Speculation& s, bool drafting) {
+  const int64_t start_slot = *s.slot;
   int64_t most = 0;
   int64_t kept[kMostRequests] = {};
   for (int64_t b = 0; b < s.batch; ++b) {
@@ -395,23 +413,76 @@ int round(Speculation& s, bool drafting) {
         s.mask[b * s.room + start_slot + j] = 0;
         if (s.model_mask != nullptr) s.model_mask[b * s.room + start_slot + j] = 0;
       }
-  if (s.kind == 1) {
-    s.behind += most;
-    // Where positions of rows go on differently, the next states cannot follow these.
-    bool even = true;
-    for (int64_t b = 0; b < s.batch; ++b) even &= kept[b] == most || s.done[b];
-    if (!even && (status = append_context(s)) != 0) return status;
-  }
-  times[3] = now();
+  if (s.uniform != nullptr) s.uniform += s.batch * (2 * s.count + 1);
+  if (s.kind != 1) return false;
+  s.behind += most;
+  bool even = true;
+  for (int64_t b = 0; b < s.batch; ++b) even &= kept[b] == most || s.done[b];
+  return !even;
+}
+
+// Where the time went, and what rounds cost from now on.
+inline void learn(Speculation& s, const Shared& shared, bool drafting) {
+  const int64_t K = s.count, *times = shared.times;
   double* seconds = s.counters + 4 + 5 * K + K + 1;
   for (int i = 0; i < 3; ++i) seconds[i] += 1e-9 * double(times[i + 1] - times[i]);
-  const auto learn = [](double& known, double seen) {
+  const auto blend = [](double& known, double seen) {
     known = known > 0 ? known + 0.1 * (std::min(seen, 2 * known) - known) : seen;
   };
-  learn(s.verify_seconds[width_index], 1e-9 * double(times[2] - times[1]));
-  if (drafting) learn(*s.draft_seconds, 1e-9 * double(times[1] - times[0]));
-  if (s.uniform != nullptr) s.uniform += s.batch * (2 * K + 1);
-  return 0;
+  blend(s.verify_seconds[shared.width_index], 1e-9 * double(times[2] - times[1]));
+  if (drafting) blend(*s.draft_seconds, 1e-9 * double(times[1] - times[0]));
+}
+
+// One round; false where a program failed. Begins behind a meeting, and ends before one.
+template <class T, class U, class W>
+bool round(Team team, Speculation& s, bool drafting, Shared& shared) {
+  const bool leads = team.thread == 0;
+  if (leads) {
+    shared.times[0] = now();
+    for (int64_t b = 0; b < s.batch; ++b) s.found[b] = 0;
+  }
+  if (drafting && !draft_round<U, W>(team, s, shared)) return false;
+  if (leads) {
+    plan(s, shared, drafting);
+    shared.times[1] = now();
+  }
+  team.barrier();
+  const int64_t width_index = shared.width_index;
+  if (!run(team, s, s.verify[width_index], shared)) return false;
+  if (s.kind == 1) {
+    if (s.behind + s.widths[width_index] > s.count + 1) {
+      // No thread may still be about to see whether the program before went well.
+      team.barrier();
+      if (!append_context(team, s, shared)) return false;
+    }
+    if (leads) keep_states(s, width_index);
+  }
+  if (leads) shared.times[2] = now();
+  read_logits<T>(team, s, width_index);
+  team.barrier();
+  if (leads) shared.appends = settle(s, drafting);
+  if (s.kind == 1) {
+    team.barrier();
+    if (shared.appends && !append_context(team, s, shared)) return false;
+  }
+  if (leads) {
+    shared.times[3] = now();
+    learn(s, shared, drafting);
+  }
+  return true;
+}
+
+// Whether another round is wanted and fits.
+inline bool goes_on(const Speculation& s, int64_t made) {
+  bool open = false, fits = *s.slot + s.slack <= s.room;
+  int64_t longest = 0;
+  for (int64_t b = 0; b < s.batch; ++b) {
+    open |= !s.done[b];
+    fits &= s.lengths[b] + s.count + 1 <= s.text_room;
+    if (!s.done[b]) longest = std::max(longest, s.filled[b]);
+  }
+  if (!open || !fits) return false;
+  return s.rows == 1 || made == 0 || double(*s.slot - longest) <= s.holes * double(*s.slot);
 }
 
 // Up to `count` rounds; *made says how many: fewer where all requests have ended, a round does not
@@ -422,21 +493,17 @@ int speculate(Speculation& s, int64_t count, int64_t drafting, int64_t* made) {
   for (int64_t i = 0; i < s.width_count; ++i) patch(s.verify[i]);
   if (s.kind == 1) patch(s.propose), patch(s.append);
   if (s.kind == 3) patch(s.two), patch(s.one);
-  while (*made < count) {
-    bool open = false, fits = *s.slot + s.slack <= s.room;
-    int64_t longest = 0;
-    for (int64_t b = 0; b < s.batch; ++b) {
-      open |= !s.done[b];
-      fits &= s.lengths[b] + s.count + 1 <= s.text_room;
-      if (!s.done[b]) longest = std::max(longest, s.filled[b]);
+  Shared shared;
+  shared.outcome.failed = std::numeric_limits<int64_t>::max();
+  parallel(int(s.threads), [&](Team team) {
+    for (;;) {
+      if (team.thread == 0) shared.open = *made < count && goes_on(s, *made);
+      team.barrier();
+      if (!shared.open || !round<T, U, W>(team, s, drafting != 0, shared)) return;
+      if (team.thread == 0) ++*made;
     }
-    if (!open || !fits) break;
-    if (s.rows > 1 && *made > 0 && double(*s.slot - longest) > s.holes * double(*s.slot)) break;
-    const int status = round<T, U, W>(s, drafting != 0);
-    if (status != 0) return status;
-    ++*made;
-  }
-  return 0;
+  });
+  return shared.outcome.status.load();
 }
 
 }  // namespace dspark

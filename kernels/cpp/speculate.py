@@ -57,6 +57,7 @@ class Sequence(ctypes.Structure):
         ("w2", _P), ("gate", _P), ("gate_bias", _P), ("confidence", _P), ("confidence_bias", _D),
         ("confidence_reads", _I), ("temperatures", _P), ("vocabulary_map", _P), ("codes", _P),
         ("memory", _P), ("next_memory", _P), ("largest", _P), ("places", _P), ("sums", _P),
+        ("pairs", _I),
     )  # fmt: skip
 
 
@@ -89,6 +90,13 @@ class Speculation(ctypes.Structure):
         ("survival", _P), ("found", _P), ("verified", _P), ("choice", _P), ("draft_weights", _P),
         ("draft_totals", _P), ("target_weights", _P), ("target_totals", _P), ("drafted_ids", _P),
     )  # fmt: skip
+
+
+def takes_pairs(dtype: torch.dtype, rank: int) -> bool:
+    """Whether the Markov head's W2 of this dtype and rank is read in pairs, as dpbf16ps wants it."""
+    return (
+        dtype == torch.bfloat16 and rank % 2 == 0 and isa_levels.detect() in ("amx", "avx512_bf16")
+    )
 
 
 @functools.cache

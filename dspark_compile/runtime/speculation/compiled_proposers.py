@@ -134,14 +134,16 @@ class DraftProposals(Proposals):
         """Compile what it runs. Nothing that is held changes."""
         self.programs.ensure()
 
-    def panels(self) -> Tensor:
-        """The Markov head's W2 ``[V, r]`` as ``[V / 64, r, 64]``, which the native kernel reads."""
+    def panels(self, pairs: bool = False) -> Tensor:
+        """The Markov head's W2 ``[V, r]`` as ``[V / 64, r, 64]``, which the native kernel reads;
+        with ``pairs``, of an even r, as ``[V / 64, r / 2, 64, 2]``."""
         if self._panels is None:
             weight = self.draft.markov_head.markov_w2.weight.detach()  # type: ignore[union-attr]
             tokens, rank = weight.shape
             padded = weight.new_zeros(-(-tokens // 64) * 64, rank)
             padded[:tokens] = weight
-            self._panels = padded.view(-1, 64, rank).transpose(1, 2).contiguous()
+            cut = padded.view(-1, 64, rank // 2, 2) if pairs else padded.view(-1, 64, rank)
+            self._panels = cut.transpose(1, 2).contiguous()
         return self._panels
 
     def propose(self, state: State, uniform: Tensor | None) -> Drafted:

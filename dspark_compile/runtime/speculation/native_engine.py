@@ -205,7 +205,9 @@ class NativeEngine:
         self._dtypes[1:] = [base.dtype, weight.dtype]
         head = draft.markov_head
         if head is not None:
-            q.w1, q.w2 = _address(head.markov_w1.weight), _address(proposer.panels())
+            q.pairs = int(native.takes_pairs(weight.dtype, config.markov_rank))
+            panels = proposer.panels(bool(q.pairs))
+            q.w1, q.w2 = _address(head.markov_w1.weight), _address(panels)
             gate: Any = getattr(head, "gate_proj", None) or getattr(head, "joint_proj", None)
             if gate is not None:
                 q.gate, q.gate_bias = _address(gate.weight), _address(gate.bias)
