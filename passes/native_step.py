@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensor
 
 from dspark_compile.codegen.cpp import build, plan
 from dspark_compile.codegen.cpp import isa as isa_levels
@@ -42,6 +43,7 @@ def why_not(module: fx.GraphModule) -> str | None:
 
 def native_step(module: fx.GraphModule, ctx: PassContext) -> Callable[..., Any] | None:
     """The graph as one native call, or None with the reason in the report."""
+    _print_constants(module, ctx)
     reason = why_not(module)
     if reason is None:
         try:
@@ -50,6 +52,24 @@ def native_step(module: fx.GraphModule, ctx: PassContext) -> Callable[..., Any] 
             reason = str(error)
     ctx.report.notes.append(f"not one native call: {reason}")
     return None
+
+
+def _print_constants(module: fx.GraphModule, ctx: PassContext) -> None:
+    """Tensors of one number that the graph holds (``x[mask] = -inf``) become part of its text."""
+    for node in [n for n in module.graph.nodes if n.op == "get_attr"]:
+        value = getattr(module, str(node.target), None)
+        if not isinstance(value, Tensor) or value.numel() != 1 or isinstance(value, FakeTensor):
+            continue
+        with module.graph.inserting_before(node):
+            number = module.graph.call_function(
+                torch.ops.aten.full.default,
+                (list(value.shape), value.item()),
+                {"dtype": value.dtype, "device": value.device},
+            )
+        with ctx.fake_mode:
+            number.meta["val"] = torch.empty(value.shape, dtype=value.dtype)
+        node.replace_all_uses_with(number)
+        module.graph.erase_node(node)
 
 
 def _build(graph: fx.Graph, ctx: PassContext) -> Callable[..., Any]:

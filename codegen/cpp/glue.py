@@ -80,7 +80,11 @@ _COMPARISONS = frozenset(
     k for k in _BINARY if str(k).split(".")[1] in ("eq", "ne", "lt", "le", "gt", "ge")
 )
 _LOGICAL = {aten.bitwise_and.Tensor: "&", aten.bitwise_or.Tensor: "|"}
-_CONSTANTS = {aten.zeros.default: 0, aten.ones.default: 1, aten.full.default: None}
+_CONSTANTS = {
+    aten.zeros.default: 0, aten.ones.default: 1, aten.full.default: None,
+    aten.scalar_tensor.default: None,
+}  # fmt: skip
+_FILLS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 _MAKERS = (aten.arange.default, aten.arange.start, aten.arange.start_step, *_CONSTANTS)
 
 
@@ -178,6 +182,10 @@ def _print(
         return _made(node, args, out, pointer)
     if target is aten.argmax.default:
         return _argmax(args, node.kwargs, out, pointer)
+    if target is aten.index_put.default:
+        args = _masked_put(args, node.kwargs)
+    elif target in _FILLS:
+        args = [args[1], args[2], args[0]]
     compute, text = _expression(node, args, out)
     if target in _COMPARISONS and len(tensors) == 1 and isinstance(args[1], float):
         # As ATen does: the number takes the tensor's dtype first.
@@ -195,6 +203,18 @@ def _print(
         body.append(f"const C x{i} = {value};")
     body.append(_store(pointer(out), out.dtype, "{out}", text.format(*variables)))
     return lines + _loops(out, views, body)
+
+
+def _masked_put(args: list[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """The operands of ``where`` for ``x[mask] = number``."""
+    x, given, value = args[:3]
+    mask = given[0]
+    accumulates = kwargs.get("accumulate", False) or (len(args) > 3 and args[3])
+    if len(given) != 1 or accumulates or not isinstance(mask, Tensor):
+        raise NotGlue("an index_put that is not by one mask")
+    if mask.dtype != torch.bool or mask.shape != x.shape or value.numel() != 1:
+        raise NotGlue("an index_put that is not one number by a mask of the same shape")
+    return [mask, value, x]
 
 
 def _read(name: str, dtype: torch.dtype, at: str) -> str:
@@ -268,7 +288,7 @@ def _expression(node: fx.Node, args: list[Any], out: Tensor) -> tuple[str, str]:
         return "int64_t", f"{{0}} {_LOGICAL[target]} {{1}}"
     if target is aten.bitwise_not.default:
         return "int64_t", "!{0}" if out.dtype == torch.bool else "~{0}"
-    if target is aten.where.self:
+    if target in (aten.where.self, aten.index_put.default, *_FILLS):
         return _compute(args[1:3], out.dtype), "{0} != C(0) ? {1} : {2}"
     if target is aten.gelu.default:
         if kwargs.get("approximate", "none") == "tanh":
@@ -459,6 +479,8 @@ def _made(
     if not all(isinstance(x, (int, float, bool)) for x in args if not isinstance(x, list)):
         raise NotGlue(f"{node.target} of a dynamic value")
     kind = _TYPES[out.dtype]
+    if node.target is aten.scalar_tensor.default:
+        args = [[], *args]
     if node.target in _CONSTANTS:
         constant = _CONSTANTS[node.target]
         compute = "double" if out.dtype.is_floating_point else "int64_t"

@@ -23,19 +23,21 @@ LOOP = """// Repeats a program: the same library for every loop.
 #include <cstdint>
 #include <cstring>
 
-// After (or before) step k, `bytes` bytes go from `from` to `to + k * stride`.
+// After (or before) step k, `bytes` bytes go from `from` to `to + k * stride`. What lies ready for
+// many steps is read on by `ahead` bytes a step, from the first of a call.
 struct Move {
   char* to;
   const char* from;
-  int64_t bytes, stride;
+  int64_t bytes, stride, ahead;
 };
 
 typedef int (*Program)(int64_t*, const void*, int64_t, const int64_t*, int64_t, void*, int64_t,
                        int64_t, int64_t*);
 
-static void all(const Move* moves, int64_t count, int64_t k) {
+static void all(const Move* moves, int64_t count, int64_t k, int64_t first) {
   for (int64_t i = 0; i < count; ++i)
-    std::memcpy(moves[i].to + k * moves[i].stride, moves[i].from, size_t(moves[i].bytes));
+    std::memcpy(moves[i].to + k * moves[i].stride, moves[i].from + (k - first) * moves[i].ahead,
+                size_t(moves[i].bytes));
 }
 
 // Steps `first` … `last` - 1; fewer where *go is 0 after one. *taken says how many there were.
@@ -46,11 +48,11 @@ extern "C" __attribute__((visibility("default"))) int dspark_repeat(
     int64_t last, int64_t* taken) {
   *taken = 0;
   for (int64_t k = first; k < last; ++k) {
-    all(before, before_count, k);
+    all(before, before_count, k, first);
     const int status =
         program(block, fixes, fix_count, bases, stages, memory, threads, ahead, nullptr);
     if (status != 0) return status;
-    all(after, after_count, k);
+    all(after, after_count, k, first);
     ++*taken;
     if (go != nullptr && *go == 0) break;
   }
@@ -102,16 +104,20 @@ def repeat(
     go = None if plan.go is None else value(plan.go)
     program, taken, step = bound._program, ctypes.c_int64(), 0
     run = _library()
-    tables = [_table(moves) for moves in (before, after)]
+    # Uniform numbers for all steps of a call.
+    drawn = [(x, x.new_empty(VISIT, x.numel())) for x in bound.draws]
+    tables = [_table(before, drawn), _table(after, [])]
     with program._lock:
         while plan.count is None or step < plan.count:
             end = step + VISIT if plan.count is None else min(step + VISIT, plan.count)
             bound._enter()
             memory, threads = program._prepare()
+            for _, numbers in drawn:
+                numbers.uniform_()
             status = run(
                 ctypes.cast(program._run, ctypes.c_void_p), program._block, program._fixes,
                 program._fix_count, program._bases, len(program._entries), memory, threads,
-                AHEAD_BYTES, tables[0], len(before), tables[1], len(after),
+                AHEAD_BYTES, tables[0], len(before) + len(drawn), tables[1], len(after),
                 None if go is None else go.data_ptr(), step, end, ctypes.byref(taken),
             )  # fmt: skip
             if status:
@@ -142,10 +148,10 @@ def _carry(moves: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor, int
     return done
 
 
-def _table(moves: list[tuple[Tensor, Tensor, int]]) -> Any:
-    words = [
-        w for to, source, step in moves for w in (to.data_ptr(), source.data_ptr(), to.nbytes, step)
-    ]
-    for i, (_, source, _) in enumerate(moves):
-        words[4 * i + 2] = source.nbytes
+def _table(moves: list[tuple[Tensor, Tensor, int]], drawn: Sequence[tuple[Tensor, Tensor]]) -> Any:
+    words: list[int] = []
+    for to, source, step in moves:
+        words += [to.data_ptr(), source.data_ptr(), source.nbytes, step, 0]
+    for to, numbers in drawn:
+        words += [to.data_ptr(), numbers.data_ptr(), to.nbytes, 0, to.nbytes]
     return (ctypes.c_int64 * max(1, len(words)))(*words)

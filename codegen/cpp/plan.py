@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dspark_compile.codegen.cpp import emit, glue
+from dspark_compile.codegen.cpp import emit, glue, sampling
 from dspark_compile.codegen.cpp.program import PlanError, Program
 from dspark_compile.kernels import cpp
 from dspark_compile.kernels.cpp import attention as attention_kernels
@@ -60,8 +60,10 @@ def reason(node: fx.Node) -> str | None:
     """Why ``node`` cannot be part of a native program; None if it can."""
     if node.op != "call_function":
         return f"{node.op} {node.target}"
-    if node.target is operator.getitem or node.target in VIEWS:
+    if node.target is operator.getitem or node.target in VIEWS or sampling.part_of_race(node):
         return None
+    if node.target in sampling.STAGES or sampling.race(node):
+        return sampling.reason(node)
     if is_dialect_op(node):
         name = dialect_name(node)
         if name not in (*PRODUCTS, *_NORMS, *_OTHERS, *EXPERTS):
@@ -112,6 +114,7 @@ class Planner:
             and is_op(node, aten.view.default, aten.reshape.default, aten._unsafe_view.default,
                       aten.unsqueeze.default, aten.squeeze.dim)
             and node in self.order
+            and node.args[0].meta["val"].dim()
             and node.args[0].meta["val"].shape[-1] == node.meta["val"].shape[-1]
         ):  # fmt: skip
             node = node.args[0]
@@ -224,6 +227,10 @@ class Planner:
                 self.values[node] = None if base is None else base[node.args[1]]  # type: ignore[index]
             elif node.target in VIEWS:
                 self._view(node)
+            elif sampling.part_of_race(node):
+                continue  # its end draws
+            elif node.target in sampling.STAGES or sampling.race(node):
+                self._sampling(node)
             else:
                 self._loops(node)
         self.flush()
@@ -484,6 +491,18 @@ class Planner:
             call, self.values[node] = cache_kernels.prepare_of(name, args)
         else:
             call, self.values[node] = attention_kernels.call_of(name, args, kwargs)
+        self.add(call, node.name)
+
+    def _sampling(self, node: fx.Node) -> None:
+        found = sampling.race(node)
+        x = self.contiguous(self.get(found[0] if found else node.args[0]), node.name)
+        if node.target is aten._softmax.default:
+            call, self.values[node] = sampling.softmax(x, node.meta["val"].dtype)
+        elif node.target is aten.topk.default:
+            call, self.values[node] = sampling.topk(x, node.meta["val"][0].shape[-1])
+        else:
+            uniform = self.program.random(x.numel() // x.shape[-1])
+            call, self.values[node] = sampling.draw(x, uniform, node.meta["val"].shape)
         self.add(call, node.name)
 
     def _experts(self, node: fx.Node, args: Any) -> tuple[Call, Tensor]:

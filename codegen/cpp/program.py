@@ -50,12 +50,14 @@ class Buffer:
         nbytes: its size; of an input unknown, 0.
         given: the input's number; None for the arena's.
         result: whether it outlives the call.
+        random: whether it is filled with uniform numbers before every call.
         first, last: the stages that touch it.
     """
 
     nbytes: int = 0
     given: int | None = None
     result: bool = False
+    random: bool = False
     first: int = -1
     last: int = -1
 
@@ -83,6 +85,14 @@ class Program:
             self._kept.append(x)
         elif self.buffers[self._known[key]].given is None:
             raise PlanError("an input shares its memory with an intermediate result")
+
+    def random(self, count: int) -> Tensor:
+        """``count`` float32 numbers in [0, 1), others at every call: torch's generator's."""
+        x = torch.empty(count)
+        self._known[x.untyped_storage()._cdata] = len(self.buffers)
+        self.buffers.append(Buffer(nbytes=x.nbytes, random=True))
+        self._kept.append(x)
+        return x
 
     def knows(self, x: Tensor) -> bool:
         """Whether ``x`` lies in an input or in what a stage wrote."""
@@ -155,7 +165,11 @@ class Program:
         offsets: dict[int, int] = {}
         size = 0
         order = sorted(
-            (i for i, b in enumerate(self.buffers) if b.given is None and not b.result),
+            (
+                i
+                for i, b in enumerate(self.buffers)
+                if b.given is None and not b.result and not b.random
+            ),
             key=lambda i: self.buffers[i].first,
         )
         for i in order:
@@ -323,6 +337,11 @@ class NativeProgram:
         self._bases = (ctypes.c_int64 * len(program.buffers))()
         for buffer, offset in offsets.items():
             self._bases[buffer] = arena + offset
+        self.draws: list[Tensor] = []
+        for i, b in enumerate(program.buffers):
+            if b.random:
+                self.draws.append(torch.empty(b.nbytes // 4))
+                self._bases[i] = self.draws[-1].data_ptr()
         self._inputs = [(i, b.given) for i, b in enumerate(program.buffers) if b.given is not None]
         self._made = [
             (i, b.nbytes) for i, b in enumerate(program.buffers) if b.result and b.given is None
@@ -386,6 +405,8 @@ class NativeProgram:
 
     def _go(self, spent: Any) -> None:
         memory, threads = self._prepare()
+        for x in self.draws:
+            x.uniform_()
         status = self._run(
             self._block, self._fixes, self._fix_count, self._bases, len(self._entries),
             memory, threads, AHEAD_BYTES, spent,
@@ -420,6 +441,11 @@ class BoundProgram:
             program._go(None)
         return self.results
 
+    @property
+    def draws(self) -> list[Tensor]:
+        """Uniform numbers that every call wants others of."""
+        return self._program.draws
+
     def stage_seconds(self) -> list[float]:
         """Run once; the seconds of each stage, its wait for the other threads included."""
         program = self._program
@@ -442,8 +468,14 @@ class BoundProgram:
 
     def addresses(self) -> tuple[int, int, int, int, int, int]:
         """What ``BoundStages`` of ``speculate.h`` holds: the block, its fixes and their number, the
-        bases, the number of stages and the stages' memory. Good as long as nobody else runs it."""
+        bases, the number of stages and the stages' memory. Good as long as nobody else runs it.
+
+        Raises:
+            RuntimeError: the program draws random numbers, which nobody would renew.
+        """
         program = self._program
+        if program.draws:
+            raise RuntimeError("a program that draws random numbers is run by its own call")
         self._enter()
         memory, _ = program._prepare()
         block, fixes, bases = (
@@ -458,8 +490,11 @@ class BoundProgram:
 
         Raises:
             IndexError: a position lies outside of a cache, or an index outside of an embedding.
+            RuntimeError: the program draws random numbers, which nobody would renew.
         """
         program, rows = self._program, tokens.shape[0]
+        if program.draws:
+            raise RuntimeError("a program that draws random numbers is run by its own call")
         history = torch.empty(count, rows, dtype=torch.long)
         taken = ctypes.c_int64()
         with program._lock:
