@@ -77,7 +77,7 @@ def plan(equation: str, ranks: tuple[int, int]) -> Plan | None:
     if len(only_b) != 1:
         return None
     column, contracted = only_b[0], summed[0]
-    row = _row(a, out, batch, only_a)
+    row = _row(a, out, batch, only_a, made=b.index(contracted) > b.index(column))
     lead = [c for c in out if c in batch or (c in only_a and c != row)]
     result = [*lead, row, column]
     return Plan(
@@ -89,12 +89,13 @@ def plan(equation: str, ranks: tuple[int, int]) -> Plan | None:
     )
 
 
-def _row(left: str, out: str, batch: list[str], free: list[str]) -> str:
+def _row(left: str, out: str, batch: list[str], free: list[str], made: bool) -> str:
     """Which free letter of the left operand counts rows: the others are groups of heads.
 
-    Attention weights have their rows after the heads, be they the result or the operand.
+    Attention weights have their rows after the heads, be they the result or the operand. Keys and
+    values have their feature last, so weights are ``made`` where that is summed over.
     """
-    for term in (out, left):
+    for term in (out, left) if made else (left, out):
         if max(term.index(c) for c in batch) < min(term.index(c) for c in free):
             return max(free, key=term.index)
     return max(free, key=out.index)

@@ -226,6 +226,7 @@ def test_shared_keys_over_the_batch():
     [
         ("bhqd,bhkd->bhqk", "bhqk,bhkd->bhqd"),
         ("bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd"),
+        ("bqhd,bkd->bhqk", "bhqk,bkd->bqhd"),
         ("bqd,bkd->bqk", "bqk,bkd->bqd"),
         ("ibnd,jbnd->bnij", "bnij,jbnd->ibnd"),
         ("bqkgd,bskd->bkgqs", "bkgqs,bskd->bqkgd"),
