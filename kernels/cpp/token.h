@@ -28,7 +28,8 @@ void softmax_row(const T* x, Y* y, int64_t V, float* z) {
     store(z + i, exp(load(z + i, n) - all(most)), n);
   }
   for (int64_t i = 0; i < V; ++i) {
-    if (to_float(x[i]) == -std::numeric_limits<float>::infinity()) z[i] = most == to_float(x[i]) ? NAN : 0;
+    const float from = to_float(x[i]);
+    if (from == -std::numeric_limits<float>::infinity()) z[i] = most == from ? NAN : 0;
     total += z[i];
   }
   const Vec scale = all(float(1.0 / total));
