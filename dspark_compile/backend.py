@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from . import _torch_compat as compat
+from . import _torch_compat_experts as expert_turns
 from . import hf_experts
 from . import ops as _ops  # noqa: F401 - registers the dialect
 from .diagnostics import state
@@ -26,9 +27,10 @@ from .diagnostics.report import CompileReport, GraphReport
 from .loops import hook as loops
 from .loops.split import CannotSplit, SplitProgram, has_loops
 from .options import Options, OptionsError
-from .passes import direct
+from .passes import direct, expert_loops
 from .passes.base import PassContext, UserError
 from .passes.capture import capture
+from .passes.graph import source
 from .passes.lower import lower
 from .passes.native_step import native_step
 from .passes.pipeline import run_pipeline
@@ -39,6 +41,7 @@ from .passes.verifier import VerifyError
 log = logging.getLogger("dspark_compile")
 hf_experts.install()
 loops.install()
+expert_turns.watch_experts()
 
 
 class CannotCompile(Exception):
@@ -122,10 +125,13 @@ def _one_graph(
     report = group.add_graph()
     if which:
         report.note(which)
+    for note in expert_turns.said():
+        report.note(note)
     report.num_nodes_before = len(gm.graph.nodes)
     try:
         refusal = _refusal(gm, example_inputs)
         if refusal:
+            _written_turns(gm.graph, refusal)
             raise CannotCompile(refusal)
         return _compile(gm, example_inputs, parsed, config, report)
     except (OptionsError, UserError):
@@ -145,6 +151,24 @@ def _one_graph(
         if not deliberate:
             log.debug("the failure was", exc_info=True)
         return _inner(gm, example_inputs, parsed, config, None, report)
+
+
+def _written_turns(graph: fx.Graph, reason: str = "") -> None:
+    """Nothing if ``graph`` holds no loop over experts that was traced on trust, nor sizes that
+    depend on data and would not be there without.
+
+    Raises:
+        RestartAnalysis: it does; Dynamo traces the function once more, as it is written.
+    """
+    mark = expert_loops.left(graph)
+    if mark is not None:
+        where = source(mark)
+        reason = reason or "it was not proved to be a sum over the experts that tokens chose"
+        expert_turns.refuse(f"loop over experts{where and ' at '}{where}: {reason}")
+        raise compat.traced_again()
+    if expert_turns.sizes_allowed() and expert_turns.has_data_sizes(graph) is not None:
+        expert_turns.refuse("")
+        raise compat.traced_again()
 
 
 def _describe(error: Exception) -> str:
@@ -198,6 +222,7 @@ def _compile(
         ctx = PassContext(options, report, mode, list(inputs))
         with report.timed("passes"):
             run_pipeline(traced, ctx)
+            _written_turns(traced.graph)
         native = None
         as_it_is = False
         if options.kernels in ("auto", "cpp") and options.inner != "eager" and _on_cpu(inputs):

@@ -7,6 +7,7 @@
     mul/add/sub/div.Scalar           -> .Tensor; neg-free rsub
     rsqrt written as reciprocal(sqrt), 1 / sqrt, pow(-0.5) -> rsqrt
     alias, detach, no-op clone, cast, slice, expand, view  -> removed
+    x[a constant], x == a constant tensor -> select, x == number
     equal pure nodes                 -> one (common subexpressions)
 
 A clone or alias whose value reaches an output or an input's ``copy_`` through views stays:
@@ -167,6 +168,42 @@ def _respell(node: fx.Node, graph: fx.Graph) -> None:
         node.target, node.args = aten.rsqrt.default, (source.args[0],)  # type: ignore[union-attr]
     elif is_op(node, operator.getitem):
         _respell_getitem(node)
+    elif is_op(node, aten.index.Tensor) and len(node.args[1]) == 1:  # type: ignore[arg-type]
+        _respell_index(node, graph)
+    elif is_op(node, aten.eq.Tensor):
+        for a, b in (node.args, node.args[::-1]):
+            number = _filled(b)
+            if number is not None and same_shape(shape(node), shape(a)):  # type: ignore[arg-type]
+                node.target, node.args = aten.eq.Scalar, (a, number)
+                break
+
+
+def _filled(node: Any) -> int | None:
+    """The number that the one element of ``node`` is; None: not known."""
+    if not is_op(node, aten.full.default) or not is_tensor(node) or val(node).numel() != 1:
+        return None
+    return node.args[1] if type(node.args[1]) is int else None
+
+
+def _respell_index(node: fx.Node, graph: fx.Graph) -> None:
+    """``x[number]``, the number in a tensor of no or one dimension."""
+    source, where = node.args[0], node.args[1][0]  # type: ignore[index]
+    number = _filled(where)
+    if number is None or val(where).dim() > 1 or not isinstance(source, fx.Node):
+        return
+    size = shape(source)[0]
+    if not isinstance(size, int) or not -size <= number < size:
+        return
+    picked = (source, 0, number % size)
+    if val(where).dim() == 0:
+        node.target, node.args = aten.select.int, picked
+        return
+    with graph.inserting_before(node):
+        one = graph.call_function(aten.select.int, picked)
+    one.meta.update({k: v for k, v in node.meta.items() if k != "val"})
+    with val(source).fake_mode:
+        one.meta["val"] = val(source).select(0, number % size)
+    node.target, node.args = aten.unsqueeze.default, (one, 0)
 
 
 def _respell_slice(node: fx.Node, source: fx.Node) -> None:

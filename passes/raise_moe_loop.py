@@ -7,32 +7,33 @@
 and what is the same: ``y[token] += …``, ``y = y + expert[e](x) * (weight * (choice == e)).sum(-1)``
 over all tokens. Each expert is an MLP that `raise_mlp` has raised already.
 
+and loops over the experts that are hit only (``for e in hit.nonzero()``), which were traced with a
+turn for every expert (`passes.expert_loops`). Experts may be modules of their own or slices of a
+stack; those behind the others may give their input back (zero-computation experts).
+
 Conditions: every step of the sum takes one expert's rows of the same tokens, choices and weights;
 experts are numbered from 0 without a gap and compute one activation; their weights are not
-quantised. A loop over the experts that
-are hit (``for e in hit.nonzero()``) has no fixed length and is no graph to begin with.
+quantised.
 
 Worth: E gathers, products and scatters become one op, which reads only the experts that are hit.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
+from dspark_compile.passes import expert_loops
 from dspark_compile.passes.base import Match, Pass, PassContext, Problem, dialect
+from dspark_compile.passes.expert_steps import Step, column, is_zero, step
 from dspark_compile.passes.graph import (
-    VIEWS,
     argument,
     aten,
     emit,
     is_dialect_op,
     is_op,
-    is_tensor,
     module_path,
     peel,
     same_shape,
@@ -41,35 +42,6 @@ from dspark_compile.passes.graph import (
 )
 
 _CAST = aten._to_copy.default
-_MLPS = ("gated_mlp", "gated_mlp_merged", "mlp")
-
-
-@dataclass(frozen=True)
-class Mask:
-    """``choice == expert``: ``[T, k]``, or ``[k, T]`` if ``turned``."""
-
-    choice: fx.Node
-    expert: int
-    turned: bool
-
-
-@dataclass(frozen=True)
-class Step:
-    """One expert's part of the sum.
-
-    Attributes:
-        before: the sum so far.
-        mlp: the dialect op.
-        x, choice, weight: of all tokens.
-        expert: its number.
-    """
-
-    before: fx.Node
-    mlp: fx.Node
-    x: fx.Node
-    choice: fx.Node
-    weight: fx.Node
-    expert: int
 
 
 class RaiseMoELoop(Pass):
@@ -79,12 +51,18 @@ class RaiseMoELoop(Pass):
     kind = "experts"
     stage = "raise"
 
+    def run(self, graph: fx.Graph, ctx: PassContext) -> Any:
+        self.loops = expert_loops.marked_loops(graph)
+        record = super().run(graph, ctx)
+        expert_loops.finish(graph, self.loops)
+        return record
+
     def pattern(self, graph: fx.Graph, ctx: PassContext) -> Iterator[Match]:
         steps: dict[fx.Node, Step] = {}
         for node in graph.nodes:
-            step = _step(node)
-            if step is not None:
-                steps[node] = step
+            found = step(node)
+            if found is not None:
+                steps[node] = found
         continued = {s.before for s in steps.values()}
         for last in [n for n in steps if n not in continued]:
             chain: list[Step] = []
@@ -92,41 +70,53 @@ class RaiseMoELoop(Pass):
             while node in steps:
                 chain.insert(0, steps[node])
                 node = steps[node].before
-            if len(chain) > 1:
-                yield Match(last, captures={"chain": chain, "base": node})
+            chain.sort(key=lambda s: s.expert)
+            loops = [loop for loop in self.loops if last in loop.values]
+            if len(chain) > 1 or loops:
+                yield Match(last, captures={"chain": chain, "base": node, "loops": loops})
 
     def check(self, match: Match, ctx: PassContext) -> Problem | None:
         chain: list[Step] = match["chain"]
-        first = chain[0]
-        for step in chain:
-            quantised = any(is_dialect_op(w, "dequantize_weight") for w in _weights(step.mlp))
+        first, kinds = chain[0], [s.mlp is None for s in chain]
+        if first.mlp is None or kinds != sorted(kinds):
+            return Problem("experts that give their input back are not behind the others", "")
+        for item in chain:
+            weights = [] if item.mlp is None else _weights(item.mlp)
+            quantised = any(is_dialect_op(w, "dequantize_weight") for w in weights)
             if quantised and not ctx.shared.get("quantised_experts"):
                 return Problem(
                     "the experts' weights are quantised, and each would be dequantised for it",
                     "the loop's own products read them quantised",
-                    step.mlp,
+                    item.mlp,
                 )
-        for step in chain[1:]:
-            if step.x is not first.x or step.choice is not first.choice:
-                return Problem("the experts see different tokens or choices", "", step.mlp)
-            if step.weight is not first.weight:
-                return Problem("the experts have different weights", "", step.mlp)
-            if _activation(step.mlp) != _activation(first.mlp):
-                return Problem("the experts compute different activations", "", step.mlp)
-            if [x is None for x in _biases(step.mlp)] != [x is None for x in _biases(first.mlp)]:
-                return Problem("some experts have a bias and some have none", "", step.mlp)
-            shapes = [shape(w) for w in _weights(step.mlp)]
+        for item in chain[1:]:
+            if item.x is not first.x or item.choice is not first.choice:
+                return Problem("the experts see different tokens or choices", "", item.part)
+            if item.weight is not first.weight:
+                return Problem("the experts have different weights", "", item.part)
+            if item.mlp is None:
+                continue
+            if _activation(item.mlp) != _activation(first.mlp):
+                return Problem("the experts compute different activations", "", item.mlp)
+            if [x is None for x in _biases(item.mlp)] != [x is None for x in _biases(first.mlp)]:
+                return Problem("some experts have a bias and some have none", "", item.mlp)
+            shapes = [shape(w) for w in _weights(item.mlp)]
             if shapes != [shape(w) for w in _weights(first.mlp)]:
-                return Problem("the experts differ in size", "", step.mlp)
-        if sorted(s.expert for s in chain) != list(range(len(chain))):
+                return Problem("the experts differ in size", "", item.mlp)
+        if [s.expert for s in chain] != list(range(len(chain))):
             return Problem("the experts are not numbered from 0 without a gap", "", first.mlp)
         lead = shape(first.choice)[:-1]
         if not same_shape(shape(first.x)[:-1], lead) or len(lead) != 1:
             return Problem("tokens and choices differ in shape", "flatten both", first.mlp)
+        try:
+            for loop in match["loops"]:
+                expert_loops.prove(loop, chain)
+        except expert_loops.NotProved as error:
+            return Problem(str(error), "", first.mlp)
         return None
 
     def rewrite(self, match: Match, graph: fx.Graph, ctx: PassContext) -> None:
-        chain = sorted(match["chain"], key=lambda s: s.expert)
+        chain = match["chain"]
         first, node, base = chain[0], match.anchor, match["base"]
         graph.inserting_before(node)
 
@@ -139,21 +129,33 @@ class RaiseMoELoop(Pass):
             size = shape(x)[0] // 2
             return make(aten.slice.Tensor, x, 0, which * size, (which + 1) * size)
 
+        working = [s for s in chain if s.mlp is not None]
         gate: list[Any] = []
         up: list[Any] = []
         down: list[Any] = []
         biases: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
-        for step in chain:
-            weights, bias = _weights(step.mlp), _biases(step.mlp)
-            if is_dialect_op(step.mlp, "gated_mlp_merged"):
-                weights = [half(weights[0], 0), half(weights[0], 1), weights[1]]
+        merged = is_dialect_op(first.mlp, "gated_mlp_merged")
+        if merged:
+            tables = [_stacked([_weights(s.mlp)[0] for s in working], make)]
+            if tables[0] is not None:
+                size = shape(tables[0])[1] // 2
+                gate = [make(aten.slice.Tensor, tables[0], 1, 0, size)]
+                up = [make(aten.slice.Tensor, tables[0], 1, size, 2 * size)]
+        for item in working:
+            weights, bias = _weights(item.mlp), _biases(item.mlp)
+            if merged:
+                table = weights[0] if tables[0] is None else None  # else both are there
+                weights = [half(table, 0), half(table, 1), weights[1]]
                 bias = [half(bias[0], 0), half(bias[0], 1), bias[1]]
-            elif is_dialect_op(step.mlp, "mlp"):
+            elif is_dialect_op(item.mlp, "mlp"):
                 weights, bias = [None, *weights], [None, *bias]
-            for stack, item in zip((gate, up, down), weights, strict=True):
-                stack += [] if item is None else [item]
-            for stack, item in zip(biases, bias, strict=True):
-                stack += [] if item is None else [item]
+            for stack, weight in zip((gate, up, down), weights, strict=True):
+                stack += [] if weight is None else [weight]
+            for stack, weight in zip(biases, bias, strict=True):
+                stack += [] if weight is None else [weight]
+        for stack in (gate, up, down):
+            whole = _stacked(stack, make)
+            stack[:] = stack if whole is None else [whole]
         new = make(
             dialect("moe_experts"), first.x, first.choice, first.weight, gate, up, down, *biases,
             _activation(first.mlp), [], False, None, 0.0, module_path(first.mlp),
@@ -161,194 +163,41 @@ class RaiseMoELoop(Pass):
         result = new
         if val(node).dtype != val(new).dtype:
             result = make(_CAST, new, dtype=val(node).dtype)
-        if not _is_zero(base):
+        if len(working) < len(chain):
+            result = make(aten.add.Tensor, result, _unchanged(chain, len(working), node, make))
+        if not is_zero(base):
             result = make(aten.add.Tensor, base, result)
         node.replace_all_uses_with(result)
-        names = {s.mlp.name for s in chain}
+        for loop in match["loops"]:
+            loop.proved.add(result)
+        names = {s.mlp.name for s in working}
         ctx.report.sites[:] = [s for s in ctx.report.sites if s.node not in names]
         ctx.raised("experts", new)
-        _drop_checks(graph, [n for s in chain for n in _sized(s.mlp)])
+        expert_loops.drop_checks(graph, [n for s in chain for n in _sized(s)])
 
 
-# -- reading one step -----------------------------------------------------------------------------
+def _unchanged(chain: list[Step], working: int, like: fx.Node, make: Any) -> fx.Node:
+    """``x`` times the weights of the choices that give it back, of the dtype of ``like``."""
+    first = chain[0]
+    idle = make(aten.ge.Scalar, first.choice, working)
+    if len(chain) < _most(first.choice):
+        idle = make(aten.logical_and.default, idle, make(aten.lt.Scalar, first.choice, len(chain)))
+    share = make(aten.mul.Tensor, first.weight, idle)
+    total = make(aten.sum.dim_IntList, share, [-1], True)
+    part = make(aten.mul.Tensor, first.x, total)
+    if val(part).dtype != val(like).dtype:
+        part = make(_CAST, part, dtype=val(like).dtype)
+    return part
 
 
-def _step(node: fx.Node) -> Step | None:
-    """``node`` as a sum that one more expert's rows are added to; None if it is none."""
-    rows: Any = None
-    if is_op(node, aten.index_add.default) and node.args[1] == 0:
-        if argument(node, 4, "alpha", node.kwargs.get("alpha", 1)) != 1:
-            return None
-        before, rows, part = node.args[0], node.args[2], node.args[3]
-    elif is_op(node, aten.index_put.default) and len(node.args[1]) == 1:  # type: ignore[arg-type]
-        before, rows, part = node.args[0], node.args[1][0], node.args[2]  # type: ignore[index]
-        if not argument(node, 3, "accumulate", False):
-            if not is_op(part, aten.add.Tensor):
-                return None
-            kept, part = part.args[:2]  # type: ignore[union-attr]
-            if not _gathers(kept, before, rows):
-                kept, part = part, kept
-            if not _gathers(kept, before, rows):
-                return None
-    elif is_op(node, aten.add.Tensor) and node.kwargs.get("alpha", 1) == 1:
-        before, part = node.args[:2]
-        if not _is_part(part):
-            before, part = part, before
-    else:
-        return None
-    if not isinstance(before, fx.Node) or not isinstance(part, fx.Node):
-        return None
-    return _read(before, part, peel(rows) if rows is not None else None)
-
-
-def _is_part(node: Any) -> bool:
-    node = _bare(node)
-    return is_op(node, aten.mul.Tensor) and any(is_dialect_op(_bare(x), *_MLPS) for x in node.args)
-
-
-def _bare(node: Any) -> Any:
-    """``node`` without casts, copies and views."""
-    while is_op(node, _CAST, *VIEWS, aten.unsqueeze.default, aten.squeeze.dim) or (
-        isinstance(node, fx.Node) and peel(node) is not node
-    ):
-        node = node.args[0]
-    return node
-
-
-def _gathers(node: Any, source: Any, rows: Any) -> bool:
-    return is_op(node, aten.index.Tensor) and node.args[0] is source and node.args[1] == [rows]
-
-
-def _read(before: fx.Node, part: fx.Node, rows: fx.Node | None) -> Step | None:
-    product = _bare(part)
-    if not is_op(product, aten.mul.Tensor):
-        return None
-    for a, b in (product.args, product.args[::-1]):
-        mlp = _bare(a)
-        if not is_dialect_op(mlp, *_MLPS) or not is_tensor(b):
-            continue
-        if rows is None:
-            mask, weight = _dense_weight(b)
-            x = mlp.args[0]
-        else:
-            mask, weight = _row_weight(b, rows)
-            x = _rows_of(mlp.args[0], rows)
-        if mask is not None and weight is not None and x is not None:
-            return Step(before, mlp, x, mask.choice, weight, mask.expert)
-    return None
-
-
-def _rows_of(node: Any, rows: fx.Node) -> fx.Node | None:
-    """``x [T, K]`` if ``node`` is ``x[rows]``."""
-    node = peel(node)
-    while is_op(node, *VIEWS):
-        node = peel(node.args[0])
-    if not is_op(node, aten.index.Tensor):
-        return None
-    x, where = node.args[0], list(node.args[1])
-    if len(where) == 2 and where[0] is None and is_op(x, aten.unsqueeze.default, *VIEWS):
-        if val(x).dim() == 3 and shape(x)[0] == 1:
-            x, where = x.args[0], where[1:]
-    return x if len(where) == 1 and peel(where[0]) is rows and val(x).dim() == 2 else None
-
-
-def _row_weight(node: Any, rows: fx.Node) -> tuple[Mask | None, fx.Node | None]:
-    """(mask, weights ``[T, k]``) if ``node`` is ``weight[token, slot]`` for the mask's places."""
-    node = _bare(node)
-    if not is_op(node, aten.index.Tensor):
-        return None, None
-    source, where = node.args[0], [peel(w) for w in node.args[1]]
-    if len(where) == 1 and where[0] is rows and is_op(rows, aten.any.dim):
-        mask, weight = _dense_weight(source)
-        chosen = _mask(rows.args[0])
-        if chosen is None or chosen.turned or mask != chosen or int(rows.args[1]) not in (-1, 1):  # type: ignore[arg-type]
-            return None, None
-        return mask, weight
-    if len(where) != 2 or where[0] is not rows:
-        return None, None
-    token, slot = _column(where[0]), _column(where[1])
-    if token is None or slot is None or token[0] is not slot[0]:
-        return None, None
-    mask = _mask(token[0].args[0])
-    if mask is None or (token[1], slot[1]) != ((1, 0) if mask.turned else (0, 1)):
-        return None, None
-    while is_op(source, *VIEWS, aten.unsqueeze.default) and val(source).dim() > 2:
-        source = source.args[0]
-    return (mask, source) if same_shape(shape(source), shape(mask.choice)) else (None, None)
-
-
-def _column(node: Any) -> tuple[fx.Node, int] | None:
-    """(nonzero node, which of its columns)."""
-    node = peel(node)
-    if is_op(node, aten.select.int) and int(node.args[1]) % 2 == 1:
-        base, which = peel(node.args[0]), int(node.args[2])
-    elif node.target is operator.getitem and is_op(node.args[0], aten.unbind.int):
-        base, which = peel(node.args[0].args[0]), int(node.args[1])
-    else:
-        return None
-    return (base, which) if is_op(base, aten.nonzero.default) else None
-
-
-def _dense_weight(node: Any) -> tuple[Mask | None, fx.Node | None]:
-    """(mask, weights) if ``node`` is ``(weight * mask).sum(-1)``, however spelt."""
-    node = _bare(node)
-    if not is_op(node, aten.sum.dim_IntList) or list(node.args[1]) not in ([-1], [1]):
-        return None, None
-    inner = _bare(node.args[0])
-    if is_op(inner, aten.where.self):
-        mask, weight, other = inner.args
-        zero = _is_zero(other)
-    elif is_op(inner, aten.mul.Tensor):
-        a, b = inner.args
-        mask, weight, zero = (a, b, True) if _mask(a) is not None else (b, a, True)
-    elif is_op(inner, aten.masked_fill.Scalar) and inner.args[2] == 0:
-        weight, opposite, _ = inner.args
-        mask, zero = peel(opposite), is_op(opposite, aten.logical_not.default)
-        mask = mask.args[0] if zero else mask
-    else:
-        return None, None
-    found = _mask(mask)
-    if not zero or found is None or found.turned or not is_tensor(weight):
-        return None, None
-    return (found, weight) if same_shape(shape(weight), shape(found.choice)) else (None, None)
-
-
-def _mask(node: Any) -> Mask | None:
-    """``node`` as ``choice == expert``."""
-    while is_op(node, _CAST, aten.squeeze.dim) or (
-        isinstance(node, fx.Node) and peel(node) is not node
-    ):
-        node = node.args[0]
-    if is_op(node, aten.eq.Scalar) and isinstance(node.args[1], int) and val(node).dim() == 2:
-        return Mask(node.args[0], node.args[1], False)
-    if not is_op(node, aten.select.int):
-        return None
-    table, dim, expert = node.args
-    order = [0, 1, 2]
-    if is_op(table, aten.permute.default):
-        order, table = [int(d) % 3 for d in table.args[1]], table.args[0]  # type: ignore[union-attr]
-    while is_op(table, _CAST):
-        table = table.args[0]
-    if not is_op(table, aten.eq.Tensor) or val(table).dim() != 3 or not isinstance(expert, int):
-        return None
-    choice, numbers = table.args
-    counted = is_op(numbers, aten.arange.default) and len(numbers.args) == 1
-    if not counted or not is_op(choice, aten.unsqueeze.default) or val(choice.args[0]).dim() != 2:
-        return None
-    rest = [d for i, d in enumerate(order) if i != int(dim) % 3]
-    if order[int(dim) % 3] != 2:
-        return None
-    return Mask(choice.args[0], expert, rest == [1, 0])
-
-
-def _is_zero(node: Any) -> bool:
-    """Whether ``node`` is full of zeros."""
-    node = peel(node) if isinstance(node, fx.Node) else node
-    if is_op(node, aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default):
-        return True
-    if is_op(node, aten.full.default, aten.full_like.default):
-        return node.args[1] == 0
-    return node == 0 or (is_op(node, aten.scalar_tensor.default) and node.args[0] == 0)
+def _most(choice: fx.Node) -> float:
+    """Below what the choices are, if that is known."""
+    node = peel(choice)
+    source: Any = node.args[0] if node.op == "call_function" and node.args else None
+    if is_op(source, aten.topk.default) and int(argument(source, 2, "dim", -1)) in (-1, 1):
+        size = shape(source.args[0])[-1]
+        return size if isinstance(size, int) else float("inf")
+    return float("inf")
 
 
 # -- the experts' weights -------------------------------------------------------------------------
@@ -362,6 +211,28 @@ def _biases(mlp: fx.Node) -> list[Any]:
     return list(mlp.args[4:7] if is_dialect_op(mlp, "gated_mlp") else mlp.args[3:5])
 
 
+def _stacked(items: list[Any], make: Any) -> fx.Node | None:
+    """The stack whose slices ``items`` are, in order; None: they are no such slices."""
+    if len(items) < 2:
+        return None
+    stack: Any = None
+    turned = is_op(items[0], aten.permute.default)
+    for number, item in enumerate(items):
+        if turned:
+            if not is_op(item, aten.permute.default) or list(item.args[1]) != [1, 0]:
+                return None
+            item = item.args[0]
+        if not is_op(item, aten.select.int) or item.args[1:] != (0, number):
+            return None
+        if stack is None:
+            stack = item.args[0]
+        if item.args[0] is not stack or val(stack).dim() != 3:
+            return None
+    if shape(stack)[0] != len(items):
+        stack = make(aten.slice.Tensor, stack, 0, 0, len(items))
+    return make(aten.permute.default, stack, [0, 2, 1]) if turned else stack
+
+
 def _activation(mlp: fx.Node) -> str:
     return mlp.args[7 if is_dialect_op(mlp, "gated_mlp") else 5]  # type: ignore[return-value]
 
@@ -369,32 +240,15 @@ def _activation(mlp: fx.Node) -> str:
 # -- what is left ---------------------------------------------------------------------------------
 
 
-def _sized(mlp: fx.Node) -> list[fx.Node]:
+def _sized(step: Step) -> list[fx.Node]:
     """The nodes whose results' size is the number of an expert's rows."""
-    node = mlp.args[0]
+    node: Any = step.part if step.mlp is None else step.mlp.args[0]
     while isinstance(node, fx.Node) and not is_op(node, aten.index.Tensor):
         node = node.args[0] if node.args else None
     if node is None:
         return []
     rows = peel(next(w for w in node.args[1] if w is not None))  # type: ignore[union-attr]
-    column = _column(rows) if rows.op == "call_function" else None
-    if column is not None:
-        return [column[0]]
+    place = column(rows) if rows.op == "call_function" else None
+    if place is not None:
+        return [place[0]]
     return [u for u in rows.users if is_op(u, aten.index.Tensor)]
-
-
-def _drop_checks(graph: fx.Graph, sized: list[fx.Node]) -> None:
-    """Remove assertions about the number of an expert's rows: nothing has that size any more."""
-    doubtful: set[fx.Node] = set()
-    todo = list(sized)
-    while todo:
-        node = todo.pop()
-        for user in node.users:
-            if user not in doubtful and not is_tensor(user):
-                doubtful.add(user)
-                todo.append(user)
-    graph.eliminate_dead_code()
-    for node in reversed(list(graph.nodes)):
-        if node in doubtful and not node.users and node.op == "call_function":
-            graph.erase_node(node)
-    graph.eliminate_dead_code()

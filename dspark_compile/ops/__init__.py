@@ -3,7 +3,7 @@
 Importing this package registers every op. ``OPS`` maps names to their `OpSpec`.
 """
 
-from . import attention, cache, linear, mlp, moe, norm, quantized, rope, token
+from . import attention, cache, expert_loop, linear, mlp, moe, norm, quantized, rope, token
 from ._define import OPS, OpSpec, is_dialect
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "OpSpec",
     "attention",
     "cache",
+    "expert_loop",
     "is_dialect",
     "linear",
     "mlp",

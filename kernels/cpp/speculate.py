@@ -93,7 +93,7 @@ class Speculation(ctypes.Structure):
 
 
 def takes_pairs(dtype: torch.dtype, rank: int) -> bool:
-    """Whether the Markov head's W2 of this dtype and rank is read in pairs, as dpbf16ps wants it."""
+    """Whether a Markov head's W2 of this dtype and rank is read in pairs, as dpbf16ps wants it."""
     return (
         dtype == torch.bfloat16 and rank % 2 == 0 and isa_levels.detect() in ("amx", "avx512_bf16")
     )
