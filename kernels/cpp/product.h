@@ -113,8 +113,9 @@ void pack(const T* x, int64_t ldx, int64_t K, int64_t first, int64_t last,
 }
 
 // The products of R rows of W with MT rows of x; result r, m goes to out[r][m * BLOCK].
-// The prefetch runs AHEAD in each row, and from a row's end on into the one `next` elements on.
-template <class T, int R, int MT, Form FORM>
+// With FETCH a prefetch runs AHEAD in each row, and from a row's end on into the one `next` elements
+// on.
+template <class T, int R, int MT, Form FORM, bool FETCH>
 inline void tile(const T* const (&w)[R], int64_t next, const void* packed, int64_t ldx, int64_t K,
                  float* const (&out)[R]) {
   constexpr int W = Vec::W;
@@ -126,7 +127,7 @@ inline void tile(const T* const (&w)[R], int64_t next, const void* packed, int64
   auto steps = [&](int64_t from, int64_t to, int64_t ahead) __attribute__((always_inline)) {
     for (int64_t k = from; k < to; k += STEP) {
       const bool whole = k + STEP <= K;
-      if (LINE == STEP || k % LINE == 0)
+      if (FETCH && (LINE == STEP || k % LINE == 0))
         for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + k + ahead, 0, 3);
       if constexpr (FORM == Form::Fused) {
         const float* x = static_cast<const float*>(packed) + k;
@@ -164,16 +165,16 @@ inline void tile(const T* const (&w)[R], int64_t next, const void* packed, int64
 }
 
 // All M for R rows, a few at a time; W comes from memory the first time, from cache after.
-template <class T, int R, int M, int MT, Form FORM>
+template <class T, int R, int M, int MT, Form FORM, bool FETCH = true>
 inline void tiles_of(const T* const (&w)[R], int64_t next, const void* packed, int64_t ldx,
                      int64_t K, float* const (&out)[R]) {
   constexpr int NOW = M < MT ? M : MT;
-  tile<T, R, NOW, FORM>(w, next, packed, ldx, K, out);
+  tile<T, R, NOW, FORM, FETCH>(w, next, packed, ldx, K, out);
   if constexpr (M > MT) {
     const size_t element = FORM == Form::Fused ? sizeof(float) : sizeof(bf16);
     float* below[R];
     for (int r = 0; r < R; ++r) below[r] = out[r] + MT * BLOCK;
-    tiles_of<T, R, M - MT, MT, FORM>(
+    tiles_of<T, R, M - MT, MT, FORM, false>(
         w, next, static_cast<const char*>(packed) + element * MT * ldx, ldx, K, below);
   }
 }
