@@ -212,25 +212,27 @@ def _biases(mlp: fx.Node) -> list[Any]:
 
 
 def _stacked(items: list[Any], make: Any) -> fx.Node | None:
-    """The stack whose slices ``items`` are, in order; None: they are no such slices."""
-    if len(items) < 2:
+    """The stack ``[E, …]`` whose slices ``items`` are, in order, or views of the slices that are
+    alike; None: they are no such thing."""
+    first: Any = items[0] if len(items) > 1 else None
+    if not is_op(first, aten.select.int, aten.slice.Tensor, aten.permute.default):
         return None
-    stack: Any = None
-    turned = is_op(items[0], aten.permute.default)
-    for number, item in enumerate(items):
-        if turned:
-            if not is_op(item, aten.permute.default) or list(item.args[1]) != [1, 0]:
-                return None
-            item = item.args[0]
-        if not is_op(item, aten.select.int) or item.args[1:] != (0, number):
-            return None
-        if stack is None:
-            stack = item.args[0]
-        if item.args[0] is not stack or val(stack).dim() != 3:
-            return None
-    if shape(stack)[0] != len(items):
-        stack = make(aten.slice.Tensor, stack, 0, 0, len(items))
-    return make(aten.permute.default, stack, [0, 2, 1]) if turned else stack
+    if any(not is_op(x, first.target) or x.kwargs for x in items):
+        return None
+    if is_op(first, aten.select.int) and all(
+        x.args[0] is first.args[0] and x.args[1:] == (0, n) for n, x in enumerate(items)
+    ):
+        stack = first.args[0]
+        whole = shape(stack)[0] == len(items)
+        return stack if whole else make(aten.slice.Tensor, stack, 0, 0, len(items))
+    if any(x.args[1:] != first.args[1:] for x in items):
+        return None
+    inner = _stacked([x.args[0] for x in items], make)
+    if inner is None:
+        return None
+    if is_op(first, aten.permute.default):
+        return make(first.target, inner, [0, *(d + 1 for d in first.args[1])])
+    return make(first.target, inner, first.args[1] + 1, *first.args[2:])
 
 
 def _activation(mlp: fx.Node) -> str:

@@ -1,0 +1,226 @@
+"""Marks of loops over experts (`ops.expert_loop`): what a traced loop assumes, and its proof.
+
+A loop over the experts that are hit was traced with a turn for every expert, and a branch that
+skips a turn as if it were never taken. That is the same sum if a turn that the code does not make
+adds nothing: if the experts that are hit are at least those that somebody chose, and a turn is
+skipped only when nobody chose its expert. Both are functions of the choice alone; they are computed
+for choices drawn at random, and for ones in which all tokens agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from dspark_compile._torch_compat import outside_of_tracing
+from dspark_compile.ops.expert_loop import MARKS
+from dspark_compile.passes.expert_steps import Step
+from dspark_compile.passes.graph import (
+    is_dialect_op,
+    is_tensor,
+    known_equal,
+    order,
+    peel,
+    shape,
+    val,
+)
+
+
+class NotProved(Exception):
+    """What keeps a loop from being a sum over all experts."""
+
+
+@dataclass
+class MarkedLoop:
+    """One loop's marks.
+
+    Attributes:
+        begin: the first mark.
+        values: what the loop leaves behind, in the last mark's arguments.
+        skips: turn → the marks of the branches that would skip it.
+        marks: all of its marks.
+        proved: accumulators whose sum is proved.
+    """
+
+    begin: fx.Node
+    end: fx.Node | None = None
+    skips: dict[int, list[fx.Node]] = field(default_factory=dict)
+    marks: list[fx.Node] = field(default_factory=list)
+    proved: set[fx.Node] = field(default_factory=set)
+
+    @property
+    def values(self) -> list[fx.Node]:
+        return [] if self.end is None else list(self.end.args[1])  # type: ignore[arg-type]
+
+    @property
+    def hit(self) -> fx.Node | None:
+        return self.begin.args[1]  # type: ignore[return-value]
+
+    @property
+    def count(self) -> int:
+        return self.begin.args[2]  # type: ignore[return-value]
+
+
+def marked_loops(graph: fx.Graph) -> list[MarkedLoop]:
+    """The loops that have marks."""
+    loops: dict[int, MarkedLoop] = {}
+    for node in graph.nodes:
+        if is_dialect_op(node, "expert_loop_begin"):
+            loops[node.args[0]] = MarkedLoop(node)
+    for node in graph.nodes:
+        if is_dialect_op(node, *MARKS) and node.args[0] in loops:
+            loop = loops[node.args[0]]
+            loop.marks.append(node)
+            if is_dialect_op(node, "expert_loop_end"):
+                loop.end = node
+            elif not is_dialect_op(node, "expert_loop_begin"):
+                loop.skips.setdefault(node.args[1], []).append(node)
+    return list(loops.values())
+
+
+def left(graph: fx.Graph) -> fx.Node | None:
+    """A mark that nothing has proved and removed; None: there is none."""
+    return next((n for n in graph.nodes if is_dialect_op(n, *MARKS)), None)
+
+
+def prove(loop: MarkedLoop, chain: list[Step]) -> None:
+    """Nothing if the code of ``loop`` computes the whole of ``chain``, a sum that it leaves behind.
+
+    Raises:
+        NotProved: it may not.
+    """
+    steps = {step.expert: step for step in chain}
+    choice, asked = chain[0].choice, []
+    for turn, marks in loop.skips.items():
+        step = steps.get(turn)
+        for mark in marks:
+            if step is None:
+                raise NotProved("a branch depends on the data of no expert of the sum")
+            if is_dialect_op(mark, "expert_loop_skip_empty"):
+                if not known_equal(val(mark.args[2]), shape(step.part)[0]):  # type: ignore[arg-type]
+                    raise NotProved("a branch asks for the size of something else than its rows")
+            else:
+                asked.append((turn, mark.args[2], mark.args[3]))
+    if loop.hit is None and not asked:
+        return
+    try:
+        with outside_of_tracing(), torch.no_grad():
+            for draw in _draws(choice, len(chain)):
+                values: dict[fx.Node, Any] = {choice: draw}
+                chosen = set(draw.flatten().tolist())
+                if loop.hit is not None:
+                    hit = set(_evaluate(loop.hit, values).flatten().tolist())
+                    if not chosen <= hit or not hit <= set(range(loop.count)):
+                        raise NotProved("the loop goes through other experts than those chosen")
+                for turn, condition, runs in asked:
+                    if turn in chosen and bool(_evaluate(condition, values)) != runs:
+                        raise NotProved("a branch skips an expert that tokens have chosen")
+    except NotProved:
+        raise
+    except Exception as error:
+        raise NotProved(f"which experts are hit is no function of the choices: {error}") from error
+
+
+def finish(graph: fx.Graph, loops: list[MarkedLoop]) -> None:
+    """Remove the marks of loops all of whose results are proved, or older than the loop."""
+    place = order(graph)
+    for loop in loops:
+        if loop.end is None:
+            continue
+        if all(v in loop.proved or place[v] < place[loop.begin] for v in loop.values):
+            sized = [] if loop.hit is None else _of_unknown_size(loop.hit)
+            for mark in reversed(loop.marks):
+                graph.erase_node(mark)
+            drop_checks(graph, sized)
+
+
+def drop_checks(graph: fx.Graph, sized: list[fx.Node]) -> None:
+    """Remove assertions about sizes of ``sized`` that depend on data: nothing has them any more."""
+    doubtful: set[fx.Node] = set()
+    todo = list(sized)
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            if user not in doubtful and not is_tensor(user) and not is_dialect_op(user, *MARKS):
+                doubtful.add(user)
+                todo.append(user)
+    graph.eliminate_dead_code()
+    for node in reversed(list(graph.nodes)):
+        if node in doubtful and not node.users and node.op == "call_function":
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _of_unknown_size(node: fx.Node) -> list[fx.Node]:
+    """``node`` and what it is computed of, as far as sizes depend on data."""
+    found: dict[fx.Node, None] = {}
+    todo = [node]
+    while todo:
+        item = todo.pop()
+        if item in found or not is_tensor(item):
+            continue
+        if any(free_unbacked_symbols(n) for n in shape(item) if isinstance(n, torch.SymInt)):
+            found[item] = None
+            todo += item.all_input_nodes
+    return list(found)
+
+
+def _draws(choice: fx.Node, experts: int) -> Iterator[torch.Tensor]:
+    """Choices ``[T, k]`` of that many experts, of the shape, dtype and device of ``choice``."""
+    fake = val(choice)
+    sizes = [n if isinstance(n, int) else int(n.node.hint) for n in fake.shape]
+    tokens, k = sizes[0], sizes[-1]
+    if len(sizes) != 2 or k > experts:
+        raise NotProved("the choices are no matrix of fewer columns than there are experts")
+    random = torch.Generator().manual_seed(0)
+    agreed = [(torch.arange(k) + start).remainder(experts) for start in range(0, experts, k)]
+    for row in agreed:
+        yield row.expand(tokens, k).to(fake.device, fake.dtype, copy=True).contiguous()
+    for _ in range(4):
+        rows = [torch.randperm(experts, generator=random)[:k] for _ in range(tokens)]
+        if rows:
+            yield torch.stack(rows).to(fake.device, fake.dtype)
+
+
+def _evaluate(node: Any, values: dict[fx.Node, Any]) -> Any:
+    """The value of ``node`` where those of ``values`` are known."""
+    if isinstance(node, (list, tuple)):
+        return type(node)(_evaluate(x, values) for x in node)
+    if not isinstance(node, fx.Node):
+        return node
+    if node in values:
+        return values[node]
+    if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.SymInt):
+        values[node] = int(node.meta["val"].node.hint)
+        return values[node]
+    if node.op != "call_function":
+        raise NotProved(f"they depend on {node.name}")
+    base = peel(node)
+    if base is not node:
+        return _evaluate(base, values)
+    for item in _needed(node, values):
+        args = _evaluate(list(item.args), values)
+        kwargs = {k: _evaluate(v, values) for k, v in item.kwargs.items()}
+        target: Any = item.target
+        if target is torch.ops.aten.view.default:
+            target = torch.ops.aten.reshape.default
+        values[item] = target(*args, **kwargs)
+    return values[node]
+
+
+def _needed(node: fx.Node, values: dict[fx.Node, Any]) -> list[fx.Node]:
+    """What must be computed for ``node``, in order."""
+    seen: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        item = todo.pop()
+        if item in seen or item in values or item.op != "call_function":
+            continue
+        seen.add(item)
+        todo += item.all_input_nodes
+    return [n for n in node.graph.nodes if n in seen]

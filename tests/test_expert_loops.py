@@ -1,0 +1,263 @@
+"""Loops over experts whose turns depend on data: traced whole, or as they are written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dspark_compile
+
+OPTIONS = {"inner": "eager", "verify": True}
+HIDDEN, INNER, EXPERTS, K = 32, 48, 4, 2
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Linear(HIDDEN, INNER, bias=False)
+        self.w3 = nn.Linear(HIDDEN, INNER, bias=False)
+        self.w2 = nn.Linear(INNER, HIDDEN, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """A router and experts; subclasses write the loop."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(Expert() for _ in range(EXPERTS))
+        self.gate_up = nn.Parameter(torch.randn(EXPERTS, 2 * INNER, HIDDEN) * 0.1)
+        self.down = nn.Parameter(torch.randn(EXPERTS, HIDDEN, INNER) * 0.1)
+        self.calls = 0
+
+    def forward(self, x):
+        weight, choice = torch.topk(F.softmax(self.gate(x), dim=1), K)
+        return self.mix(x, weight / weight.sum(-1, keepdim=True), choice)
+
+    def add(self, out, x, weight, choice, e):
+        token, slot = torch.where(choice == e)
+        out.index_add_(0, token, self.experts[e](x[token]) * weight[token, slot, None])
+
+
+class HitRows(Block):
+    """DBRX's: rows of `nonzero`, slices of one flat parameter, weights turned."""
+
+    def mix(self, x, weight, choice):
+        out = torch.zeros_like(x)
+        mask = F.one_hot(choice, num_classes=EXPERTS + 1).permute(2, 1, 0)
+        for e in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+            e = e[0]
+            slot, token = torch.where(mask[e])
+            gate, up = self.gate_up.view(EXPERTS, 2, INNER, HIDDEN)[e]
+            down = self.down.view(-1, INNER, HIDDEN)[e]
+            rows = x[token]
+            rows = (F.silu(rows.matmul(gate.T)) * rows.matmul(up.T)).matmul(down)
+            out.index_add_(0, token, rows * weight[token, slot, None])
+        return out
+
+
+class ZeroExperts(Block):
+    """LongCat's: numbers by `item`, a branch for experts without tokens, one that does nothing."""
+
+    def mix(self, x, weight, choice):
+        out = torch.zeros_like(x)
+        mask = F.one_hot(choice, num_classes=EXPERTS).permute(2, 1, 0)
+        for row in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero(as_tuple=False):
+            e = int(row.item())
+            slot, token = torch.where(mask[e].squeeze(0))
+            if token.numel() == 0:
+                continue
+            rows = x[token]
+            if e < EXPERTS - 1:
+                gate, up = F.linear(rows, self.gate_up[e]).chunk(2, dim=-1)
+                rows = F.linear(F.silu(gate) * up, self.down[e])
+            out.index_add_(0, token, rows * weight[token, slot, None])
+        return out
+
+
+class Modules(Block):
+    """Mixtral's, of transformers 4.56: a tensor as the number of a module."""
+
+    def mix(self, x, weight, choice):
+        out = torch.zeros_like(x)
+        mask = F.one_hot(choice, num_classes=EXPERTS).permute(2, 1, 0)
+        for e in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+            slot, token = torch.where(mask[e].squeeze(0))
+            rows = x[None, token].reshape(-1, HIDDEN)
+            out.index_add_(0, token, self.experts[e](rows) * weight[token, slot, None])
+        return out
+
+
+class Unique(Block):
+    def mix(self, x, weight, choice):
+        out = torch.zeros_like(x)
+        for e in torch.unique(choice).tolist():
+            token, slot = torch.where(choice == e)
+            out[token] += weight[token, slot, None] * self.experts[e](x[token])
+        return out
+
+
+class Counted(Block):
+    def mix(self, x, weight, choice):
+        out = torch.zeros_like(x)
+        for e in torch.bincount(choice.flatten(), minlength=EXPERTS).nonzero().flatten().tolist():
+            self.add(out, x, weight, choice, e)
+        return out
+
+
+class AnyToken(Block):
+    def mix(self, x, weight, choice):
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mask = choice == e
+            if mask.any():
+                token, slot = torch.where(mask)
+                out[token] += weight[token, slot, None] * expert(x[token])
+        return out
+
+
+class SomeTokens(Block):
+    def mix(self, x, weight, choice):
+        out = torch.zeros_like(x)
+        for e in range(EXPERTS):
+            token, slot = torch.where(choice == e)
+            if len(token) > 0:
+                rows = self.experts[e](x[token])
+                out.index_add_(0, token, rows * weight[token, slot, None])
+        return out
+
+
+class EveryToken(Block):
+    """Every expert over every token, in two einsums."""
+
+    def mix(self, x, weight, choice):
+        gates = torch.zeros(x.shape[0], EXPERTS).scatter(1, choice, weight)
+        gate, up = torch.einsum("th,eih->tei", x, self.gate_up).chunk(2, -1)
+        rows = torch.einsum("tei,ehi->teh", F.silu(gate) * up, self.down)
+        return (rows * gates[..., None]).sum(1)
+
+
+class CountsTurns(Block):
+    def mix(self, x, weight, choice):
+        out, turns = torch.zeros_like(x), 0
+        for e in torch.unique(choice).tolist():
+            self.add(out, x, weight, choice, e)
+            turns = turns + 1
+        return out * turns
+
+
+class SumsTurns(Block):
+    def mix(self, x, weight, choice):
+        out, turns = torch.zeros_like(x), torch.zeros(())
+        for e in torch.unique(choice):
+            token, slot = torch.where(choice == e)
+            out.index_add_(0, token, self.experts[e](x[token]) * weight[token, slot, None])
+            turns = turns + 1
+        return out * turns
+
+
+class CountsCalls(Block):
+    def mix(self, x, weight, choice):
+        self.calls = 0
+        out = torch.zeros_like(x)
+        for e in torch.unique(choice).tolist():
+            self.add(out, x, weight, choice, e)
+            self.calls += 1
+        return out * self.calls
+
+
+class AsksTheNext(Block):
+    def mix(self, x, weight, choice):
+        out = torch.zeros_like(x)
+        for e in range(EXPERTS):
+            token, slot = torch.where(choice == e)
+            if (choice == (e + 1) % EXPERTS).any():
+                rows = self.experts[e](x[token])
+                out.index_add_(0, token, rows * weight[token, slot, None])
+        return out
+
+
+class OnlyBusy(Block):
+    def mix(self, x, weight, choice):
+        out = torch.zeros_like(x)
+        busy = torch.bincount(choice.flatten(), minlength=EXPERTS) > 2
+        for e in busy.nonzero().flatten().tolist():
+            self.add(out, x, weight, choice, e)
+        return out
+
+
+class SortedSplit(Block):
+    """Rows sorted by expert, cut where `bincount` says."""
+
+    def mix(self, x, weight, choice):
+        order = choice.flatten().argsort(stable=True)
+        sizes = torch.bincount(choice.flatten(), minlength=EXPERTS).tolist()
+        parts = x[order // K].split(sizes)
+        rows = torch.cat([e(part) for e, part in zip(self.experts, parts, strict=True)])
+        back = torch.empty_like(rows)
+        back[order] = rows
+        return (back.view(*choice.shape, -1) * weight[..., None]).sum(1)
+
+
+def answers(kind, fullgraph):
+    """(largest error, dialect ops, notes) over tokens that choose differently and alike."""
+    torch.manual_seed(0)
+    model, error = kind().eval(), 0.0
+    call = torch.compile(model, backend="dspark", fullgraph=fullgraph, options=OPTIONS)
+    with torch.no_grad():
+        for x in (torch.randn(7, HIDDEN), torch.randn(1, HIDDEN).expand(7, -1).contiguous()):
+            got, want = call(x), model(x)
+            error = max(error, float((got - want).abs().max() / want.abs().max().clamp(min=1e-6)))
+    report = dspark_compile.last_report()
+    ops = [name for graph in report.graphs for name in graph.ops]
+    return error, ops, [note for graph in report.graphs for note in graph.notes], report
+
+
+RAISED = [HitRows, ZeroExperts, Unique, AnyToken, SomeTokens]
+MORE = [Modules, Counted]
+
+
+@pytest.mark.parametrize("fullgraph", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", [*RAISED, *(pytest.param(k, marks=pytest.mark.slow) for k in MORE)]
+)
+def test_loops_over_data_become_one_op(kind, fullgraph):
+    error, ops, _, report = answers(kind, fullgraph)
+    assert error <= 1e-5
+    assert ops.count("moe_experts") == ops.count("moe_router") == len(report.graphs) == 1
+    assert not {"gated_mlp", "gated_mlp_merged", "mlp"} & set(ops)
+
+
+LEFT = [CountsTurns, SumsTurns, AsksTheNext, OnlyBusy]
+MORE_LEFT = [CountsCalls, SortedSplit, EveryToken]
+
+
+@pytest.mark.parametrize(
+    "kind", [*LEFT, *(pytest.param(k, marks=pytest.mark.slow) for k in MORE_LEFT)]
+)
+def test_what_is_not_proved_runs_as_it_is_written(kind, caplog):
+    """These compute something else when every expert gets a turn, or have no turns at all."""
+    with caplog.at_level("INFO", logger="dspark_compile"):
+        error, ops, _, _ = answers(kind, fullgraph=False)
+    assert error <= 1e-5
+    assert "moe_experts" not in ops
+    if kind in LEFT:
+        assert "traced as it is written" in caplog.text
+
+
+def test_stacks_are_read_where_they_are():
+    """Slices of one parameter are one operand, not a list of them."""
+    torch.manual_seed(0)
+    model, x = HitRows().eval(), torch.randn(5, HIDDEN)
+    options = {**OPTIONS, "keep_programs": True}
+    with torch.no_grad():
+        torch.compile(model, backend="dspark", fullgraph=True, options=options)(x)
+    program = dspark_compile.last_report().graphs[0].programs["after raise_moe_loop"]
+    line = next(text for text in program.splitlines() if "dspark.moe_experts" in text)
+    lists = line.split("[")[1:4]
+    assert all("," not in part.split("]")[0] for part in lists), line
