@@ -502,7 +502,8 @@ class Planner:
             call, self.values[node] = sampling.topk(x, node.meta["val"][0].shape[-1])
         else:
             uniform = self.program.random(x.numel() // x.shape[-1])
-            call, self.values[node] = sampling.draw(x, uniform, node.meta["val"].shape)
+            shape, race = node.meta["val"].shape, found is not None
+            call, self.values[node] = sampling.draw(x, uniform, shape, race)
         self.add(call, node.name)
 
     def _experts(self, node: fx.Node, args: Any) -> tuple[Call, Tensor]:

@@ -2,7 +2,7 @@
 
     softmax over the last dimension, topk          a stage each
     multinomial(p, 1)                              a draw: one uniform number a row
-    argmax(p / exponential noise)                  the same draw: with E_i ~ Exp(1) independent,
+    argmax(p / exponential noise), p a softmax     the same draw: with E_i ~ Exp(1) independent,
                                                    argmax p_i / E_i is i with probability
                                                    p_i / sum p (the exponential race)
 
@@ -25,12 +25,17 @@ _TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half"}
 _EXPONENTIALS = (aten.exponential.default, aten.exponential_.default)
 _EMPTY = (aten.empty_like.default, aten.empty.memory_format, aten.new_empty.default,
           aten.empty_strided.default, aten.empty_permuted.default)  # fmt: skip
+_SEEN_THROUGH = (
+    aten.view.default, aten.reshape.default, aten.slice.Tensor, aten.select.int,
+    aten.squeeze.dim, aten.unsqueeze.default, aten._to_copy.default, aten.alias.default,
+)  # fmt: skip
 STAGES = (aten._softmax.default, aten.topk.default, aten.multinomial.default)
 
 
 def race(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """(weights, noise, quotient) of ``argmax(weights / noise)`` over the last dimension, where
-    nothing else reads noise or quotient; None if ``node`` is no such race."""
+    nothing else reads noise or quotient and weights are a softmax, none negative; None if ``node``
+    is no such race."""
     if node.target is not aten.argmax.default or not isinstance(node.args[0], fx.Node):
         return None
     quotient = node.args[0]
@@ -43,11 +48,18 @@ def race(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     weights, noise = quotient.args[:2]
     if not isinstance(noise, fx.Node) or noise.target not in _EXPONENTIALS:
         return None
-    if len(noise.users) != 1 or not isinstance(weights, fx.Node):
+    if len(noise.users) != 1 or not isinstance(weights, fx.Node) or not _softmaxed(weights):
         return None
     if weights.meta["val"].shape != noise.meta["val"].shape or noise.kwargs.get("generator"):
         return None
     return weights, noise, quotient
+
+
+def _softmaxed(node: Any) -> bool:
+    """Whether ``node`` is a softmax, seen through views and casts."""
+    while isinstance(node, fx.Node) and node.target in _SEEN_THROUGH:
+        node = node.args[0]
+    return isinstance(node, fx.Node) and node.target is aten._softmax.default
 
 
 def part_of_race(node: fx.Node) -> bool:
@@ -140,17 +152,18 @@ def topk(x: Tensor, k: int) -> tuple[Call, tuple[Tensor, Tensor]]:
     return call, (values, indices)
 
 
-def draw(weights: Tensor, uniform: Tensor, shape: Any) -> tuple[Call, Tensor]:
+def draw(weights: Tensor, uniform: Tensor, shape: Any, race: bool = False) -> tuple[Call, Tensor]:
     """The call and int64 tokens of ``shape``, of contiguous weights ``[..., V]`` and as many
-    uniform numbers as there are rows."""
+    uniform numbers as there are rows. What are no weights is an error, but in a ``race``."""
     out = weights.new_empty(shape, dtype=torch.int64)
     kind, size = _TYPES[weights.dtype], weights.shape[-1]
+    name = "race" if race else "draw"
     body = (
-        f"const int64_t token = draw_row((const {kind}*)p + r * V, V, ((const float*)u)[r]);\n"
+        f"const int64_t token = {name}_row((const {kind}*)p + r * V, V, ((const float*)u)[r]);\n"
         "if (token < 0) return 4;\n((int64_t*)y)[r] = token;"
     )
     source = _each_row(
-        f"draw_{kind}", "A token of each row of weights.",
+        f"{name}_{kind}", "A token of each row of weights.",
         ["p p", "p u", "p y", "i rows", "i V"], body,
     )  # fmt: skip
     return Call(

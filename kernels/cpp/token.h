@@ -87,4 +87,15 @@ int64_t draw_row(const T* p, int64_t V, float uniform) {
   return last;
 }
 
+// The same for argmax(p / noise) of weights that are not negative: where they are none, what arg-max
+// takes, the first NaN or the first of all.
+template <class T>
+int64_t race_row(const T* p, int64_t V, float uniform) {
+  const int64_t token = draw_row(p, V, uniform);
+  if (token >= 0) return token;
+  for (int64_t i = 0; i < V; ++i)
+    if (to_float(p[i]) != to_float(p[i])) return i;
+  return 0;
+}
+
 }  // namespace dspark

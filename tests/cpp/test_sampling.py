@@ -52,6 +52,16 @@ def test_what_are_no_weights(bad):
         run(call, threads=1)
 
 
+def test_what_are_no_weights_in_a_race():
+    """Arg-max takes the first NaN, and of zeros the first."""
+    p = torch.zeros(3, 9)
+    p[0, 4:6] = torch.nan
+    p[2, 7] = 1
+    call, got = sampling.draw(p, torch.rand(3), (3, 1), race=True)
+    run(call, threads=1)
+    assert got.flatten().tolist() == [4, 0, 7]
+
+
 # -------------------------------------------------------------------------------------- the loops
 
 
@@ -120,6 +130,18 @@ def test_a_step_alone_draws_anew_at_every_call():
     texts = [compiled(tok, k, v).clone() for _ in range(6)]
     assert "one native call" in notes(dspark_compile.last_report())
     assert any(not torch.equal(texts[0], x) for x in texts[1:])
+
+
+@torch.no_grad()
+def test_a_race_of_what_may_be_negative_is_left_alone():
+    def step(model, tok, k, v):
+        return race(model(tok, k, v, 2)[:, -1])  # logits, no weights
+
+    compiled = torch.compile(
+        step, backend="dspark", fullgraph=True, options={"kernels": "cpp", "inner": "auto"}
+    )
+    compiled(Own().eval(), torch.full((2, 1), 3), *caches())
+    assert "not one native call: e" in notes(dspark_compile.last_report())  # noise, or its memory
 
 
 @torch.no_grad()
