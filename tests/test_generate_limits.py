@@ -79,11 +79,11 @@ def test_growth_copies_what_is_held_once(model, monkeypatch):
             copied.append(self.known)
 
     monkeypatch.setattr(decode_layers.DecodeLayer, "reserve", counted)
-    check(model, input_ids=prompt(1, 11), max_new_tokens=500)
+    check(model, input_ids=prompt(1, 11), max_new_tokens=240)
     layers = model.config.num_hidden_layers
     assert rooms[::layers] == sorted(set(rooms)) and len(rooms) == layers * len(set(rooms))
-    assert all(n & (n - 1) == 0 for n in rooms) and max(rooms) == 512
-    assert sum(copied) <= layers * 2 * 511
+    assert all(n & (n - 1) == 0 for n in rooms) and max(rooms) == 256
+    assert sum(copied) <= layers * 2 * 251
     free(model)
 
 

@@ -76,8 +76,8 @@ def test_one_capture_serves_any_length_and_any_numbers(model):
 def test_growth_captures_anew_and_keeps_what_is_held(model, monkeypatch):
     monkeypatch.setattr(room, "SMALLEST", 16)
     monkeypatch.setattr(Rounds, "reserve", _stingy(Rounds.reserve))
-    check(model, **ragged(4, 11), max_new_tokens=300)
-    assert 1 < len(RecordedGraph.made) <= 5  # rooms of 128, 256, 512
+    check(model, **ragged(4, 11), max_new_tokens=150)
+    assert 1 < len(RecordedGraph.made) <= 3  # rooms of 128 and 256
     assert all(g.calls is None for g in RecordedGraph.made[:-1])
 
 
@@ -149,6 +149,7 @@ def test_seeds_reproduce_and_capturing_draws_nothing_of_its_own(model, monkeypat
     assert last_generation().path == "compiled"
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_distribution(model):
     ids = prompt().expand(256, -1)
     given = {"do_sample": True, "max_new_tokens": 8, "temperature": 1.3, "top_k": 20, "top_p": 0.9}
