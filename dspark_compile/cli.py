@@ -143,6 +143,12 @@ def train_draft(
     taps: Annotated[str, typer.Option(help="Layers to tap, as 1,9,17; empty chooses.")] = "",
     markov_rank: Annotated[int, typer.Option(help="0: no Markov head; -1 chooses.")] = -1,
     markov_head: Annotated[str, typer.Option(help="vanilla, gated or rnn.")] = "vanilla",
+    draft_vocab_size: Annotated[
+        int, typer.Option(help="Tokens it can propose, the most frequent ones; 0: all.")
+    ] = 0,
+    init: Annotated[
+        str, typer.Option(help="target, random, or the folder or Hub id of a draft to go on from.")
+    ] = "target",
     prompts: Annotated[int, typer.Option(help="Texts the target writes; 0 chooses.")] = 0,
     new_tokens: Annotated[int, typer.Option(help="Length of each; 0 chooses.")] = 0,
     temperatures: Annotated[str, typer.Option(help="At which it writes them.")] = "1.0,0.0",
@@ -169,6 +175,8 @@ def train_draft(
             taps=_numbers(taps, int, "--taps") or None,
             markov_rank=None if markov_rank < 0 else markov_rank,
             markov_head=markov_head,
+            draft_vocab_size=draft_vocab_size,
+            init=init,
             prompts=prompts,
             new_tokens=new_tokens,
             temperatures=_numbers(temperatures, float, "--temperatures"),

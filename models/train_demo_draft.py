@@ -27,19 +27,21 @@ import pathlib
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from dspark_compile.models import DEMO_DRAFT_PATH, DEMO_PATH
 from dspark_compile.models.draft import DraftModel
+from dspark_compile.models.draft_vocabulary import cut_vocabulary, frequent_tokens
 from dspark_compile.runtime.speculation.reference import speculate
 from dspark_compile.runtime.token_choice import TokenChoice
 from dspark_compile.training import TrainOptions, train_draft
 from dspark_compile.training.evaluate import evaluate
 from dspark_compile.training.loop import Trainer
 from dspark_compile.training.plot import write_svg
-from dspark_compile.training.regenerate import Text
+from dspark_compile.training.regenerate import Text, _load
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OUT = DEMO_DRAFT_PATH
@@ -133,6 +135,13 @@ def load_checkpoint(folder: pathlib.Path, options: TrainOptions, model, tokenize
     return trainer
 
 
+def written(folder: pathlib.Path) -> Iterator[torch.Tensor]:
+    """What the model wrote in a run's texts."""
+    for path in sorted((folder / ".training" / "text").glob("*.safetensors")):
+        for text in _load(path, 0.0):
+            yield text.ids[text.prompt :]
+
+
 def export(args) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -150,6 +159,9 @@ def export(args) -> None:
             continue
         trainer = load_checkpoint(folder, options_for(twin, args), model, tokenizer)
         draft = trainer.draft
+        if args.vocabulary:
+            kept = frequent_tokens(written(folder), draft.config.vocab_size, args.vocabulary)
+            draft = cut_vocabulary(draft, kept).bind(model).eval()
         found = evaluate(model, draft, texts, trainer.options, torch.float32)
         draft.calibration = found.calibration()
         start = time.perf_counter()
@@ -164,10 +176,13 @@ def export(args) -> None:
         print(name, json.dumps(numbers), f"{time.perf_counter() - start:.0f} s", flush=True)
         results[name] = numbers
         if not twin:
-            OUT.mkdir(parents=True, exist_ok=True)
-            draft.to(torch.bfloat16).save_pretrained(OUT)
-            write_svg(found, OUT / "evaluation.svg")
-            (OUT / "training.json").write_text(json.dumps(numbers, indent=1) + "\n")
+            out = pathlib.Path(args.out)
+            out.mkdir(parents=True, exist_ok=True)
+            draft.to(torch.bfloat16).save_pretrained(out)
+            write_svg(found, out / "evaluation.svg")
+            (out / "training.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    if pathlib.Path(args.out) != OUT:
+        return
     RESULTS.write_text(
         json.dumps(
             {
@@ -191,6 +206,8 @@ def main() -> None:
     parser.add_argument("--init", help="the folder of a draft to go on from")
     parser.add_argument("--seed", type=int, help="of other prompts, texts and anchors")
     parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--vocabulary", type=int, default=0, help="tokens it can propose; 0: all")
+    parser.add_argument("--out", default=str(OUT), help="where the draft is written")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--new-tokens", type=int, default=256, help="of an evaluated prompt")
     parser.add_argument("--prompts", type=int, default=24, help="that are evaluated")

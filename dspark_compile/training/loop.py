@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dspark_compile.models.draft import DraftModel
+from dspark_compile.models.draft_vocabulary import cut_vocabulary, frequent_tokens
 from dspark_compile.runtime.speculation.taps import decoder_layers
 from dspark_compile.training.batches import Batches
 from dspark_compile.training.data import prompts, read
@@ -101,6 +102,10 @@ def train_draft(
     trainer = Trainer(target, draft, batches, options, dtype, work)
     trainer.run(quiet)
     draft.eval()
+    if 0 < options.draft_vocab_size < draft.config.vocab_size:
+        written = (text.ids[text.prompt :] for text in texts)
+        kept = frequent_tokens(written, draft.config.vocab_size, options.draft_vocab_size)
+        draft = cut_vocabulary(draft, kept).bind(target)
     evaluation = evaluate(target, draft, held, options, dtype)
     draft.calibration = evaluation.calibration()
     _finish(draft, evaluation, Path(out), trainer, options)
@@ -289,7 +294,7 @@ def _same_run(work: Path, draft: DraftModel, options: TrainOptions) -> None:
     """
     free = {
         *("steps", "minutes", "checkpoint_seconds", "eval_sequences", "loss_elements", "device"),
-        "compile",
+        *("compile", "draft_vocab_size"),  # what is left out is left out in the end
     }
     mine = {k: v for k, v in dataclasses.asdict(options).items() if k not in free}
     mine["draft"] = draft.config.to_dict()

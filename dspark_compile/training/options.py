@@ -22,6 +22,9 @@ class TrainOptions:
         taps: layers of the target to read; None spreads them evenly.
         markov_rank: r of the Markov head; None by the target's width, 0 for none (DFlash).
         markov_head: "vanilla", "gated" or "rnn".
+        draft_vocab_size: tokens that the draft can propose, those that occur most in what the
+            target wrote; 0 all. The others' rows of the lm_head and of W2 are left out when all is
+            learned, which makes large vocabularies cheap to draft from.
         confidence: whether there is a confidence head.
         init: "target" starts layers and norms as copies of the target's last ones where those are
             of the same kind and shape, and ``fc`` as the identity on the last tap; "random" not.
@@ -60,6 +63,7 @@ class TrainOptions:
     taps: tuple[int, ...] | None = None
     markov_rank: int | None = None
     markov_head: str = "vanilla"
+    draft_vocab_size: int = 0
     confidence: bool = True
     init: str = "target"
     mask_token_id: int | None = None
@@ -90,7 +94,8 @@ class TrainOptions:
             if getattr(self, name) < 1:
                 raise TrainError(f"{name}={getattr(self, name)}: give 1 or more")
         for name in (
-            *("layers", "intermediate_size", "text_batch", "prompts", "prompt_tokens"),
+            *("layers", "intermediate_size", "draft_vocab_size", "text_batch", "prompts"),
+            "prompt_tokens",
             *("new_tokens", "max_length", "steps", "anchors", "lr", "checkpoint_seconds"),
         ):
             if getattr(self, name) < 0:

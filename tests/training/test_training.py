@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 
 from dspark_compile.models.draft import DraftModel
+from dspark_compile.models.draft_config import DraftError
+from dspark_compile.models.draft_vocabulary import cut_vocabulary
 from dspark_compile.runtime.speculation.reference import speculate
 from dspark_compile.training.anchors import block_targets, sample_anchors
 from dspark_compile.training.batches import Batches
@@ -356,6 +358,37 @@ def test_a_draft_to_go_on_from(tmp_path):
             run(f"other{number}", init=str(tmp_path / "first"), **changes)
     with pytest.raises(TrainError, match="init='zeros': give target, random, or a draft"):
         run("third", init="zeros")
+
+
+def test_a_smaller_vocabulary(tmp_path):
+    data, model = folder_data(tmp_path), target()
+    options = dataclasses.replace(SMALL, steps=2, draft_vocab_size=12)
+    result = train_draft(
+        model, data, tmp_path / "out", tokenizer=Letters(), quiet=True, options=options
+    )
+    draft = DraftModel.from_pretrained(tmp_path / "out", target=model, tokenizer=Letters())
+    kept = draft.d2t.tolist()
+    assert len(kept) == 12 == draft.config.draft_vocab_size and kept == result.draft.d2t.tolist()
+    assert draft.markov_head.markov_w2.weight.shape == (12, 4)
+    # What is kept is proposed as before; greedy text is the target's.
+    whole = train_draft(
+        model, data, tmp_path / "whole", tokenizer=Letters(), quiet=True,
+        options=dataclasses.replace(options, draft_vocab_size=0),
+    ).draft  # fmt: skip
+    for name, tensor in draft.state_dict().items():
+        if name != "d2t":
+            wanted = whole.state_dict()[name]
+            torch.testing.assert_close(tensor, wanted[kept] if "w2" in name else wanted)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    (text,) = speculate(model, draft, ids, max_new_tokens=12).generated
+    assert torch.equal(text, speculate(model, None, ids, max_new_tokens=12).generated[0])
+    again = cut_vocabulary(draft, torch.tensor(kept[2:7]))
+    assert again.d2t.tolist() == kept[2:7]
+    assert again.markov_head.markov_w2.weight.equal(draft.markov_head.markov_w2.weight[2:7])
+    missing = next(i for i in range(33) if i not in kept)
+    for ids in ([missing], [kept[0], 99], []):
+        with pytest.raises(DraftError, match="cannot be cut"):
+            cut_vocabulary(draft, torch.tensor(ids, dtype=torch.long))
 
 
 @pytest.mark.parametrize(
