@@ -1,8 +1,9 @@
 """Decoding of a mixture-of-experts model by ``dspark_compile.generate``, against read bandwidth.
 
 The model of `benchmarks.moe`, random weights. Whole calls take turns with a probe that only reads
-memory. A token's time is that of the calls' native rounds, without the prompt; its bytes are those
-of active weights (attention, routers, the experts that were hit, the head) and of the cache.
+memory, before and after each. A token's time is that of the calls' native rounds, without the
+prompt; its bytes are those of active weights (attention, routers, the experts that were hit, the
+head) and of the cache.
 
     python -m benchmarks.moe_generate
 """
@@ -30,8 +31,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-moe-1b")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--prompt", type=int, default=96, help="tokens")
-    parser.add_argument("--new", type=int, default=64, help="tokens")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--new", type=int, default=32, help="tokens")
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--name", default="moe_generate")
     parser.add_argument("--no-write", action="store_true")
     args = parser.parse_args()
@@ -63,16 +64,18 @@ def main() -> None:
     nbytes = whole - experts + routed + cached
     probes, buffer = _probes(), torch.ones(PROBE_BYTES // 4)
     threads = torch.get_num_threads()
+
+    def probe() -> float:
+        start = time.perf_counter()
+        probes.read(buffer, threads)
+        return time.perf_counter() - start
+
     rows = []
     for _ in range(args.rounds):
-        seconds = []
-        for _ in range(3):
-            start = time.perf_counter()
-            probes.read(buffer, threads)
-            seconds.append(time.perf_counter() - start)
+        before = [probe() for _ in range(2)]
         report = call(args.new)
         token = report.seconds["decode"] / report.steps_timed
-        bandwidth = PROBE_BYTES / statistics.median(seconds)
+        bandwidth = PROBE_BYTES / statistics.mean([*before, *(probe() for _ in range(2))])
         rows.append({"token_s": token, "read_bandwidth": bandwidth,
                      "of_bandwidth": nbytes / token / bandwidth})  # fmt: skip
     token = statistics.median(r["token_s"] for r in rows)

@@ -214,7 +214,9 @@ def _biases(mlp: fx.Node) -> list[Any]:
 def _stacked(items: list[Any], make: Any) -> fx.Node | None:
     """The stack ``[E, …]`` whose slices ``items`` are, in order, or views of the slices that are
     alike; None: they are no such thing."""
-    first: Any = items[0] if len(items) > 1 else None
+    if len(items) < 2:
+        return None
+    first: Any = items[0]
     if not is_op(first, aten.select.int, aten.slice.Tensor, aten.permute.default):
         return None
     if any(not is_op(x, first.target) or x.kwargs for x in items):
