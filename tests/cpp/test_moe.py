@@ -106,6 +106,24 @@ def test_many_tokens_of_one_expert():
     check("moe_experts", args, torch.bfloat16)
 
 
+@pytest.mark.parametrize("tokens", [4, 16])
+def test_a_verification_block_reads_the_union_once(tokens):
+    """An expert that nobody chose is not read, and one that several tokens share counts once."""
+    args = experts(torch.float32, tokens, count=32)
+    chosen = args[1].unique()
+    others = [e for e in range(32) if e not in chosen.tolist()]
+    args[3:6] = [[t.contiguous() for t in stack] for stack in args[3:6]]
+    for stack in args[3:6]:
+        stack[0][others] = torch.nan
+    args[-1] = "block"
+    with expert_load() as load:
+        got = torch.ops.dspark_cpu.moe_experts(*args)
+    assert others and got.isfinite().all()
+    layer = next(layer for layer in load.layers() if layer.site == "block" and layer.calls)
+    assert layer.experts_hit == len(chosen) <= 2 * tokens
+    assert layer.bytes_read == len(chosen) * sum(s[0][0].nbytes for s in args[3:6])
+
+
 def test_what_is_refused():
     args = experts(torch.float32, 3)
     assert "a weight bfloat16" in cpp.supports("moe_experts", *args[:5], [args[5][0].bfloat16()],
