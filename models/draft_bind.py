@@ -102,22 +102,19 @@ class _Tied:
         return nn.functional.linear(hidden, self.weight)
 
 
-class _Rows:
-    """Some rows of an output layer: the draft's vocabulary."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(hidden, self.weight, self.bias)
-
-
 def _rows(head: Any, ids: torch.Tensor | None) -> Any:
+    """Some rows of an output layer: the draft's vocabulary. A module, since whoever moves the draft
+    to another dtype moves it along."""
     if ids is None:
         return head
     bias = getattr(head, "bias", None)
     ids = ids.to(head.weight.device)
-    return _Rows(head.weight.detach()[ids], None if bias is None else bias.detach()[ids])
+    weight = head.weight.detach()[ids]
+    rows = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    rows.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        rows.bias = nn.Parameter(bias.detach()[ids], requires_grad=False)
+    return rows
 
 
 def text_config(target: nn.Module) -> Any:

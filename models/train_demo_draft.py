@@ -17,6 +17,11 @@ Usage::
     python models/train_demo_draft.py --steps 4000
     python models/train_demo_draft.py --steps 4000 --twin
     python models/train_demo_draft.py --export-only     # the last checkpoints, any time
+
+The shipped draft went on from the first one's weights, with other prompts and longer blocks::
+
+    python models/train_demo_draft.py --work OTHER --init STAGE1 --block-size 7 --seed 2 \\
+        --lr 1.2e-3 --minutes 100 --vocabulary 1536
 """
 
 from __future__ import annotations
@@ -47,8 +52,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 OUT = DEMO_DRAFT_PATH
 RESULTS = ROOT / "benchmarks" / "results" / "draft.json"
 
-# A block of 5: the model's own text is hard to foresee further, and every row costs.  Two layers
-# with narrow MLPs: rows behind the anchor learn of it in the first and look up in the second.
+# Blocks of 5 in the first stage: they are learned faster.  Two layers with narrow MLPs: rows behind
+# the anchor learn of it in the first and look up in the second.
 OPTIONS: dict[str, Any] = {
     "layers": 2, "intermediate_size": 352, "block_size": 5, "taps": (1, 3, 4), "prompts": 3200,
     "prompt_tokens": 448, "new_tokens": 256, "temperatures": (0.0, 0.8, 0.0, 1.0),

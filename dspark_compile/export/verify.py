@@ -130,7 +130,8 @@ def errors(
 
 def difference(a: Tensor, b: Tensor, norm: bool = False) -> float:
     """``max |a - b| / max |b|``, or with ``norm`` ``‖a - b‖ / ‖b‖``; infinity where shapes or kinds
-    differ or a value is no number."""
+    differ or a value is no number. Where ``b`` is infinite ``a`` has to be so too: logits of tokens
+    that cannot be chosen."""
     if a.shape != b.shape:
         return float("inf")
     if not b.numel():
@@ -139,6 +140,9 @@ def difference(a: Tensor, b: Tensor, norm: bool = False) -> float:
         wide_a, wide_b = a.double(), b.double()
         return float((wide_a - wide_b).abs().max() / wide_b.abs().max().clamp(min=1))
     a, b = a.double(), b.double()
+    endless = b.isinf()
+    if endless.any() and a[endless].equal(b[endless]):
+        a, b = a.masked_fill(endless, 0), b.masked_fill(endless, 0)
     if a.isnan().any() or a.isinf().any():
         return float("inf")
     if norm:

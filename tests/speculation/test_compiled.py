@@ -352,6 +352,7 @@ def test_later_confidences_do_not_reach_back():
 
 def test_widths():
     assert widths_for(1, 5, 16) == [1, 6]
+    assert widths_for(1, 7, 16) == [1, 4, 8]
     assert widths_for(1, 15, 16) == [1, 2, 4, 8, 16]
     assert widths_for(4, 5, 16) == [1, 2, 4]
     assert widths_for(16, 5, 16) == [1]

@@ -387,7 +387,7 @@ def test_calls_rest_where_the_last_ended_parked():
             taken.append(0)
             continue
         taken.append(1)
-        policy.drafted(3.0, 1.0)
+        policy.drafted(3.0, 1.0, 40)
         policy.plain(1.0)
         policy.ended()
     starts = [i for i, x in enumerate(taken) if x]
@@ -399,6 +399,18 @@ def test_calls_rest_where_the_last_ended_parked():
     policy.ended()
     assert not policy.parked
     assert not policy.rests()
+
+
+def test_a_few_bad_rounds_do_not_let_calls_rest():
+    policy = ParkPolicy()
+    for _ in range(12):
+        policy.drafted(3.0, 1.0)
+    policy.plain(1.0)
+    policy.ended()
+    assert policy.parked and not policy.rests()
+    policy.drafted(3.0, 1.0, 40)
+    policy.ended()
+    assert policy.rests()
 
 
 def test_a_hiccup_does_not_park():

@@ -2,16 +2,17 @@
 
 A round that takes ``t`` seconds and commits tau tokens for each request costs ``t / tau`` a token;
 a plain step costs its own time. Drafting is parked where the first is larger, and taken up where it
-is smaller by a margin (3 %), so that noise does not flip it. While parked, a probe is drafted every
-8 plain steps at first, and ever more rarely while probes keep failing: as rarely as it takes for
-what probes lose to stay below a share (2 %) of the time.
+is smaller by a margin (3 %), so that noise does not flip it. While parked, a probe of some rounds
+(one says little: it meets cold caches, and tau varies much from round to round) is drafted every 8
+plain steps at first, and ever more rarely while probes keep failing: as rarely as it takes for what
+probes lose to stay below a share (2 %) of the time.
 
 A machine has slow phases, so both prices have to be of the same time: among drafted rounds a few
 plain steps are taken again and again.
 
 Even a parked round costs something: the draft's context goes on. A call that ends parked, and not
-by a hair, therefore lets the next one rest, which is decoded without the draft; then two, four, ...
-`MOST_RESTS`, until one ends drafting.
+by a hair nor after few rounds, therefore lets the next one rest, which is decoded without the draft;
+then two, four, ... `MOST_RESTS`, until one ends drafting.
 
 Times are the host's or the device's, measured by the caller; nothing here reads a clock.
 """
@@ -26,8 +27,10 @@ from typing import Any
 MOST_ADDED = 4
 # Drafted rounds between two looks at what plain steps cost, and how many of these.
 PLAIN_EVERY, PLAIN_STEPS = 48, 2
-# How much dearer drafting is where calls rest.
-CLEARLY = 1.1
+# Rounds of a probe.
+PROBE = 6
+# How much dearer drafting is where calls rest, and how many rounds it takes to know.
+CLEARLY, KNOWN = 1.1, 18
 # Calls in a row that are decoded without the draft.
 MOST_RESTS = 16
 
@@ -69,7 +72,7 @@ class ParkPolicy:
     margin: float = 0.03
     probe_every: int = 8
     budget: float = 0.02
-    least: int = 4
+    least: int = 12
     parked: bool = False
     parked_rounds: int = 0
     probes: int = 0
@@ -79,6 +82,7 @@ class ParkPolicy:
     _since: int = 0
     _interval: int = 0
     _drafted: int = 0
+    _rounds: int = 0
     _rests: int = 0
     _resting: int = 0
 
@@ -109,10 +113,10 @@ class ParkPolicy:
         return self._since >= self._interval
 
     def most(self, first: int) -> int:
-        """How many rounds may follow before it wants to be asked again: one while it probes,
+        """How many rounds may follow before it wants to be asked again: `PROBE` where it probes,
         ``first`` while it knows little."""
         if self.parked:
-            return max(1, self._interval - self._since)
+            return PROBE if self._since >= self._interval else self._interval - self._since
         if self._drafted >= PLAIN_EVERY:
             return PLAIN_STEPS
         if self._round.count == self.least and not self._plain.count:
@@ -133,6 +137,7 @@ class ParkPolicy:
             self._round.add(seconds)
             self._tau.add(tau)
         self._drafted += rounds
+        self._rounds += rounds
         if self.parked:
             self.probes += 1
             self._since = 0
@@ -140,7 +145,7 @@ class ParkPolicy:
                 # One good probe is luck: the averages decide, and they follow the next ones soon.
                 self._interval = 1
             else:
-                loss = max(seconds - tau * self.plain_price, 0.0)
+                loss = rounds * max(seconds - tau * self.plain_price, 0.0)
                 least = math.ceil(loss / (self.budget * self.plain_price))
                 self._interval = max(2 * self._interval, self.probe_every, least)
         self._decide()
@@ -163,7 +168,8 @@ class ParkPolicy:
 
     def ended(self) -> None:
         """A call has ended."""
-        dear = self.parked and self.price > CLEARLY * self.plain_price
+        known = self._rounds >= KNOWN
+        dear = known and self.parked and self.price > CLEARLY * self.plain_price
         self._rests = min(max(2 * self._rests, 1), MOST_RESTS) if dear else 0
         self._resting = self._rests
 

@@ -130,14 +130,17 @@ class State:
 
 
 def widths_for(rows: int, count: int, limit: int | None = None) -> list[int]:
-    """Widths to have programs for: one token, all of them, and powers of two between; no more than
-    make ``limit`` rows together (`most_rows` of the native products)."""
+    """Widths to have programs for: one token, all of them, and powers of two between (for a single
+    row of up to eight, half of them); no more than make ``limit`` rows together (`most_rows` of the
+    native products)."""
     most = count + 1
     if limit is not None:
         most = max(1, min(most, limit // rows))
     widths = {1, most}
     if rows > 1 or most > 8:
         widths |= {w for w in (2, 4, 8) if w < most}
+    elif most > 6:
+        widths.add(most // 2)
     return sorted(widths)
 
 
