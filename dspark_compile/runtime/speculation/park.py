@@ -11,8 +11,8 @@ A machine has slow phases, so both prices have to be of the same time: among dra
 plain steps are taken again and again.
 
 Even a parked round costs something: the draft's context goes on. A call that ends parked, and not
-by a hair nor after few rounds, therefore lets the next one rest, which is decoded without the draft;
-then two, four, ... `MOST_RESTS`, until one ends drafting.
+by a hair nor after few rounds, therefore lets the next one rest, which is decoded without the
+draft; then two, four, ... `MOST_RESTS`, until one ends drafting.
 
 Times are the host's or the device's, measured by the caller; nothing here reads a clock.
 """
