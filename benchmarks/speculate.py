@@ -59,6 +59,7 @@ def hostile(draft: DraftModel, model: Any) -> DraftModel:
     with torch.no_grad():
         for p in other.parameters():
             p.normal_(std=0.05)
+    other.set_vocabulary(draft.d2t)
     return other.bind(model)
 
 

@@ -32,6 +32,11 @@ def bind(draft: DraftModel, target: nn.Module, tokenizer: Any = None) -> None:
     text = text_config(target)
     if rows != config.vocab_size:
         wrong.append(f"vocabulary: draft {config.vocab_size}, target {rows}")
+    if config.draft_vocab_size != config.vocab_size and draft.d2t is None:
+        wrong.append(
+            f"draft vocabulary: {config.draft_vocab_size} of {config.vocab_size} tokens, and no "
+            "d2t says which (set_vocabulary)"
+        )
     hidden = getattr(text, "hidden_size", None) or width
     if hidden != config.target_hidden_size:
         wrong.append(f"width of a tap: draft {config.target_hidden_size}, target {hidden}")

@@ -7,6 +7,7 @@ import torch
 
 import dspark_compile
 from dspark_compile.codegen.cpp import isa
+from dspark_compile.models.draft_config import DraftError
 from dspark_compile.runtime.rounds import POOL
 from dspark_compile.runtime.speculation import loop as loops
 from dspark_compile.runtime.speculation import rounds as rounds_module
@@ -328,6 +329,12 @@ def test_drafts_that_do_not_fit(model, drafts):
 
 
 # ------------------------------------------------------------------------------- the schedule
+
+
+def test_a_part_of_the_vocabulary_needs_its_names(model):
+    """Or kernels would read beyond the Markov head."""
+    with pytest.raises(DraftError, match="20 of 37 tokens, and no d2t says which"):
+        draft_for(model, draft_vocab_size=20)
 
 
 def test_verify_length_stops_at_once():
