@@ -237,7 +237,7 @@ def _mlp(x: T, up: T, down: T, *rest: Any) -> Cost:
     return Cost(_bytes(x, up, down, *biases), out.bytes, flops, x.dtype)
 
 
-# -- products with quantised weights: the result's features are the weight's rows, K is x's
+# -- products with quantised weights: the result's features are the scale's rows, K is x's
 
 
 @_formula("dequantize_weight")
@@ -248,14 +248,15 @@ def _dequantize_weight(weight: T, scale: T, zero_point: T | None, dtype: torch.d
 
 @_formula("linear_int8", "linear_int4")
 def _linear_int(x: T, weight: T, scale: T, zero_point: T | None, bias: T | None) -> Cost:
-    n, out = weight.shape[0], T((*x.shape[:-1], weight.shape[0]), x.dtype)
+    n = scale.shape[0]
+    out = T((*x.shape[:-1], n), x.dtype)
     read = _bytes(x, weight, scale, zero_point, bias)
     return Cost(read, out.bytes, _product(x, n, x.shape[-1]), x.dtype)
 
 
 @_formula("gated_mlp_int8", "gated_mlp_int4")
 def _gated_mlp_int(x: T, gate: Sequence[T], up: Sequence[T], down: Sequence[T], *rest: Any) -> Cost:
-    inner, n, k = up[0].shape[0], down[0].shape[0], x.shape[-1]
+    inner, n, k = up[1].shape[0], down[1].shape[0], x.shape[-1]
     biases = [b for b in rest[:3] if b is not None]
     flops = 2 * _product(x, inner, k) + _product(x, n, inner) + 8 * _rows(x) * inner
     out = T((*x.shape[:-1], n), x.dtype)
@@ -460,3 +461,14 @@ def _moe_experts(x: T, indices: T, weights: T, gate: Any, up: Any, down: Any, *r
     flops = choices * (_product(x, inner, k) * matrices + 2 * tokens * n * inner)
     written = tokens * n * x.dtype.itemsize
     return Cost(read + _bytes(x, indices, weights), written, flops, x.dtype)
+
+
+@_formula("grouped_linear")
+def _grouped_linear(rows: T, ends: T, weight: Any, bias: Any) -> Cost:
+    stacks = [[tensor(t) for t in stack] for stack in (weight, bias)]
+    out, k = stacks[0][0].shape[-2:]
+    experts, count = ends.shape[0], _rows(rows)
+    total = sympy.Add(*(t.bytes for stack in stacks for t in stack))
+    read = total * experts_hit(experts, 1, count) / experts
+    written = count * out * rows.dtype.itemsize
+    return Cost(read + _bytes(rows, ends), written, _product(rows, out, k), rows.dtype)

@@ -44,6 +44,10 @@ loops.install()
 expert_turns.watch_experts()
 
 
+# Passes that prove what a graph with a turn for every expert computes.
+_TURNS = ("raise_moe_cuts", "raise_moe_loop")
+
+
 class CannotCompile(Exception):
     """A graph is outside what the compiler rewrites; the message says why."""
 
@@ -167,7 +171,7 @@ def _written_turns(graph: fx.Graph, reason: str = "") -> None:
         expert_turns.refuse(f"loop over experts{where and ' at '}{where}: {reason}")
         raise compat.traced_again()
     if expert_turns.sizes_allowed() and expert_turns.has_data_sizes(graph) is not None:
-        expert_turns.refuse("")
+        expert_turns.refuse(reason and f"sizes that depend on data: {reason}")
         raise compat.traced_again()
 
 
@@ -222,7 +226,8 @@ def _compile(
         ctx = PassContext(options, report, mode, list(inputs))
         with report.timed("passes"):
             run_pipeline(traced, ctx)
-            _written_turns(traced.graph)
+            found = (r.condition for r in report.rejections if r.pass_name in _TURNS)
+            _written_turns(traced.graph, next(found, ""))
         native = None
         as_it_is = False
         if options.kernels in ("auto", "cpp") and options.inner != "eager" and _on_cpu(inputs):

@@ -110,15 +110,15 @@ def prove(loop: MarkedLoop, chain: list[Step]) -> None:
         return
     try:
         with outside_of_tracing(), torch.no_grad():
-            for draw in _draws(choice, len(chain)):
+            for draw in draws(choice, len(chain)):
                 values: dict[fx.Node, Any] = {choice: draw}
                 chosen = set(draw.flatten().tolist())
                 if loop.hit is not None:
-                    hit = set(_evaluate(loop.hit, values).flatten().tolist())
+                    hit = set(evaluate(loop.hit, values).flatten().tolist())
                     if not chosen <= hit or not hit <= set(range(loop.count)):
                         raise NotProved("the loop goes through other experts than those chosen")
                 for turn, condition, runs in asked:
-                    if turn in chosen and bool(_evaluate(condition, values)) != runs:
+                    if turn in chosen and bool(evaluate(condition, values)) != runs:
                         raise NotProved("a branch skips an expert that tokens have chosen")
     except NotProved:
         raise
@@ -170,27 +170,37 @@ def _of_unknown_size(node: fx.Node) -> list[fx.Node]:
     return list(found)
 
 
-def _draws(choice: fx.Node, experts: int) -> Iterator[torch.Tensor]:
-    """Choices ``[T, k]`` of that many experts, of the shape, dtype and device of ``choice``."""
+def draws(choice: fx.Node, experts: int, repeated: bool = False) -> Iterator[torch.Tensor]:
+    """Choices ``[T, k]`` or ``[T]`` of that many experts, of the shape, dtype and device of
+    ``choice``; ``repeated``: also such in which a token chooses an expert twice.
+
+    Raises:
+        NotProved: they have another shape, or more columns than there are experts.
+    """
     fake = val(choice)
     sizes = [n if isinstance(n, int) else int(n.node.hint) for n in fake.shape]
-    tokens, k = sizes[0], sizes[-1]
-    if len(sizes) != 2 or k > experts:
+    tokens, k = sizes[0], sizes[-1] if len(sizes) > 1 else 1
+    if not 0 < len(sizes) <= 2 or k > experts:
         raise NotProved("the choices are no matrix of fewer columns than there are experts")
     random = torch.Generator().manual_seed(0)
-    agreed = [(torch.arange(k) + start).remainder(experts) for start in range(0, experts, k)]
-    for row in agreed:
-        yield row.expand(tokens, k).to(fake.device, fake.dtype, copy=True).contiguous()
+
+    def shaped(draw: torch.Tensor) -> torch.Tensor:
+        return draw.reshape(sizes).to(fake.device, fake.dtype, copy=True)
+
+    for row in [(torch.arange(k) + at).remainder(experts) for at in range(0, experts, k)]:
+        yield shaped(row.expand(tokens, k))
     for _ in range(4):
         rows = [torch.randperm(experts, generator=random)[:k] for _ in range(tokens)]
         if rows:
-            yield torch.stack(rows).to(fake.device, fake.dtype)
+            yield shaped(torch.stack(rows))
+    if repeated and k > 1:
+        yield shaped(torch.randint(experts, (tokens, 1), generator=random).expand(tokens, k))
 
 
-def _evaluate(node: Any, values: dict[fx.Node, Any]) -> Any:
+def evaluate(node: Any, values: dict[fx.Node, Any]) -> Any:
     """The value of ``node`` where those of ``values`` are known."""
     if isinstance(node, (list, tuple)):
-        return type(node)(_evaluate(x, values) for x in node)
+        return type(node)(evaluate(x, values) for x in node)
     if not isinstance(node, fx.Node):
         return node
     if node in values:
@@ -202,10 +212,10 @@ def _evaluate(node: Any, values: dict[fx.Node, Any]) -> Any:
         raise NotProved(f"they depend on {node.name}")
     base = peel(node)
     if base is not node:
-        return _evaluate(base, values)
+        return evaluate(base, values)
     for item in _needed(node, values):
-        args = _evaluate(list(item.args), values)
-        kwargs = {k: _evaluate(v, values) for k, v in item.kwargs.items()}
+        args = evaluate(list(item.args), values)
+        kwargs = {k: evaluate(v, values) for k, v in item.kwargs.items()}
         target: Any = item.target
         if target is torch.ops.aten.view.default:
             target = torch.ops.aten.reshape.default

@@ -97,6 +97,12 @@ def row_product(node: fx.Node) -> RowProduct | None:
     Raises:
         Miss: it is one, in an order that is not known.
     """
+    if is_dialect_op(node, "grouped_linear"):
+        rows, ends, weights, bias = node.args
+        if len(weights) != 1 or val(weights[0]).dim() != 3 or bias:  # type: ignore[arg-type,index]
+            return None
+        weight, turned = _stack(weights[0], False)  # type: ignore[index]
+        return RowProduct(node, rows, weight, turned, _counted(ends))  # type: ignore[arg-type]
     if is_grouped(node):
         weight, turned = _stack(node.args[1], True)
         order = _sorted(argument(node, 2, "offs"), shape(weight)[0])
@@ -163,6 +169,33 @@ def _sorted(offsets: Any, experts: Any) -> Order:
     if permutation is None:
         raise Miss("the sorting's permutation is not used", sort)
     return Order(ids, peel(sort.args[0]), permutation)
+
+
+def _counted(ends: Any) -> Order:
+    """The order behind ``(choices[:, None] <= arange(E)).sum(0)``, as `expert_cuts` writes it."""
+    node = peel(ends)
+    node = node.args[0] if is_op(node, aten.sum.dim_IntList) else node
+    if not is_op(node, aten.le.Tensor) or not is_op(node.args[0], aten.unsqueeze.default):
+        raise Miss("the groups' ends do not count the experts", node)
+    choices = node.args[0].args[0]
+    for sort in choices.users:
+        if is_op(sort, aten.argsort.default, aten.argsort.stable):
+            permutation: fx.Node | None = sort
+        elif is_op(sort, aten.sort.default, aten.sort.stable):
+            permutation = next((u for u in sort.users if u.args[1] == 1), None)
+        else:
+            continue
+        if permutation is not None:
+            return Order(_sorted_choices(choices, permutation), choices, permutation)
+    raise Miss("the rows are not sorted by expert", node)
+
+
+def _sorted_choices(choices: fx.Node, permutation: fx.Node) -> fx.Node:
+    """The node with each row's expert; ``choices`` where nothing reads one."""
+    for user in choices.users:
+        if is_op(user, aten.index.Tensor) and list(user.args[1]) == [permutation]:  # type: ignore[call-overload]
+            return user
+    return choices
 
 
 def is_experts_of(node: Any, order: Order) -> bool:

@@ -21,6 +21,7 @@ from dspark_compile.passes.raise_attention import RaiseAttention
 from dspark_compile.passes.raise_cache import RaiseCache
 from dspark_compile.passes.raise_linear import RaiseLinear
 from dspark_compile.passes.raise_mlp import RaiseMLP
+from dspark_compile.passes.raise_moe_cuts import RaiseMoECuts
 from dspark_compile.passes.raise_moe_dense import RaiseMoEDense
 from dspark_compile.passes.raise_moe_experts import RaiseMoEExperts
 from dspark_compile.passes.raise_moe_loop import RaiseMoELoop
@@ -41,6 +42,7 @@ RAISE: list[type[Pass]] = [
     RaiseNorm,
     RaiseRope,
     RaiseMLP,
+    RaiseMoECuts,
     RaiseMoEExperts,
     RaiseMoEDense,
     RaiseMoELoop,

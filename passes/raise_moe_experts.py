@@ -19,7 +19,6 @@ the traffic, and ``grouped_mm`` sorts for one token.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,44 +28,26 @@ from dspark_compile.passes.base import Match, Pass, PassContext, Problem, dialec
 from dspark_compile.passes.expert_gate import recognise
 from dspark_compile.passes.graph import (
     VIEWS,
-    argument,
     aten,
     emit,
-    is_dialect_op,
     is_op,
-    known_equal,
     module_path,
     peel,
     same_shape,
     shape,
     val,
 )
+from dspark_compile.passes.moe_combine import combine_of, scaled
 from dspark_compile.passes.moe_rows import (
     Miss,
     RowProduct,
     columns,
-    is_inverse,
     is_sentinel,
     row_bias,
     row_product,
     tokens_of,
 )
 from dspark_compile.passes.pointwise import pointwise_before
-
-# Where the experts of a group of ranks are sharded, their indices are rewritten before: what is
-# left of that is a mask of the rows that are another rank's.
-_COPY = (aten._to_copy.default,)
-
-
-@dataclass
-class Combine:
-    """What follows the last product: the choices' weights ``[S]`` (None where they came in with
-    the rows), a bias, a norm, and the node with the sums ``[T, N]``."""
-
-    weights: fx.Node | None
-    bias: fx.Node | None
-    norm: fx.Node | None
-    result: fx.Node
 
 
 class RaiseMoEExperts(Pass):
@@ -129,16 +110,16 @@ class RaiseMoEExperts(Pass):
             raise
         if not halves or (not program.nodes and len(halves) < 2):
             return None
-        combine = _combine(down, experts)
-        k = _choices(combine, down)
+        combine = combine_of(down, experts)
+        k = combine.choices
         activation = recognise(program)
         if activation is None:
             raise Miss("the experts compute no activation of the dialect's", program.root)
         rows = {id(p.rows): p.rows for p, _ in bases.values()}
         if len(rows) != 1:
             raise Miss("gate and up have different inputs", program.root)
-        scaled, weights = _scaled(next(iter(rows.values())), down, combine, k)
-        x, _ = tokens_of(scaled, down.order, k)
+        plain, weights = scaled(next(iter(rows.values())), down, combine)
+        x, _ = tokens_of(plain, down.order, k)
         return {
             "down": down, "combine": combine, "k": k, "activation": activation, "x": x,
             "halves": halves, "bases": bases, "weights": weights,
@@ -181,8 +162,8 @@ class RaiseMoEExperts(Pass):
         if val(x).dim() != 2:
             raise AssertionError("the tokens are no rows")
         rows = shape(x)[0]
-        choices = _as_rows(down.order.choices, rows, k, make)
-        weights = _as_rows(match["weights"], rows, k, make)
+        choices = as_rows(down.order.choices, rows, k, make)
+        weights = as_rows(match["weights"], rows, k, make)
         norm, eps = (None, 0.0) if combine.norm is None else combine.norm.args[1:3]
         new = make(
             dialect("moe_experts"), x, choices, weights,
@@ -198,11 +179,13 @@ class RaiseMoEExperts(Pass):
                 graph, aten._to_copy.default, (new,), {"dtype": val(node).dtype},
                 like=node, fake_mode=ctx.fake_mode,
             )  # fmt: skip
+        if combine.base is not None:
+            result = make(aten.add.Tensor, combine.base, result)
         node.replace_all_uses_with(result)
         ctx.raised("experts", new)
 
 
-def _as_rows(node: fx.Node, rows: Any, k: Any, make: Any) -> fx.Node:
+def as_rows(node: fx.Node, rows: Any, k: Any, make: Any) -> fx.Node:
     """Flat choices as ``[T, k]``: what they were flattened from, or a view."""
     base = node
     while is_op(base, *VIEWS, aten.unsqueeze.default, aten.squeeze.dim):
@@ -254,113 +237,3 @@ def _feeds_product(node: fx.Node, depth: int = 12) -> bool:
                 following.append(user)
         frontier = following
     return False
-
-
-def _combine(down: RowProduct, experts: Any) -> Combine:
-    """Follow the last product's rows to the sums over the choices.
-
-    Raises:
-        Miss: something else happens to them.
-    """
-    node, found = down.result, Combine(None, None, None, down.result)
-    restored = down.order.permutation is None
-    summed: Any = None
-    for _ in range(24):
-        if len(node.users) != 1:
-            raise Miss("the experts' rows are used more than once", node)
-        user = next(iter(node.users))
-        if is_op(user, aten.add.Tensor) and found.bias is None and found.weights is None:
-            other = user.args[1] if user.args[0] is node else user.args[0]
-            found.bias = row_bias(other, down.order)
-            if found.bias is None:
-                raise Miss("something is added to the experts' rows", user)
-        elif is_op(user, aten.masked_fill.Scalar) and user.args[2] == 0:
-            if not is_sentinel(user.args[1], down.order, experts):
-                raise Miss("the experts' rows are masked", user)
-        elif is_dialect_op(user, "rms_norm") and found.norm is None and found.weights is None:
-            rest = [*user.args[3:], *(0.0, False, True, None)[len(user.args) - 3 :]]
-            if user.args[1] is None or rest[0] != 0.0 or rest[3] is not None:
-                raise Miss("the norm behind the experts adds to its weight or has none", user)
-            found.norm = user
-        elif is_op(user, aten.mul.Tensor) and found.weights is None:
-            other = user.args[1] if user.args[0] is node else user.args[0]
-            found.weights = _row_weights(other, down, restored)
-        elif is_op(user, aten.index.Tensor) and not restored:
-            if not is_inverse(user.args[1][0], down.order.permutation):  # type: ignore[index,arg-type]
-                raise Miss("the experts' rows are not put back in the choices' order", user)
-            restored = True
-        elif is_op(user, *_COPY):
-            pass
-        elif is_op(user, *VIEWS):
-            if not restored:
-                raise Miss("the experts' rows are not put back in the choices' order", user)
-        elif is_op(user, aten.sum.dim_IntList):
-            dims = [int(d) % val(node).dim() for d in user.args[1]]  # type: ignore[union-attr,arg-type]
-            if val(node).dim() != 3 or dims != [1] or argument(user, 2, "keepdim", False):
-                raise Miss("the choices' rows are not summed over", user)
-            t, k, n = shape(node)
-            s, features = shape(down.result)
-            if not (known_equal(n, features) and known_equal(t * k, s)):
-                raise Miss("the sum is over something else than a token's choices", user)
-            summed, node = node, user
-            break
-        elif is_op(user, aten.squeeze.dim, aten.unsqueeze.default):
-            pass
-        else:
-            raise Miss(f"the experts' rows go through {user.name}", user)
-        node = user
-    if summed is None or not restored:
-        raise Miss("the experts' rows are not summed over the choices", node)
-    if len(node.users) == 1 and is_op(next(iter(node.users)), *_COPY):
-        node = next(iter(node.users))
-    found.result = node
-    return found
-
-
-def _row_weights(other: Any, down: RowProduct, restored: bool) -> fx.Node:
-    """The flat choices' weights ``[S]`` that ``other`` spreads over the rows.
-
-    Raises:
-        Miss: it is something else.
-    """
-    node = other
-    while is_op(node, aten.unsqueeze.default, aten.expand.default, *VIEWS, *_COPY):
-        if not known_equal(val(node.args[0]).numel(), val(node).numel()):
-            break
-        node = node.args[0]
-    if not isinstance(node, fx.Node):
-        raise Miss("the experts' rows are multiplied with a number", down.result)
-    if is_op(node, aten.masked_fill.Scalar) and node.args[2] == 0:
-        if is_sentinel(node.args[1], down.order, shape(down.weight)[0]):
-            node = peel(node.args[0])
-    permutation = down.order.permutation
-    if permutation is not None and not restored:
-        ordered = is_op(node, aten.index.Tensor) and peel(node.args[1][0]) is permutation  # type: ignore[index]
-        if not ordered:
-            raise Miss("the experts' rows meet weights that are not in their order", node)
-        node = node.args[0]  # type: ignore[assignment]
-    if not same_shape((val(node).numel(),), (shape(down.result)[0],)):
-        raise Miss("the experts' rows are multiplied with more than their weights", node)
-    return node
-
-
-def _choices(combine: Combine, down: RowProduct) -> Any:
-    """k: choices of a token."""
-    summed = combine.result
-    while not is_op(summed, aten.sum.dim_IntList):
-        summed = summed.args[0]  # type: ignore[assignment]
-    return shape(summed.args[0])[1]  # type: ignore[arg-type]
-
-
-def _scaled(rows: fx.Node, down: RowProduct, combine: Combine, k: Any) -> tuple[fx.Node, fx.Node]:
-    """(rows without weights, the weights): those of the output, or else of the input."""
-    if combine.weights is not None:
-        return rows, combine.weights
-    node = peel(rows)
-    if is_op(node, aten.mul.Tensor):
-        for a, b in (node.args, node.args[::-1]):
-            try:
-                return a, _row_weights(b, down, False)  # type: ignore[return-value]
-            except Miss:
-                continue
-    raise Miss("the experts' rows are summed without the router's weights", combine.result)

@@ -28,6 +28,7 @@ from torch import fx
 from dspark_compile.passes import expert_loops
 from dspark_compile.passes.base import Match, Pass, PassContext, Problem, dialect
 from dspark_compile.passes.expert_steps import Step, column, is_zero, step
+from dspark_compile.passes.expert_weights import activation_of, differ, stacks_of, weights_of
 from dspark_compile.passes.graph import (
     argument,
     aten,
@@ -81,7 +82,7 @@ class RaiseMoELoop(Pass):
         if first.mlp is None or kinds != sorted(kinds):
             return Problem("experts that give their input back are not behind the others", "")
         for item in chain:
-            weights = [] if item.mlp is None else _weights(item.mlp)
+            weights = [] if item.mlp is None else weights_of(item.mlp)
             quantised = any(is_dialect_op(w, "dequantize_weight") for w in weights)
             if quantised and not ctx.shared.get("quantised_experts"):
                 return Problem(
@@ -96,13 +97,9 @@ class RaiseMoELoop(Pass):
                 return Problem("the experts have different weights", "", item.part)
             if item.mlp is None:
                 continue
-            if _activation(item.mlp) != _activation(first.mlp):
-                return Problem("the experts compute different activations", "", item.mlp)
-            if [x is None for x in _biases(item.mlp)] != [x is None for x in _biases(first.mlp)]:
-                return Problem("some experts have a bias and some have none", "", item.mlp)
-            shapes = [shape(w) for w in _weights(item.mlp)]
-            if shapes != [shape(w) for w in _weights(first.mlp)]:
-                return Problem("the experts differ in size", "", item.mlp)
+            difference = differ(item.mlp, first.mlp)
+            if difference is not None:
+                return Problem(difference, "", item.mlp)
         if [s.expert for s in chain] != list(range(len(chain))):
             return Problem("the experts are not numbered from 0 without a gap", "", first.mlp)
         lead = shape(first.choice)[:-1]
@@ -123,42 +120,11 @@ class RaiseMoELoop(Pass):
         def make(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
             return emit(graph, target, args, kwargs, like=first.mlp, fake_mode=ctx.fake_mode)
 
-        def half(x: Any, which: int) -> Any:
-            if x is None:
-                return None
-            size = shape(x)[0] // 2
-            return make(aten.slice.Tensor, x, 0, which * size, (which + 1) * size)
-
         working = [s for s in chain if s.mlp is not None]
-        gate: list[Any] = []
-        up: list[Any] = []
-        down: list[Any] = []
-        biases: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
-        merged = is_dialect_op(first.mlp, "gated_mlp_merged")
-        if merged:
-            tables = [_stacked([_weights(s.mlp)[0] for s in working], make)]
-            if tables[0] is not None:
-                size = shape(tables[0])[1] // 2
-                gate = [make(aten.slice.Tensor, tables[0], 1, 0, size)]
-                up = [make(aten.slice.Tensor, tables[0], 1, size, 2 * size)]
-        for item in working:
-            weights, bias = _weights(item.mlp), _biases(item.mlp)
-            if merged:
-                table = weights[0] if tables[0] is None else None  # else both are there
-                weights = [half(table, 0), half(table, 1), weights[1]]
-                bias = [half(bias[0], 0), half(bias[0], 1), bias[1]]
-            elif is_dialect_op(item.mlp, "mlp"):
-                weights, bias = [None, *weights], [None, *bias]
-            for stack, weight in zip((gate, up, down), weights, strict=True):
-                stack += [] if weight is None else [weight]
-            for stack, weight in zip(biases, bias, strict=True):
-                stack += [] if weight is None else [weight]
-        for stack in (gate, up, down):
-            whole = _stacked(stack, make)
-            stack[:] = stack if whole is None else [whole]
+        stacks = stacks_of([s.mlp for s in working], make)
         new = make(
-            dialect("moe_experts"), first.x, first.choice, first.weight, gate, up, down, *biases,
-            _activation(first.mlp), [], False, None, 0.0, module_path(first.mlp),
+            dialect("moe_experts"), first.x, first.choice, first.weight, *stacks,
+            activation_of(first.mlp), [], False, None, 0.0, module_path(first.mlp),
         )  # fmt: skip
         result = new
         if val(node).dtype != val(new).dtype:
@@ -198,47 +164,6 @@ def _most(choice: fx.Node) -> float:
         size = shape(source.args[0])[-1]
         return size if isinstance(size, int) else float("inf")
     return float("inf")
-
-
-# -- the experts' weights -------------------------------------------------------------------------
-
-
-def _weights(mlp: fx.Node) -> list[Any]:
-    return list(mlp.args[1:4] if is_dialect_op(mlp, "gated_mlp") else mlp.args[1:3])
-
-
-def _biases(mlp: fx.Node) -> list[Any]:
-    return list(mlp.args[4:7] if is_dialect_op(mlp, "gated_mlp") else mlp.args[3:5])
-
-
-def _stacked(items: list[Any], make: Any) -> fx.Node | None:
-    """The stack ``[E, …]`` whose slices ``items`` are, in order, or views of the slices that are
-    alike; None: they are no such thing."""
-    if len(items) < 2:
-        return None
-    first: Any = items[0]
-    if not is_op(first, aten.select.int, aten.slice.Tensor, aten.permute.default):
-        return None
-    if any(not is_op(x, first.target) or x.kwargs for x in items):
-        return None
-    if is_op(first, aten.select.int) and all(
-        x.args[0] is first.args[0] and x.args[1:] == (0, n) for n, x in enumerate(items)
-    ):
-        stack = first.args[0]
-        whole = shape(stack)[0] == len(items)
-        return stack if whole else make(aten.slice.Tensor, stack, 0, 0, len(items))
-    if any(x.args[1:] != first.args[1:] for x in items):
-        return None
-    inner = _stacked([x.args[0] for x in items], make)
-    if inner is None:
-        return None
-    if is_op(first, aten.permute.default):
-        return make(first.target, inner, [0, *(d + 1 for d in first.args[1])])
-    return make(first.target, inner, first.args[1] + 1, *first.args[2:])
-
-
-def _activation(mlp: fx.Node) -> str:
-    return mlp.args[7 if is_dialect_op(mlp, "gated_mlp") else 5]  # type: ignore[return-value]
 
 
 # -- what is left ---------------------------------------------------------------------------------

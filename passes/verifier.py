@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from dspark_compile.passes.base import PassContext
 from dspark_compile.passes.graph import aten, fake_call, is_op, known_equal
@@ -77,13 +78,19 @@ def _check_values(node: fx.Node, ctx: PassContext, fail: Any) -> None:
         if not isinstance(w, torch.Tensor):
             continue
         same = g.dim() == w.dim() and all(
-            known_equal(a, b) for a, b in zip(g.shape, w.shape, strict=True)
+            known_equal(a, b) or (target is aten.slice.Tensor and _data(a) and _data(b))
+            for a, b in zip(g.shape, w.shape, strict=True)
         )
         if not same or g.dtype != w.dtype:
             fail(
                 node,
                 f"recorded as {w.dtype}{tuple(w.shape)}, runs to {g.dtype}{tuple(g.shape)}",
             )
+
+
+def _data(size: Any) -> bool:
+    """Whether a size is data: every run of a slice between bounds that are gives another symbol."""
+    return not isinstance(size, int) and bool(free_unbacked_symbols(size))
 
 
 def _check_writes(node: fx.Node, written: dict[fx.Node, fx.Node], fail: Any) -> None:

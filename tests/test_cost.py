@@ -125,6 +125,7 @@ def test_every_formula_takes_real_arguments():
             [],
             "silu",
         ),
+        "grouped_linear": (x, torch.tensor([1, 2, 3, 3]), [w], []),
         "greedy_token": (x,),
         "sample_token": (x, torch.zeros(2)),
     }

@@ -2,6 +2,7 @@
 
     moe_router    logits = x W^T;  k experts a token, with their weights
     moe_experts   y = sum over the k of weight * expert(x)
+    grouped_linear  rows sorted by expert, each times its expert's matrix
 
 Shared experts are no part of these: they are an ordinary gated MLP and an addition.
 
@@ -291,3 +292,35 @@ def moe_experts(
             h = (h.to(wide) * torch.rsqrt(square + eps)).to(h.dtype) * norm
         total.index_add_(0, tokens, h.to(wide) if weigh_input else h.to(wide) * w.to(wide))
     return total.to(x.dtype).reshape(*x.shape[:-1], total.shape[-1])
+
+
+def _grouped_fake(rows: Tensor, ends: Tensor, weight: list[Tensor], bias: list[Tensor]) -> Tensor:
+    return rows.new_empty((rows.shape[0], weight[0].shape[-2]))
+
+
+@define(
+    "grouped_linear(Tensor rows, Tensor ends, Tensor[] weight, Tensor[] bias) -> Tensor",
+    family="moe",
+    fake=_grouped_fake,
+)
+def grouped_linear(rows: Tensor, ends: Tensor, weight: list[Tensor], bias: list[Tensor]) -> Tensor:
+    """``y[s] = W_e rows[s] + b_e`` for the expert e with ``ends[e - 1] <= s < ends[e]``.
+
+    Args:
+        rows: ``[S, K]``, those of one expert beside one another.
+        ends: ``[E]``, whole numbers that do not fall: behind each expert's last row; the last
+            is S.
+        weight, bias: ``[N, K]`` and ``[N]`` for each expert, stacked or as a list; ``bias`` may
+            be empty.
+
+    Returns:
+        ``[S, N]`` in the dtype of ``rows``.
+    """
+    out = rows.new_empty((rows.shape[0], weight[0].shape[-2]))
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            matrix, offset = one_weight(weight, expert), one_bias(bias, expert)
+            out[start:end] = F.linear(rows[start:end], matrix, offset)  # type: ignore[arg-type]
+        start = end
+    return out
