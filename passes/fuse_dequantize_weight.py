@@ -22,7 +22,7 @@ from torch import fx
 
 from dspark_compile.codegen.registry import implementations
 from dspark_compile.kernels import cpp
-from dspark_compile.ops.quantized import BLOCK
+from dspark_compile.ops.quantized import packed_shape
 from dspark_compile.passes.base import Match, Pass, PassContext, Problem, dialect
 from dspark_compile.passes.graph import (
     argument,
@@ -160,7 +160,7 @@ def _packed_fake(q: fx.Node, ctx: PassContext) -> torch.Tensor:
     """The value of ``q`` packed."""
     rows, columns = shape(q)
     with ctx.fake_mode:
-        size = (rows, (columns + BLOCK - 1) // BLOCK * (BLOCK // 2))
+        size = packed_shape(rows, columns)
         return torch.empty(size, dtype=torch.uint8, device=val(q).device)
 
 

@@ -77,7 +77,7 @@ linear_int<{weights.arguments}, {_flag(grouped)}, {ACTIVATION[activation]}>(
 """
     parameters = ["p x", "i ldx", *_parameters("w"), "p bias", "p y", "i N", "i K", "i G"]
     about = f"y[M, N] = x[M, K] W[N, K]^T: {weights.name}, {activation}, groups: {grouped}"
-    need = f"linear_int_bytes<{weights.arguments}>(K, G, threads)"
+    need = f"linear_int_bytes<{weights.arguments}, {_flag(grouped)}>(K, G, threads)"
     return source(name, about, "linear_int.h", parameters, run, need=need)
 
 
@@ -103,5 +103,5 @@ gated_mlp_int<{weights.arguments}, {flags}, {ACTIVATION[activation]}>(
         *("i N", "i I", "i K", "i G", "i H"),
     ]
     about = f"A gated feed-forward block: {weights.name}, {activation}"
-    need = f"gated_mlp_int_bytes<{weights.arguments}>(K, I, G, H, threads)"
+    need = f"gated_mlp_int_bytes<{weights.arguments}, {flags}>(K, I, G, H, threads)"
     return source(name, about, "linear_int.h", parameters, run, need=need)

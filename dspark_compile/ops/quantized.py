@@ -5,11 +5,13 @@ A quantised weight is whole numbers ``q [N, K]`` with one scale for each row, or
 It stands for ``(q - zero_point) * scale``. The ops take it as
 
     int8    ``q`` itself, ``int8 [N, K]``
-    int4    ``q`` in -8 … 7, packed by `pack_int4`: ``uint8 [N, 32 * ceil(K / 64)]``
+    int4    ``q`` in -8 … 7, packed by `pack_int4`: ``uint8 [ceil(N / 16), ceil(K / 32), 4, 16, 4]``
 
-`pack_int4` lays out each 64 neighbours of a row in 32 bytes: byte ``j`` has number ``j`` in its low
-half and number ``32 + j`` in its high half, both in two's complement, and zeros behind ``K``. Half
-a vector register unpacks to a whole one so, without an interleave, and a group of 32 is one plane.
+`pack_int4` makes units of 16 rows by 32 numbers: four lines of 8 numbers, of which each row has
+four bytes; byte ``j`` holds number ``j`` in its low half and number ``4 + j`` in its high half,
+both in two's complement, and zeros behind ``N`` and ``K``. Rows lie side by side in the lanes of a
+vector register so: a product needs no sum over lanes, a group's scales are one vector, and four
+bytes of a lane are what the integer dot products of CPUs and their tile units take.
 
 ``dequantize_weight`` is what passes raise the spellings of dequantisation to: the passes that look
 for linears and MLPs then see ordinary ones over it, and `fuse_dequantize_weight` joins the two.
@@ -24,11 +26,16 @@ from torch import Tensor
 from ._define import define
 from .mlp import _activation
 
-BLOCK = 64  # numbers that are packed together
+ROWS, GROUP, LINE = 16, 32, 8  # of a unit: its rows, its numbers a row, those of a line
+
+
+def packed_shape(rows: int, columns: int) -> tuple[int, int, int, int, int]:
+    """The shape of an int4 matrix of that size, packed."""
+    return -(-rows // ROWS), -(-columns // GROUP), GROUP // LINE, ROWS, LINE // 2
 
 
 def pack_int4(weight: Tensor) -> Tensor:
-    """``int8 [N, K]`` with values in -8 … 7 as ``uint8 [N, 32 * ceil(K / 64)]``.
+    """``int8 [N, K]`` with values in -8 … 7 as ``uint8`` of `packed_shape`.
 
     Raises:
         ValueError: a value does not fit 4 bits, or the weight is not an int8 matrix.
@@ -38,15 +45,17 @@ def pack_int4(weight: Tensor) -> Tensor:
     if weight.numel() and bool(((weight < -8) | (weight > 7)).any()):
         raise ValueError("a weight does not fit 4 bits")
     rows, columns = weight.shape
-    padded = F.pad(weight.view(torch.uint8) & 15, (0, -columns % BLOCK))
-    blocks = padded.view(rows, -1, 2, BLOCK // 2)
-    return (blocks[:, :, 0] | blocks[:, :, 1] << 4).view(rows, -1)
+    nibbles = F.pad(weight.view(torch.uint8) & 15, (0, -columns % GROUP, 0, -rows % ROWS))
+    blocks, units, lines, _, _ = packed_shape(rows, columns)
+    halves = nibbles.view(blocks, ROWS, units, lines, 2, LINE // 2).permute(0, 2, 3, 4, 1, 5)
+    return (halves[:, :, :, 0] | halves[:, :, :, 1] << 4).contiguous()
 
 
-def unpack_int4(packed: Tensor, columns: int) -> Tensor:
-    """What `pack_int4` packed: ``int8 [N, columns]``."""
-    halves = torch.stack((packed & 15, packed >> 4), 1).view(packed.shape[0], 2, -1, BLOCK // 2)
-    numbers = halves.transpose(1, 2).reshape(packed.shape[0], -1)[:, :columns]
+def unpack_int4(packed: Tensor, rows: int, columns: int) -> Tensor:
+    """What `pack_int4` packed: ``int8 [rows, columns]``."""
+    blocks, units = packed.shape[:2]
+    halves = torch.stack((packed & 15, packed >> 4), 3).permute(0, 4, 1, 2, 3, 5)
+    numbers = halves.reshape(blocks * ROWS, units * GROUP)[:rows, :columns]
     return (numbers ^ 8).to(torch.int8) - 8
 
 
@@ -83,7 +92,9 @@ def _product_fake(
     zero_point: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    # A packed weight's rows are counted in blocks.
+    rows = weight.shape[0] if weight.dim() == 2 else scale.shape[0]
+    return x.new_empty((*x.shape[:-1], rows))
 
 
 _TAIL = "Tensor weight, Tensor scale, Tensor? zero_point=None, Tensor? bias=None) -> Tensor"
@@ -110,7 +121,8 @@ def linear_int4(
     bias: Tensor | None = None,
 ) -> Tensor:
     """`linear_int8` for a weight packed by `pack_int4`."""
-    return linear_int8(x, unpack_int4(weight, x.shape[-1]), scale, zero_point, bias)
+    q = unpack_int4(weight, scale.shape[0], x.shape[-1])
+    return linear_int8(x, q, scale, zero_point, bias)
 
 
 def _block_fake(
@@ -124,7 +136,8 @@ def _block_fake(
     activation: str,
     compute_fp32: bool = False,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], down[0].shape[0]))
+    rows = down[0].shape[0] if down[0].dim() == 2 else down[1].shape[0]
+    return x.new_empty((*x.shape[:-1], rows))
 
 
 _BLOCK = (
@@ -168,10 +181,10 @@ def gated_mlp_int4(
     compute_fp32: bool = False,
 ) -> Tensor:
     """`gated_mlp_int8` for weights packed by `pack_int4`."""
-    inner = up[0].shape[0]
+    inner = up[1].shape[0]
     sizes = (x.shape[-1], x.shape[-1], inner)
     whole = [
-        [unpack_int4(weight[0], size), *weight[1:]]
+        [unpack_int4(weight[0], weight[1].shape[0], size), *weight[1:]]
         for weight, size in zip((gate, up, down), sizes, strict=True)
     ]
     return gated_mlp_int8(x, *whole, gate_bias, up_bias, down_bias, activation, compute_fp32)

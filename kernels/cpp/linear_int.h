@@ -6,7 +6,8 @@
 // Sums are float. A value is rounded to T where it is stored, and nowhere else.
 #pragma once
 #include "activation.h"
-#include "product_int.h"
+#include "product_int4.h"
+#include "product_int8.h"
 
 namespace dspark {
 
@@ -15,18 +16,19 @@ inline Vec plus(Vec x, const T* bias, int64_t n, int count) {
   return bias == nullptr ? x : x + load(bias + n, count);
 }
 
-template <class Q, class T, int M>
+template <class Q, class T, int M, bool GROUPED>
 size_t linear_int_bytes(int64_t K, int64_t G, int threads) {
-  return IntStaged<Q, T, M>::bytes(K, G, threads) + int_work_bytes<Q, T, M>(K) * threads;
+  return IntStaged<Q, T, M, GROUPED>::bytes(K, G, threads) +
+         int_work_bytes<Q, T, M, GROUPED>(K) * threads;
 }
 
 // GROUPED says whether G, the groups of a row, is more than one.
 template <class Q, class T, int M, bool GROUPED, class Act, class Weight>
 void linear_int(Team team, const T* x, int64_t ldx, const Weight& w, const T* bias, T* y, int64_t N,
                 int64_t K, int64_t G, char* memory) {
-  const IntStaged<Q, T, M> staged(team, x, ldx, K, G, Weight::ZEROS, memory);
-  char* work = memory + IntStaged<Q, T, M>::bytes(K, G, team.threads);
-  work += int_work_bytes<Q, T, M>(K) * team.thread;
+  const IntStaged<Q, T, M, GROUPED> staged(team, x, ldx, K, G, Weight::ZEROS, memory);
+  char* work = memory + IntStaged<Q, T, M, GROUPED>::bytes(K, G, team.threads);
+  work += int_work_bytes<Q, T, M, GROUPED>(K) * team.thread;
   const auto [first, last] = team.share(N, BLOCK);
   const Weight weights[1] = {w};
   product_int<Q, T, M, 1, GROUPED>(
@@ -41,10 +43,11 @@ void linear_int(Team team, const T* x, int64_t ldx, const Weight& w, const T* bi
       });
 }
 
-template <class Q, class T, int M>
+template <class Q, class T, int M, bool GROUPED, bool DOWN_GROUPED>
 size_t gated_mlp_int_bytes(int64_t K, int64_t I, int64_t G, int64_t H, int threads) {
-  return aligned(sizeof(T) * M * I) + std::max(linear_int_bytes<Q, T, M>(K, G, threads),
-                                               linear_int_bytes<Q, T, M>(I, H, threads));
+  return aligned(sizeof(T) * M * I) +
+         std::max(linear_int_bytes<Q, T, M, GROUPED>(K, G, threads),
+                  linear_int_bytes<Q, T, M, DOWN_GROUPED>(I, H, threads));
 }
 
 // gate and up [I, K] have G groups a row, down [N, I] has H.
@@ -55,9 +58,9 @@ void gated_mlp_int(Team team, const T* x, int64_t ldx, const Weight& gate, const
   T* hidden = reinterpret_cast<T*>(memory);
   char* rest = memory + aligned(sizeof(T) * M * I);
   {
-    const IntStaged<Q, T, M> staged(team, x, ldx, K, G, Weight::ZEROS, rest);
-    char* work = rest + IntStaged<Q, T, M>::bytes(K, G, team.threads);
-    work += int_work_bytes<Q, T, M>(K) * team.thread;
+    const IntStaged<Q, T, M, GROUPED> staged(team, x, ldx, K, G, Weight::ZEROS, rest);
+    char* work = rest + IntStaged<Q, T, M, GROUPED>::bytes(K, G, team.threads);
+    work += int_work_bytes<Q, T, M, GROUPED>(K) * team.thread;
     const auto [first, last] = team.share(I, BLOCK);
     const Weight weights[2] = {up, gate};
     product_int<Q, T, M, 2, GROUPED>(

@@ -247,19 +247,23 @@ inline void copy_tile(const bf16* w, int64_t ldw, int rows, int columns, bf16 (*
 // RUNS runs from end to end.
 struct Next {
   static constexpr int RUNS = 8;
-  const char* from;  // null: nothing comes next
+  const char* from = nullptr;  // null: nothing comes next
   int64_t each = 0, at = 0, lines = 0;  // bytes of a run, where it is, lines a step
+  int runs = 0;
 
-  Next(const bf16* w, int64_t rows, int64_t ldw, int64_t K)
-      : from(rows > 0 ? reinterpret_cast<const char*>(w) : nullptr) {
-    const int64_t bytes = rows * ldw * 2, steps = std::max<int64_t>(K / 32, 1);
-    each = (bytes + RUNS * 64 - 1) / (RUNS * 64) * 64;
-    lines = (each / 64 + steps - 1) / steps;
+  Next() = default;
+  // `bytes` from `from` on, in `steps` calls. A run is a page at least: two in one page are taken
+  // for a single reader that goes back and forth.
+  Next(const void* from, int64_t bytes, int64_t steps)
+      : from(bytes > 0 ? static_cast<const char*>(from) : nullptr) {
+    runs = int(std::min<int64_t>(std::max<int64_t>(bytes / 4096, 1), RUNS));
+    each = (bytes + runs * 64 - 1) / (runs * 64) * 64;
+    lines = (each / 64 + std::max<int64_t>(steps, 1) - 1) / std::max<int64_t>(steps, 1);
   }
   inline __attribute__((always_inline)) void step() {
     if (from == nullptr) return;
     for (int64_t i = 0; i < lines && at < each; ++i, at += 64)
-      for (int r = 0; r < RUNS; ++r) __builtin_prefetch(from + r * each + at, 0, 2);
+      for (int r = 0; r < runs; ++r) __builtin_prefetch(from + r * each + at, 0, 2);
   }
 };
 
@@ -330,7 +334,7 @@ inline void tile_block(const bf16* w, int rows, int64_t ldw, Next next, const bf
   tile_pair<FIRST, MORE>(w, std::min(rows, 16), w + 16 * ldw, std::max(rows - 16, 0), ldw, next,
                          packed, packed + 16 * padded, K, out, out + 16);
   if constexpr (M > 32)
-    tile_block<M - 32>(w, rows, ldw, {nullptr, 0, 0, 0}, packed + 32 * padded, padded, K,
+    tile_block<M - 32>(w, rows, ldw, Next{}, packed + 32 * padded, padded, K,
                        out + 32 * BLOCK);
 }
 
@@ -356,12 +360,14 @@ void product(int64_t first, int64_t last, const T* const (&w)[MATS], int64_t ldw
     for (int64_t n = first; n < last; n += BLOCK) {
       const int count = int(std::min<int64_t>(BLOCK, last - n));
       const bf16* wa = w[0] + n * ldw;
-      const Next after{wa + BLOCK * ldw, std::min<int64_t>(BLOCK, last - n - BLOCK), ldw, K};
+      const int64_t rest = std::min<int64_t>(BLOCK, last - n - BLOCK);
+      const Next after(wa + BLOCK * ldw, rest * ldw * 2, K / 32);
       if constexpr (MATS == 1) {
         tile_block<M>(wa, count, ldw, after, packed, Kp, K, &results[0][0][0]);
       } else {
         const bf16* wb = w[1] + n * ldw;
-        tile_block<M>(wa, count, ldw, {wb, count, ldw, K}, packed, Kp, K, &results[0][0][0]);
+        const Next other(wb, count * ldw * 2, K / 32);
+        tile_block<M>(wa, count, ldw, other, packed, Kp, K, &results[0][0][0]);
         tile_block<M>(wb, count, ldw, after, packed, Kp, K, &results[1][0][0]);
       }
       done(n, count, results);

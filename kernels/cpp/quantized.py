@@ -24,6 +24,7 @@ from dspark_compile.kernels.cpp._launch import (
     size_reason,
 )
 from dspark_compile.ops import OPS
+from dspark_compile.ops.quantized import packed_shape
 
 # Groups of a row begin where a step of the kernels does.
 GROUP = 32
@@ -42,9 +43,14 @@ def _count(x: Tensor) -> int:
     return count
 
 
+def _features(weight: Sequence[Tensor]) -> int:
+    """Rows of a weight; a packed one counts blocks of them, its scales count rows."""
+    return (weight[0] if weight[0].dim() == 2 else weight[1]).shape[0]
+
+
 def _groups(weight: Sequence[Tensor]) -> int:
     """How many scales a row has."""
-    return weight[1].numel() // max(weight[0].shape[0], 1)
+    return weight[1].numel() // max(_features(weight), 1)
 
 
 def _weight(tensors: Sequence[Tensor | None]) -> list[Tensor]:
@@ -79,7 +85,7 @@ def linear_call(
     """
     groups, (rows, size) = _groups(weight), x.shape
     source = emit_quantized.linear(_kind(bits, x.dtype, rows, weight), groups > 1, activation)
-    values = (x, x.stride(0), *_values(weight), bias, out, weight[0].shape[0], size, groups)
+    values = (x, x.stride(0), *_values(weight), bias, out, _features(weight), size, groups)
     return Call(source, values, weight[0].numel(), (out,), (weight[0],))
 
 
@@ -99,7 +105,7 @@ def gated_mlp_call(
         _kind(bits, x.dtype, x.shape[0], up), groups > 1, down_groups > 1, activation
     )
     weights = (*_values(gate), *_values(up), *_values(down))
-    sizes = (down[0].shape[0], up[0].shape[0], x.shape[1], groups, down_groups)
+    sizes = (_features(down), _features(up), x.shape[1], groups, down_groups)
     nbytes = sum(w[0].numel() for w in (gate, up, down))
     values = (x, x.stride(0), *weights, *biases, out, *sizes)
     return Call(source, values, nbytes, (out,), (up[0], gate[0], down[0]))
@@ -115,8 +121,8 @@ def _linear(
 ) -> Tensor:
     if not _fits(x, weight):
         return OPS[f"linear_int{bits}"].reference(x, weight, scale, zero_point, bias)
-    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     tensors = _weight((weight, scale, zero_point))
+    out = x.new_empty((*x.shape[:-1], _features(tensors)))
     run(linear_call(bits, _flat(x), tensors, _contiguous(bias), out))
     return out
 
@@ -159,7 +165,7 @@ def _gated_mlp(
         return OPS[f"gated_mlp_int{bits}"].reference(
             x, gate, up, down, gate_bias, up_bias, down_bias, activation, compute_fp32
         )
-    out = x.new_empty((*x.shape[:-1], down[0].shape[0]))
+    out = x.new_empty((*x.shape[:-1], _features(down)))
     biases = (_contiguous(gate_bias), _contiguous(up_bias), _contiguous(down_bias))
     parts = (_weight(gate), _weight(up), _weight(down))
     run(gated_mlp_call(bits, _flat(x), *parts, biases, activation, out))
@@ -186,10 +192,10 @@ def call_of(name: str, args: Sequence[Any]) -> tuple[Call, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     if name.startswith("linear"):
         weight, bias = [t for t in args[1:4] if t is not None], (*args[4:], None)[0]
-        out = x.new_empty((*x.shape[:-1], weight[0].shape[0]))
+        out = x.new_empty((*x.shape[:-1], _features(weight)))
         return linear_call(bits, rows, weight, bias, out), out
     _, gate, up, down, *biases, activation = args[:8]
-    out = x.new_empty((*x.shape[:-1], down[0].shape[0]))
+    out = x.new_empty((*x.shape[:-1], _features(down)))
     return gated_mlp_call(bits, rows, gate, up, down, tuple(biases), activation, out), out  # type: ignore[arg-type]
 
 
@@ -227,14 +233,19 @@ def _weight_reason(bits: int, size: int, name: str, tensors: Sequence[Tensor]) -
     )
     if reason:
         return reason
-    stored = torch.int8 if bits == 8 else torch.uint8
-    width = size if bits == 8 else (size + 63) // 64 * 32
-    if weight.dtype != stored or weight.dim() != 2 or weight.shape[1] != width:
-        return f"{name} is {name_of(weight.dtype)} {list(weight.shape)}"
     if weight.numel() == 0:
         return f"{name} is empty"
-    if weight.stride(-1) != 1 and width != 1:
-        return f"{name} is not row-major: strides {list(weight.stride())}"
+    if bits == 4:
+        rows = scale.shape[0] if scale.dim() else 1
+        if weight.dtype != torch.uint8 or weight.shape != packed_shape(rows, size):
+            return f"{name} is {name_of(weight.dtype)} {list(weight.shape)}"
+        if not weight.is_contiguous():
+            return f"{name} is not contiguous: strides {list(weight.stride())}"
+    else:
+        if weight.dtype != torch.int8 or weight.dim() != 2 or weight.shape[1] != size:
+            return f"{name} is {name_of(weight.dtype)} {list(weight.shape)}"
+        if weight.stride(-1) != 1 and size != 1:
+            return f"{name} is not row-major: strides {list(weight.stride())}"
     if scale.dtype not in FLOATS:
         return f"{name}'s scales are {name_of(scale.dtype)}"
     if zero is not None and zero.dtype not in (torch.int8, *FLOATS):
@@ -242,7 +253,7 @@ def _weight_reason(bits: int, size: int, name: str, tensors: Sequence[Tensor]) -
     groups = _groups(tensors)
     if not scale.is_contiguous() or not (zero is None or zero.is_contiguous()):
         return f"{name}'s scales or zero points are not contiguous"
-    if scale.numel() != weight.shape[0] * groups or (
+    if scale.numel() != _features(tensors) * groups or (
         zero is not None and zero.shape != scale.shape
     ):
         return f"{name}'s scales are {list(scale.shape)}"
@@ -307,7 +318,11 @@ def _supports_gated_mlp(
     reason = _input_reason(x)
     if reason:
         return reason
-    sizes = {"gate": x.shape[-1], "up": x.shape[-1], "down": up[0].shape[0]}
+    sizes = {
+        "gate": x.shape[-1],
+        "up": x.shape[-1],
+        "down": _features([t for t in up if t is not None]),
+    }
     for (name, size), weight in zip(sizes.items(), (gate, up, down), strict=True):
         reason = _weight_reason(bits, size, name, weight)
         if reason:

@@ -12,7 +12,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "vec.h"
+#include "transpose.h"
 
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__)
 #define DSPARK_TILES 1
@@ -106,53 +106,6 @@ struct Follow {
     return (STEPS * share / 8 + calls - 1) / calls;
   }
 };
-
-// A 16 by 16 block of 32-bit values, transposed: put(i, row i).
-template <class Put>
-inline __attribute__((always_inline)) void transposed(const __m512 (&in)[16], Put&& put) {
-  __m512 a[16], b[16];
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_ps(in[i], in[i + 1]);
-    b[i + 1] = _mm512_unpackhi_ps(in[i], in[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      const __m512d u = (__m512d)b[i + j], v = (__m512d)b[i + 2 + j];
-      a[i + 2 * j] = (__m512)_mm512_unpacklo_pd(u, v);
-      a[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd(u, v);
-    }
-  // a[4 g + c] holds, in 128-bit lane l, column 4 l + c of rows 4 g ... 4 g + 3.
-  for (int c = 0; c < 4; ++c) {
-    const __m512 u = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x44);
-    const __m512 v = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xee);
-    const __m512 x = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x44);
-    const __m512 y = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xee);
-    put(c, _mm512_shuffle_f32x4(u, x, 0x88));
-    put(4 + c, _mm512_shuffle_f32x4(u, x, 0xdd));
-    put(8 + c, _mm512_shuffle_f32x4(v, y, 0x88));
-    put(12 + c, _mm512_shuffle_f32x4(v, y, 0xdd));
-  }
-}
-
-// A 16 by 16 block of floats, transposed: the first `rows` rows, which are `ld` apart.
-template <int ROWS>
-inline void transpose(const float (*from)[16], float* to, int64_t ld) {
-  __m512 a[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_load_ps(from[i]);
-  transposed(a, [&](int i, __m512 row) __attribute__((always_inline)) {
-    if (i < ROWS) _mm512_store_ps(to + i * ld, row);
-  });
-}
-
-// A 16 by 16 block of floats, transposed: `lanes` of the first `rows` rows, which are `ld` apart.
-inline void transpose(const float (*from)[16], float* to, int64_t ld, int rows,
-                      __mmask16 lanes = 0xffff) {
-  __m512 a[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_load_ps(from[i]);
-  transposed(a, [&](int i, __m512 row) {
-    if (i < rows) _mm512_mask_storeu_ps(to + i * ld, lanes, row);
-  });
-}
 
 // room.s[r / 16][j][r % 16] = q[r] . k[j] for `keys` keys; what lies behind them up to a multiple
 // of 64 is whatever.

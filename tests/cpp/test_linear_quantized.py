@@ -177,12 +177,16 @@ def test_gated_mlp(bits, groups, dtype, rows):
         assert error(got, want) <= max(limit, 1.05 * error(eager, want))
 
 
-@pytest.mark.parametrize("columns", [1, 31, 64, 100, 192])
+@pytest.mark.parametrize("columns", [3, 31, 64, 100, 192])
 def test_packing(columns):
-    q = torch.randint(-8, 8, (5, columns), dtype=torch.int8)
+    q = torch.randint(-8, 8, (21, columns), dtype=torch.int8)
     packed = pack_int4(q)
-    assert packed.dtype == torch.uint8 and packed.shape == (5, (columns + 63) // 64 * 32)
-    assert torch.equal(unpack_int4(packed, columns), q)
+    assert packed.dtype == torch.uint8 and packed.shape == (2, (columns + 31) // 32, 4, 16, 4)
+    assert torch.equal(unpack_int4(packed, 21, columns), q)
+    # Row 1's third byte of the first line: numbers 2 and 6.
+    assert int(packed[0, 0, 0, 1, 2]) == (int(q[1, 2]) & 15) | (
+        (int(q[1, 6]) & 15) << 4 if columns > 6 else 0
+    )
     with pytest.raises(ValueError, match="4 bits"):
         pack_int4(q + 9)
 
@@ -216,3 +220,46 @@ def test_a_call_that_was_not_promised_still_answers(rows):
     want = F.linear(x, q.float())
     torch.testing.assert_close(torch.ops.dspark_cpu.linear_int8(x, q, S), want)
     torch.testing.assert_close(torch.ops.dspark_cpu.linear_int4(x, pack_int4(q), S), want)
+
+
+# -- x as whole numbers: one power of two for a row (int8), for 32 numbers (int4)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_of_very_different_size(bits, dtype):
+    """One number is far larger than the others, which must not drown in its scale."""
+    q, tensors = weight(bits, 48, 256, 1)
+    q[:, 7] = 0  # what is large has no say: only the precision of the others is left
+    tensors[0] = q if bits == 8 else pack_int4(q)
+    x = torch.randn(1, 256).to(dtype)
+    x[0, 7] = (4096.0 if bits == 8 else 16.0) * x.abs().max()
+    got = call(f"linear_int{bits}", x, *tensors)
+    limit = 1e-5 if dtype == torch.float32 else 4e-3
+    assert error(got, F.linear(x.double(), exact(q, tensors))) <= limit
+
+
+def test_more_numbers_than_an_integer_sum_holds():
+    q = torch.full((2, 140000), 127, dtype=torch.int8)
+    x = torch.ones(1, 140000, dtype=torch.bfloat16)
+    got = call("linear_int8", x, q, torch.full((2,), 1e-7))
+    assert error(got, F.linear(x.double(), q.double() * 1e-7)) < 4e-3
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(bits, value):
+    _, tensors = weight(bits, 20, 64, 1)
+    x = torch.randn(2, 64).bfloat16()
+    x[1, 3] = value
+    got = call(f"linear_int{bits}", x, *tensors)
+    assert got[0].isfinite().all() and not got[1].isfinite().any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_number_of_rows(bits, dtype):
+    """Digits of several rows share a tile, and of more rows take several."""
+    for rows in range(1, 17):
+        compare(bits, dtype, rows, (37, 192, 1))
