@@ -44,7 +44,11 @@ inline void lane_scales(const Weight& w, int64_t n, int count, int64_t G, float*
   for (int64_t g = 0; g < G; g += 16) {
     const int groups = int(std::min<int64_t>(16, G - g));
     __m512 rows[16];
-    for (int r = 0; r < 16; ++r) rows[r] = r < count ? load(from + r * G + g, groups).v : zero().v;
+    for (int r = 0; r < 16; ++r) {
+      // Those of the next block: nothing else reads so far ahead of them.
+      __builtin_prefetch(from + (LANES + r) * G + g, 0, 2);
+      rows[r] = r < count ? load(from + r * G + g, groups).v : zero().v;
+    }
     transposed(rows, [&](int i, __m512 lanes) __attribute__((always_inline)) {
       if (i < groups) _mm512_storeu_ps(to + (g + i) * LANES, lanes);
     });
