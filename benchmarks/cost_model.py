@@ -150,7 +150,7 @@ def attentions() -> list[Case]:
             if int8:
                 numbers = (1, kv_heads, room, features)
                 k, v = (some(*numbers, dtype=torch.int8) for _ in range(2))
-                ks, vs = (some(1, kv_heads, room, 1).abs() for _ in range(2))
+                ks, vs = (some(1, kv_heads, room).abs() for _ in range(2))
                 return (query, k, ks, v, vs, None, None, [], [context - rows]), given
             k, v = (some(1, kv_heads, room, features) for _ in range(2))
             return (query, k, v, None, None, [], [context - rows]), given
