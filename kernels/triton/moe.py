@@ -1,8 +1,8 @@
 """Launchers of the experts' kernels (`moe_kernel`).
 
-At most 16 tokens take the form without sorting; more are sorted by expert and cut into blocks of
-rows of one expert, on the device and without a look at the counts from the host. Which of the two
-is decided at every call by the number of tokens; nothing is compiled again for it.
+Few tokens take the form without sorting; more are sorted by expert and cut into blocks of rows of
+one expert, on the device and without a look at the counts from the host. The cost model decides at
+every call which of the two it is (`moe_forms`); nothing is compiled again for it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,10 @@ from dspark_compile.kernels.triton._launch import (
     next_power_of_2,
     target_of,
 )
+from dspark_compile.kernels.triton.moe_forms import FEW, MAX_PAIRS, prefers_sorting
 from dspark_compile.kernels.triton.moe_kernel import down_kernel, down_sorted_kernel, up_kernel
 from dspark_compile.ops.mlp import ACTIVATIONS
 from dspark_compile.ops.moe import PLAIN_LIMITS
-
-FEW = 16  # tokens that need no sorting
-MAX_PAIRS = 1024
 
 
 @dataclass(frozen=True)
@@ -169,8 +167,12 @@ def moe_experts(
     if rows.shape[0] == 0 or k == 0:
         return x.new_zeros((*lead, outputs))
     blocks = None
-    if rows.shape[0] > FEW or rows.shape[0] * k > MAX_PAIRS:
-        blocks = blocks_of(chosen.reshape(-1), up[0].shape[0], _tiles(17, x.dtype, target_of(x))[0])
+    experts, inner, features = up[0].shape
+    matrices, itemsize, target = 2 if gate else 1, x.element_size(), target_of(x)
+    if prefers_sorting(
+        rows.shape[0], k, experts, inner, features, outputs, matrices, itemsize, target
+    ):
+        blocks = blocks_of(chosen.reshape(-1), experts, _tiles(FEW + 1, x.dtype, target)[0])
     args = (gate, up, down, gate_bias, up_bias, down_bias, activation, limits, weigh_input)
     launches, out = plan(rows, chosen, share, *args, blocks=blocks)
     for launch in launches:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from interpreted import compare
 
-from dspark_compile.kernels.triton import supports
+from dspark_compile.kernels.triton import moe, supports
+from dspark_compile.kernels.triton._launch import KNOWN_TARGETS
 from dspark_compile.kernels.triton.moe import blocks_of
+from dspark_compile.kernels.triton.moe_forms import predicted, prefers_sorting
 
 GPT_OSS = [1.702, -math.inf, 7.0, -7.0, 7.0, 1.0]
 
@@ -49,6 +51,32 @@ def test_variants(tokens):
     compare("moe_experts", *arguments(tokens, foreign=True))
     compare("moe_experts", *arguments(tokens, k=5), [], True)
     compare("moe_experts", *arguments(tokens, count=1, k=1))
+
+
+@pytest.mark.parametrize("tokens", [4, 16])
+def test_both_forms_agree(tokens, monkeypatch):
+    """The same call without and with sorting, and whichever the cost model takes."""
+    seen = []
+    compare("moe_experts", *arguments(tokens, count=9, k=3))
+    for sorting in (False, True):
+        monkeypatch.setattr(
+            moe, "prefers_sorting", lambda *args, now=sorting: seen.append(args) or now
+        )
+        compare("moe_experts", *arguments(tokens, count=9, k=3))
+    assert len(seen) >= 2
+
+
+def test_the_crossover_is_the_cost_models():
+    """Few choices go without sorting, many with; between the two it changes once."""
+    target = KNOWN_TARGETS["90"]
+    layer = (128, 768, 2048, 2048, 2, 2, target)  # experts, width, features, …: Qwen3-30B-A3B's
+    chosen = [prefers_sorting(1, k, *layer) for k in (1, 8, 64, 128)]
+    assert chosen[0] is False and chosen == sorted(chosen)
+    rows = [prefers_sorting(tokens, 8, *layer) for tokens in range(1, 40)]
+    assert rows[0] is False and rows[-1] is True and rows == sorted(rows)
+    assert prefers_sorting(16, 64, *layer), "1,024 choices, one after the other"
+    few, ordered = predicted(16, 64, *layer)
+    assert ordered < few
 
 
 def test_blocks():
