@@ -216,8 +216,45 @@ def _experts(live: list[fx.Node]) -> Iterator[Finding]:
             yield Finding("experts", node, problem)
         elif is_op(node, aten.topk.default) and not any("Index" in c for c in classes):
             routed = any(_EXPERTS_CLASS.search(c) for c in classes[-4:])
+            grouped = _reaches(node, lambda n: is_dialect_op(n, "grouped_linear"), 12)
+            if grouped:
+                continue  # single products, one matrix an expert: an op of their own
             if routed or (not any("Attention" in c for c in classes) and _dispatches(node)):
                 yield Finding("experts", node, problem)
+            elif _scatters(node):
+                reason = "scores of few experts multiply what all of them computed"
+                todo = "compute the chosen experts alone, as Hugging Face's grouped_mm does"
+                yield Finding("experts", node, Problem(reason, todo))
+
+
+def _scatters(topk: fx.Node) -> bool:
+    """Whether a top-k becomes a table of scores, one for each expert, that products meet."""
+
+    def table(node: fx.Node) -> bool:
+        if not is_op(node, aten.scatter.src, aten.scatter.value, aten.eq.Tensor):
+            return False
+        return _reaches(
+            node,
+            lambda n: (
+                is_op(n, aten.mul.Tensor) and any(_comes_of_product(a) for a in n.all_input_nodes)
+            ),
+            8,
+        )
+
+    return _reaches(topk, table, 6)
+
+
+def _comes_of_product(node: fx.Node, steps: int = 4) -> bool:
+    """Whether ``node`` is a product with weights, or such a one moved around."""
+    for _ in range(steps):
+        if is_dialect_op(node, "matmul", "gated_mlp", "gated_mlp_merged", "mlp"):
+            return True
+        if is_op(node, aten.bmm.default):
+            return True
+        if node.op != "call_function" or not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    return False
 
 
 def _dispatches(topk: fx.Node) -> bool:

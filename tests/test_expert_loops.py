@@ -337,11 +337,13 @@ MORE_LEFT = [SplitOther, CountsCalls, EveryToken]
 def test_what_is_not_proved_runs_as_it_is_written(kind, caplog):
     """These compute something else when every expert gets a turn, or have no turns at all."""
     with caplog.at_level("INFO", logger="dspark_compile"):
-        error, ops, _, _ = answers(kind, fullgraph=False)
+        error, ops, _, report = answers(kind, fullgraph=False)
     assert error <= 1e-5
     assert "moe_experts" not in ops
     if kind is not EveryToken:
         assert "traced as it is written" in caplog.text
+    else:
+        assert any("scores of few experts" in r.condition for r in report.rejections)
 
 
 def test_stacks_are_read_where_they_are():

@@ -37,11 +37,6 @@ KNOWN_GAPS: dict[tuple[str, str], str] = {
 }
 """(family, kind) -> reason. An entry that is no longer needed fails the test that would use it."""
 
-GUARDED_BY_TRACING: dict[str, str] = {
-    "jetmoe": (
-        "sizes of the experts' batches are Python ints between graphs; index_add and views of such "
-        "sizes guard on them when they are traced to ATen"
-    ),
-}
+GUARDED_BY_TRACING: dict[str, str] = {}
 """family -> why tracing to ATen adds guards. Its graphs are compared with those of AOTAutograd
 (``backend="aot_eager"``), which adds the same ones, in place of Dynamo alone."""

@@ -1,0 +1,109 @@
+"""Experts whose weights torchao has quantised: right answers, decode and prompt, in any batch.
+
+torchao's int8 tensors of three dimensions know neither transposition nor grouped products, so that
+Hugging Face's stacks run with ``experts_implementation="eager"`` alone, with torchao and here; its
+int4 takes matrices only, that is experts in a ``ModuleList``.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import dspark_compile
+from tests.test_expert_loops import EXPERTS, HIDDEN, Expert, K
+from tests.zoo import families
+
+torchao = pytest.importorskip("torchao.quantization")
+OPTIONS = {"inner": "eager", "verify": True}
+
+
+def quantise(model, bits):
+    """Stacks of experts in int8 by rows; matrices of experts in int8, or int4 in groups of 32."""
+    if bits == 4:
+        from torchao.quantization.granularity import PerGroup
+
+        config = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+        torchao.quantize_(model.experts, config)
+        return model
+    stacks = [n for n, p in model.named_parameters() if ".experts." in n and p.dim() == 3]
+    if not stacks:
+        torchao.quantize_(model.experts, torchao.Int8WeightOnlyConfig())
+        return model
+    config = torchao.FqnToConfig(dict.fromkeys(stacks, torchao.Int8WeightOnlyConfig(version=2)))
+    torchao.quantize_(model, config, filter_fn=None)
+    return model
+
+
+def close(got, want):
+    assert torch.isfinite(got).all()
+    assert float((got - want).abs().max() / want.abs().max()) <= 1e-5
+
+
+class Mixture(nn.Module):
+    """A loop over modules as users write it, with the rows of experts that are hit, or sorted."""
+
+    def __init__(self, style):
+        super().__init__()
+        self.style = style
+        self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(Expert() for _ in range(EXPERTS))
+        for expert in self.experts:
+            expert.w2 = nn.Linear(64, HIDDEN, bias=False)
+            expert.w1, expert.w3 = (nn.Linear(HIDDEN, 64, bias=False) for _ in range(2))
+
+    def forward(self, x):
+        rows = x.flatten(0, 1)
+        weight, choice = torch.topk(self.gate(rows).softmax(-1), K)
+        out = torch.zeros_like(rows)
+        if self.style == "sorted":
+            order = choice.flatten().argsort(stable=True)
+            sizes = torch.bincount(choice.flatten(), minlength=EXPERTS).tolist()
+            parts = rows[order // K].split(sizes)
+            parts = [e(part) for e, part in zip(self.experts, parts, strict=True)]
+            out.index_add_(0, order // K, torch.cat(parts) * weight.flatten()[order, None])
+            return out.view_as(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(choice == e)
+            if self.style == "hit" and len(token) == 0:
+                continue
+            out.index_add_(0, token, expert(rows[token]) * weight[token, slot, None])
+        return out.view_as(x)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    "style", ["all", *(pytest.param(s, marks=pytest.mark.slow) for s in ("hit", "sorted"))]
+)
+def test_modules(style, bits):
+    torch.manual_seed(0)
+    model = quantise(Mixture(style).eval(), bits)
+    call = torch.compile(model, backend="dspark", options=OPTIONS)
+    with torch.no_grad():
+        for shape in ((1, 7), (3, 5), (1, 1), (3, 1)):
+            x = torch.randn(*shape, HIDDEN)
+            close(call(x), model(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_whole_models(family, batch):
+    """A prompt and two steps over its cache."""
+    torch.manual_seed(0)
+    model = families.build(family)
+    model.set_experts_implementation("eager")
+    quantise(model, 8)
+    call = torch.compile(model, backend="dspark", options=OPTIONS)
+    ids = families.tokens(family, 6, batch=batch)
+    with torch.no_grad():
+        got = call(ids, use_cache=True)
+        ops = [name for graph in dspark_compile.last_report().graphs for name in graph.ops]
+        assert "moe_experts" in ops
+        close(got.logits, model(ids).logits)
+        for _ in range(2):
+            new = got.logits[:, -1:].argmax(-1)
+            ids = torch.cat((ids, new), 1)
+            got = call(new, past_key_values=got.past_key_values)
+            close(got.logits, model(ids).logits[:, -1:])
