@@ -27,6 +27,7 @@ from dspark_compile.passes.expert_loops import NotProved, draws, evaluate
 from dspark_compile.passes.expert_steps import MLPS
 from dspark_compile.passes.expert_weights import activation_of, differ, stacked, stacks_of
 from dspark_compile.passes.graph import (
+    TRANSPARENT,
     VIEWS,
     argument,
     aten,
@@ -134,13 +135,14 @@ def prove_cuts(pieces: Sequence[Piece], sizes: dict[int, list[fx.Node]]) -> Cuts
         if choice not in above or permutation is None or not same or val(choice).dim() > 2:
             continue
         most = _most(choice)
-        if most is not None and most != experts:
-            reason = f"tokens choose among {most} experts, and there are {experts} parts"
+        if most != experts:
+            among = "an unknown number of" if most is None else most
+            reason = f"tokens choose among {among} experts, and there are {experts} parts"
             continue
         cuts = Cuts(choice, flat, permutation, tuple(pieces))
         try:
             with outside_of_tracing(), torch.no_grad():
-                for draw in draws(choice, experts, repeated=most is None):
+                for draw in draws(choice, experts):
                     _compare(cuts, draw, numbers, used, sizes)
             return cuts
         except NotProved as error:
@@ -185,7 +187,7 @@ def _value(expression: Any, known: dict[Any, int], part: Piece) -> int:
 
 
 def _above(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """What ``nodes`` are computed of, as far as it is whole numbers (or truths, or zeros)."""
+    """``nodes`` and all that they are computed of."""
     found: set[fx.Node] = set()
     todo = list(nodes)
     while todo:
@@ -201,14 +203,23 @@ def _second(sort: fx.Node) -> fx.Node | None:
 
 
 def _most(choice: fx.Node) -> int | None:
-    """How many there are to choose from, where each token's choices are of a top-k, and differ."""
-    node = choice
-    if node.target is operator.getitem and node.args[1] == 1:
-        inner: Any = node.args[0]
-        if is_op(inner, aten.topk.default) and int(argument(inner, 2, "dim", -1)) in (-1, 1):
-            size = shape(inner.args[0])[-1]
-            return size if isinstance(size, int) else None
-    return None
+    """How many experts there are to choose from, one of them at most once for a token; None: it is
+    not known."""
+    node = peel(choice, TRANSPARENT | {aten._to_copy.default})
+    if is_op(node, aten.argmax.default):
+        inner, dim = node, argument(node, 1, "dim")
+    elif node.target is operator.getitem and node.args[1] == 1:
+        inner = node.args[0]
+        if not is_op(inner, aten.topk.default, aten.max.dim):
+            return None
+        dim = argument(inner, 2 if is_op(inner, aten.topk.default) else 1, "dim", -1)
+    else:
+        return None
+    scores = inner.args[0]
+    if dim is None or int(dim) % val(scores).dim() != val(scores).dim() - 1:
+        return None
+    size = shape(scores)[-1]
+    return size if isinstance(size, int) else None
 
 
 class Lift:
@@ -276,8 +287,10 @@ class Lift:
         if is_dialect_op(node, "rms_norm"):
             return True
         tags = getattr(node.target, "tags", ())
-        if is_op(node, aten.unsqueeze.default, aten.squeeze.dim):
-            return int(node.args[1]) % (val(node).dim() + 1) > 0  # type: ignore[arg-type]
+        if is_op(node, aten.unsqueeze.default):
+            return int(node.args[1]) % val(node).dim() > 0  # type: ignore[arg-type]
+        if is_op(node, aten.squeeze.dim):
+            return int(node.args[1]) % val(node.args[0]).dim() > 0  # type: ignore[arg-type]
         if is_op(node, aten.slice.Tensor):
             return int(argument(node, 1, "dim", 0)) % val(node).dim() > 0
         return is_op(node, *_BY_ROW) or torch.Tag.pointwise in tags

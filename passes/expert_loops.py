@@ -170,9 +170,9 @@ def _of_unknown_size(node: fx.Node) -> list[fx.Node]:
     return list(found)
 
 
-def draws(choice: fx.Node, experts: int, repeated: bool = False) -> Iterator[torch.Tensor]:
+def draws(choice: fx.Node, experts: int) -> Iterator[torch.Tensor]:
     """Choices ``[T, k]`` or ``[T]`` of that many experts, of the shape, dtype and device of
-    ``choice``; ``repeated``: also such in which a token chooses an expert twice.
+    ``choice``, in which no token chooses an expert twice.
 
     Raises:
         NotProved: they have another shape, or more columns than there are experts.
@@ -193,8 +193,6 @@ def draws(choice: fx.Node, experts: int, repeated: bool = False) -> Iterator[tor
         rows = [torch.randperm(experts, generator=random)[:k] for _ in range(tokens)]
         if rows:
             yield shaped(torch.stack(rows))
-    if repeated and k > 1:
-        yield shaped(torch.randint(experts, (tokens, 1), generator=random).expand(tokens, k))
 
 
 def evaluate(node: Any, values: dict[fx.Node, Any]) -> Any:

@@ -269,6 +269,20 @@ class SplitAdd(Block):
         return out
 
 
+class SplitFew(Block):
+    """There are more experts to choose from than parts: the rows of the last are dropped."""
+
+    def mix(self, x, weight, choice):
+        order = choice.flatten().argsort(stable=True)
+        tokens, out, start = order // K, torch.zeros_like(x), 0
+        for e, size in enumerate((choice == torch.arange(3).view(-1, 1, 1)).sum((1, 2)).tolist()):
+            token = tokens[start : start + size]
+            part = self.experts[e](x[token]) * weight.flatten()[order[start : start + size], None]
+            out.index_add_(0, token, part)
+            start = start + size
+        return out
+
+
 class SplitOther(Block):
     """Parts as long as another expert's count."""
 
@@ -328,7 +342,7 @@ def test_loops_over_data_become_one_op(kind, fullgraph):
 
 
 LEFT = [CountsTurns, SumsTurns, AsksTheNext, OnlyBusy, SplitMean]
-MORE_LEFT = [SplitOther, CountsCalls, EveryToken]
+MORE_LEFT = [SplitOther, SplitFew, CountsCalls, EveryToken]
 
 
 @pytest.mark.parametrize(
