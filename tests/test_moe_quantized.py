@@ -2,7 +2,8 @@
 
 torchao's int8 tensors of three dimensions know neither transposition nor grouped products, so that
 Hugging Face's stacks run with ``experts_implementation="eager"`` alone, with torchao and here; its
-int4 takes matrices only, that is experts in a ``ModuleList``.
+int4 takes matrices only, that is experts in a ``ModuleList``. gpt-oss's transposed stacks, which
+meet rows in ``mm``, do not run quantised in eager mode either.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def test_modules(style, bits):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
 def test_whole_models(family, batch):
     """A prompt and two steps over its cache."""
     torch.manual_seed(0)
