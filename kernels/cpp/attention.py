@@ -180,7 +180,14 @@ def attention_int8(
     softcap: float = 0.0,
     mask_value: float | None = None,
 ) -> Tensor:
-    """`attention` over int8 keys and values with one scale per token and head."""
+    """`attention` over int8 keys and values with one scale per token and head, ``[B, Hkv, N]``.
+
+    Raises:
+        ValueError: the scales have another shape.
+    """
+    for name, x, of in (("key_scale", key_scale, key), ("value_scale", value_scale, value)):
+        if x.shape != of.shape[:3]:
+            raise ValueError(f"{name} is {list(x.shape)}, not {list(of.shape[:3])}: [B, Hkv, N]")
     if query.shape[2] > MAX_ROWS and refusal(0, mask, softcap, mask_value, sinks) is None:
         return attention_prefill(
             query, key, value, bias, mask_tensors, mask_ints, scale=scale, mask=mask,
@@ -299,4 +306,7 @@ def supports_attention_int8(
         return reason
     if key_scale.dtype != value_scale.dtype:
         return f"key_scale is {name_of(key_scale.dtype)}, value_scale {name_of(value_scale.dtype)}"
+    for name, x in (("key_scale", key_scale), ("value_scale", value_scale)):
+        if x.dim() != 3:
+            return f"{name} is {list(x.shape)}, not one scale per token and head: [B, Hkv, N]"
     return _reason(query, key, key_scale, value, bias, sinks, mask_tensors, mask_ints, attributes)

@@ -215,6 +215,8 @@ def _append_reason(
             return reason
         if scale is not None and cache.dtype != torch.int8:
             return f"the cache is {name_of(cache.dtype)}, not int8"
+        if scale is not None and scale.dim() != 3:
+            return f"the scales are {list(scale.shape)}, not one per token and head: [B, Hkv, N]"
         if scale is None and dtype_reason(cache=cache):
             return dtype_reason(cache=cache)
     if at.dim() != 1 or at.dtype not in (torch.int32, torch.int64):

@@ -381,6 +381,9 @@ def supports_attention_int8(
     for name, x in (("key", key), ("value", value)):
         if x.dtype != torch.int8:
             return f"{name} is {str(x.dtype).removeprefix('torch.')}, not int8"
+    for name, x in (("key_scale", key_scale), ("value_scale", value_scale)):
+        if x.dim() != 3:
+            return f"{name} is {list(x.shape)}, not one scale per token and head: [B, Hkv, N]"
     return (
         dtype_reason(key_scale=key_scale, value_scale=value_scale)
         or device_reason(key, key_scale, value, value_scale)

@@ -266,3 +266,18 @@ def test_predicates_print_with_bounds():
     assert print_predicate("k <= q + n0").code.exact
     with pytest.raises(ValueError, match="float32"):
         print_predicate("t0[k] > 0", (torch.float32,))
+
+
+def test_scales_of_another_shape():
+    """They were read as if they had the right one: beyond their end."""
+    q = torch.randn(1, 4, 1, 64)
+    k8, ks = quantize_kv(torch.randn(1, 2, 40, 64), torch.float32)
+    wrong = ks[..., None]
+    assert "[B, Hkv, N]" in cpp.supports("attention_int8", q, k8, wrong, k8, ks, scale=1.0)
+    assert "value_scale" in cpp.supports("attention_int8", q, k8, ks, k8, wrong, scale=1.0)
+    assert "[B, Hkv, N]" in cpp.supports(
+        "cache_append_int8_", k8, wrong, torch.randn(1, 2, 1, 64), torch.zeros(1, dtype=torch.long)
+    )
+    for scales in ((wrong, ks), (ks, ks[:, :, :39])):
+        with pytest.raises(ValueError, match=r"\[B, Hkv, N\]"):
+            torch.ops.dspark_cpu.attention_int8(q, k8, scales[0], k8, scales[1], scale=1.0)

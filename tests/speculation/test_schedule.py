@@ -420,3 +420,12 @@ def test_a_hiccup_does_not_park():
         policy.plain(1.0)
     policy.drafted(100.0, 2.0, 8)
     assert policy.price < 2.5
+
+
+def test_the_first_rounds_of_cold_programs_do_not_park():
+    policy = ParkPolicy()
+    for seconds in (3.0, 1.0, 1.0):  # visits of four rounds
+        assert policy.drafts()
+        policy.drafted(seconds, 1.2, 4)
+    policy.plain(1.0, 4)
+    assert not policy.parked and policy.drafts()

@@ -10,9 +10,9 @@ probes lose to stay below a share (2 %) of the time.
 A machine has slow phases, so both prices have to be of the same time: among drafted rounds a few
 plain steps are taken again and again.
 
-Even a parked round costs something: the draft's context goes on. A call that ends parked, and not
-by a hair nor after few rounds, therefore lets the next one rest, which is decoded without the
-draft; then two, four, ... `MOST_RESTS`, until one ends drafting.
+Even a parked round costs something: the draft's context goes on. A call that ends parked, by far
+after few rounds and clearly after many, therefore lets the next one rest, which is decoded without
+the draft; then two, four, ... `MOST_RESTS`, until one ends drafting.
 
 Times are the host's or the device's, measured by the caller; nothing here reads a clock.
 """
@@ -20,7 +20,9 @@ Times are the host's or the device's, measured by the caller; nothing here reads
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 # How often a visit of many rounds, whose mean is one measurement, counts at most.
@@ -29,25 +31,43 @@ MOST_ADDED = 4
 PLAIN_EVERY, PLAIN_STEPS = 48, 2
 # Rounds of a probe.
 PROBE = 6
-# How much dearer drafting is where calls rest, and how many rounds it takes to know.
-CLEARLY, KNOWN = 1.1, 18
+# Where calls rest: how much dearer drafting is, by how many rounds say so. Few rounds must be very
+# sure, since a call that rests learns nothing.
+CLEARLY = ((18, 1.25), (30, 1.05))
+# Measurements whose median is the price of a round.
+RECENT = 32
 # Calls in a row that are decoded without the draft.
 MOST_RESTS = 16
 
 
 @dataclass
 class _Average:
-    """An exponential average that starts as a plain one; a hiccup does not throw it."""
+    """An exponential average that starts as a plain one."""
 
-    share: float = 0.1
+    share: float = 0.05
     value: float = 0.0
     count: int = 0
 
     def add(self, value: float) -> None:
         self.count += 1
-        if self.count > 4:
-            value = min(value, 1.5 * self.value)
         self.value += max(self.share, 1 / self.count) * (value - self.value)
+
+
+@dataclass
+class _Median:
+    """The median of the latest measurements: a slow moment, such as the first rounds of cold
+    programs, has no say."""
+
+    values: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        self.values.append(value)
+
+    @property
+    def value(self) -> float:
+        return median(self.values) if self.values else 0.0
 
 
 @dataclass
@@ -76,9 +96,9 @@ class ParkPolicy:
     parked: bool = False
     parked_rounds: int = 0
     probes: int = 0
-    _round: _Average = field(default_factory=_Average)
+    _round: _Median = field(default_factory=_Median)
     _tau: _Average = field(default_factory=_Average)
-    _plain: _Average = field(default_factory=_Average)
+    _plain: _Median = field(default_factory=_Median)
     _since: int = 0
     _interval: int = 0
     _drafted: int = 0
@@ -168,8 +188,10 @@ class ParkPolicy:
 
     def ended(self) -> None:
         """A call has ended."""
-        known = self._rounds >= KNOWN
-        dear = known and self.parked and self.price > CLEARLY * self.plain_price
+        dear = self.parked and any(
+            self._rounds >= rounds and self.price > times * self.plain_price
+            for rounds, times in CLEARLY
+        )
         self._rests = min(max(2 * self._rests, 1), MOST_RESTS) if dear else 0
         self._resting = self._rests
 
