@@ -280,4 +280,6 @@ def test_scales_of_another_shape():
     )
     for scales in ((wrong, ks), (ks, ks[:, :, :39])):
         with pytest.raises(ValueError, match=r"\[B, Hkv, N\]"):
-            torch.ops.dspark_cpu.attention_int8(q, k8, scales[0], k8, scales[1], scale=1.0)
+            torch.ops.dspark_cpu.attention_int8(
+                q, k8, scales[0], k8, scales[1], None, None, [], [], scale=1.0
+            )
