@@ -23,7 +23,7 @@ from dspark_compile.runtime.speculation.compiled_proposers import (
     NgramProposals,
 )
 from dspark_compile.runtime.speculation.native_engine import engine_for
-from dspark_compile.runtime.speculation.park import ParkPolicy
+from dspark_compile.runtime.speculation.park import BATCH_BURDEN, ParkPolicy
 from dspark_compile.runtime.speculation.rounds import SpeculativeRounds
 from dspark_compile.runtime.speculation.state import Prices, State, widths_for
 from dspark_compile.runtime.speculation.telemetry import Counters, SpeculationStats
@@ -74,7 +74,7 @@ class Speculator:
             self.proposer = ModelProposals(draft, count, rounds)
         self.draft = draft
         self.prices = Prices()
-        self.policy = ParkPolicy()
+        self.policy = ParkPolicy(burden=BATCH_BURDEN if rows > 1 else 1.0)
 
 
 def drafted_tokens(draft: Any, asked: int | None) -> int:
