@@ -429,3 +429,14 @@ def test_the_first_rounds_of_cold_programs_do_not_park():
         policy.drafted(seconds, 1.2, 4)
     policy.plain(1.0, 4)
     assert not policy.parked and policy.drafts()
+
+
+def test_what_rounds_do_not_show_counts():
+    """Rows of a batch wait for the slowest: rounds that look 1.3 times as fast do not pay."""
+    policies = ParkPolicy(), ParkPolicy(burden=1.5)
+    for policy in policies:
+        policy.drafted(1.0, 1.3, 12)
+        policy.drafted(1.0, 1.3, 12)
+        policy.drafted(1.0, 1.3, 12)
+        policy.plain(1.0, 4)
+    assert [p.parked for p in policies] == [False, True]
