@@ -161,8 +161,8 @@ def test_the_largest_biased_logit_is_found(dtype, monkeypatch):
 class Alternating(ParkPolicy):
     """Drafts in every other visit of a few rounds."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **options):
+        super().__init__(**options)
         self.turn = 0
 
     def drafts(self):
