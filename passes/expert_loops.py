@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from dspark_compile._torch_compat import outside_of_tracing
 from dspark_compile.ops.expert_loop import MARKS
+from dspark_compile.passes.base import Pass, PassContext
 from dspark_compile.passes.expert_steps import Step
 from dspark_compile.passes.graph import (
     is_dialect_op,
@@ -232,3 +233,16 @@ def _needed(node: fx.Node, values: dict[fx.Node, Any]) -> list[fx.Node]:
         seen.add(item)
         todo += item.all_input_nodes
     return [n for n in node.graph.nodes if n in seen]
+
+
+class LoopPass(Pass):
+    """A pass that raises experts' loops: the marks of those that it proves are removed."""
+
+    kind = "experts"
+    stage = "raise"
+
+    def run(self, graph: fx.Graph, ctx: PassContext) -> Any:
+        self.loops = marked_loops(graph)
+        record = super().run(graph, ctx)
+        finish(graph, self.loops)
+        return record

@@ -26,7 +26,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from dspark_compile.passes import expert_loops
-from dspark_compile.passes.base import Match, Pass, PassContext, Problem, dialect
+from dspark_compile.passes.base import Match, PassContext, Problem, dialect
 from dspark_compile.passes.expert_cuts import Cuts, Lift, Piece, piece, prove_cuts
 from dspark_compile.passes.expert_loops import MarkedLoop, NotProved
 from dspark_compile.passes.graph import (
@@ -50,18 +50,10 @@ _CAST = aten._to_copy.default
 _ADDS = (aten.index_add.default, aten.scatter_add.default, aten.scatter_reduce.two)
 
 
-class RaiseMoECuts(Pass):
+class RaiseMoECuts(expert_loops.LoopPass):
     """See the module's docstring."""
 
     name = "raise_moe_cuts"
-    kind = "experts"
-    stage = "raise"
-
-    def run(self, graph: fx.Graph, ctx: PassContext) -> Any:
-        self.loops = expert_loops.marked_loops(graph)
-        record = super().run(graph, ctx)
-        expert_loops.finish(graph, self.loops)
-        return record
 
     def pattern(self, graph: fx.Graph, ctx: PassContext) -> Iterator[Match]:
         if not any(is_op(n, aten._local_scalar_dense.default) for n in graph.nodes):

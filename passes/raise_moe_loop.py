@@ -26,7 +26,7 @@ from typing import Any
 from torch import fx
 
 from dspark_compile.passes import expert_loops
-from dspark_compile.passes.base import Match, Pass, PassContext, Problem, dialect
+from dspark_compile.passes.base import Match, PassContext, Problem, dialect
 from dspark_compile.passes.expert_steps import Step, column, is_zero, step
 from dspark_compile.passes.expert_weights import activation_of, differ, stacks_of, weights_of
 from dspark_compile.passes.graph import (
@@ -45,18 +45,10 @@ from dspark_compile.passes.graph import (
 _CAST = aten._to_copy.default
 
 
-class RaiseMoELoop(Pass):
+class RaiseMoELoop(expert_loops.LoopPass):
     """See the module's docstring."""
 
     name = "raise_moe_loop"
-    kind = "experts"
-    stage = "raise"
-
-    def run(self, graph: fx.Graph, ctx: PassContext) -> Any:
-        self.loops = expert_loops.marked_loops(graph)
-        record = super().run(graph, ctx)
-        expert_loops.finish(graph, self.loops)
-        return record
 
     def pattern(self, graph: fx.Graph, ctx: PassContext) -> Iterator[Match]:
         steps: dict[fx.Node, Step] = {}

@@ -41,6 +41,29 @@ struct Quantized {
   const Z* zero;
 };
 
+#if defined(DSPARK_BYTE_DOT)
+
+// How numbers are held as integers of `bits` bits: times `by`, a power of two, so that what fits is
+// exact; `scale` is 1 / by. NaN and infinity come out as NaN.
+struct Whole {
+  float scale, by;
+
+  // `most` are the largest magnitudes, by lane; `odd` the lanes that met NaN.
+  Whole(__m512 most, __mmask16 odd, int bits) {
+    const float top = _mm512_reduce_max_ps(most);
+    const bool finite = !odd && top <= 3.4e38f;
+    int exponent = 0;
+    std::frexp(finite ? top : 0, &exponent);
+    const int shift = std::max(exponent - bits, -126);
+    scale = finite ? std::ldexp(1.0f, shift) : NAN;
+    by = finite ? std::ldexp(1.0f, -shift) : 0;
+  }
+};
+
+inline __mmask16 is_nan(__m512 x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
+
+#endif
+
 // The product of a width Q of weights with M rows of T, specialised for each Q:
 //
 //   Element, size(K)           what x is packed as, in bytes

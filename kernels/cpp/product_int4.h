@@ -138,16 +138,9 @@ inline void pack_lanes(const T* row, int64_t left, LaneStep& to) {
   for (int i : {0, 1})
     x[i] = left > 16 * i ? load(row + 16 * i, int(std::min<int64_t>(16, left - 16 * i))) : zero();
   const __m512 most = _mm512_max_ps(_mm512_abs_ps(x[0].v), _mm512_abs_ps(x[1].v));
-  const __mmask16 odd = _mm512_cmp_ps_mask(x[0].v, x[0].v, _CMP_UNORD_Q) |
-                        _mm512_cmp_ps_mask(x[1].v, x[1].v, _CMP_UNORD_Q);
-  const float top = _mm512_reduce_max_ps(most);
-  // A power of two, so that what fits is exact; NaN and infinity come out as NaN.
-  const bool finite = !odd && top <= 3.4e38f;
-  int exponent = 0;
-  std::frexp(finite ? top : 0, &exponent);
-  const float scale = finite ? std::ldexp(1.0f, std::max(exponent - 14, -126)) : NAN;
-  // top < 2^exponent: numbers are at most 2^14, which two bytes hold with room for rounding.
-  const __m512 by = _mm512_set1_ps(finite ? 1 / scale : 0);
+  // Numbers are at most 2^14, which two bytes hold with room for rounding.
+  const Whole whole(most, is_nan(x[0].v) | is_nan(x[1].v), 14);
+  const __m512 by = _mm512_set1_ps(whole.by);
   __m512i total = _mm512_setzero_si512();
   for (int i : {0, 1}) {
     const __m512i y = _mm512_cvtps_epi32(_mm512_mul_ps(x[i].v, by));
@@ -156,7 +149,7 @@ inline void pack_lanes(const T* row, int64_t left, LaneStep& to) {
     _mm_storeu_si128((__m128i*)(to.low + 16 * i), _mm512_cvtepi32_epi8(y));
     total = _mm512_add_epi32(total, y);
   }
-  to.scale = scale;
+  to.scale = whole.scale;
   to.start = -8 * _mm512_reduce_add_epi32(total);
 }
 

@@ -58,23 +58,16 @@ inline void pack_bytes(const T* row, int64_t left, ByteStep& to) {
       x[i] = left > from ? load(row + from, int(std::min<int64_t>(16, left - from))) : zero();
     }
     const __m512 most = _mm512_max_ps(_mm512_abs_ps(x[0].v), _mm512_abs_ps(x[1].v));
-    const __mmask16 odd = _mm512_cmp_ps_mask(x[0].v, x[0].v, _CMP_UNORD_Q) |
-                          _mm512_cmp_ps_mask(x[1].v, x[1].v, _CMP_UNORD_Q);
-    const float top = _mm512_reduce_max_ps(most);
-    // A power of two, so that what fits is exact; NaN and infinity come out as NaN.
-    const bool finite = !odd && top <= 3.4e38f;
-    int exponent = 0;
-    std::frexp(finite ? top : 0, &exponent);
-    const float scale = finite ? std::ldexp(1.0f, std::max(exponent - 14, -126)) : NAN;
-    // top < 2^exponent: numbers are at most 2^14, which two bytes hold with room for rounding.
-    const __m512 by = _mm512_set1_ps(finite ? 1 / scale : 0);
+    // Numbers are at most 2^14, which two bytes hold with room for rounding.
+    const Whole whole(most, is_nan(x[0].v) | is_nan(x[1].v), 14);
+    const __m512 by = _mm512_set1_ps(whole.by);
     for (int i : {0, 1}) {
       const __m512i y = _mm512_cvtps_epi32(_mm512_mul_ps(x[i].v, by));
       const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(y, _mm512_set1_epi32(128)), 8);
       _mm_store_si128((__m128i*)(to.high[which] + at + 16 * i), _mm512_cvtepi32_epi8(high));
       _mm_store_si128((__m128i*)(to.low[which] + at + 16 * i), _mm512_cvtepi32_epi8(y));
     }
-    for (int i = 0; i < 8; ++i) to.scale[which][at / 4 + i] = scale;
+    for (int i = 0; i < 8; ++i) to.scale[which][at / 4 + i] = whole.scale;
   }
   const __m512i up = _mm512_set1_epi8(char(UP));
   for (int which : {0, 1}) {
@@ -415,7 +408,7 @@ struct IntProduct<Int8, T, M, GROUPED> {
 #if defined(DSPARK_BYTE_DOT)
     alignas(64) float results[MATS][M][BLOCK];
     const float* scales = Digits<T, M>::scales(const_cast<int8_t*>(x), K);
-    configure_plane_tiles();
+    configure_square_tiles();
     for (int64_t n = first; n < last; n += BLOCK) {
       const int count = int(std::min<int64_t>(BLOCK, last - n));
       for (int i = 0; i < MATS; ++i) {

@@ -37,17 +37,12 @@ struct Digits {
     for (int64_t k = 0; k < K; k += 16) {
       const __m512 v = load(row + k, int(std::min<int64_t>(16, K - k))).v;
       most = _mm512_max_ps(most, _mm512_abs_ps(v));
-      odd |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+      odd |= is_nan(v);
     }
-    const float top = _mm512_reduce_max_ps(most);
-    // A power of two, so that what fits is exact; NaN and infinity come out as NaN.
-    const bool finite = !odd && top <= 3.4e38f;
-    int exponent = 0;
-    std::frexp(finite ? top : 0, &exponent);
-    // top < 2^exponent: numbers are at most 2^(8 COUNT - 2), so the first digit is one.
-    const int shift = std::max(exponent - (8 * COUNT - 2), -126);
-    scales(x, K)[m] = finite ? std::ldexp(1.0f, shift) : NAN;
-    const __m512 by = _mm512_set1_ps(finite ? std::ldexp(1.0f, -shift) : 0);
+    // At most 2^(8 COUNT - 2), so that the first digit is one.
+    const Whole whole(most, odd, 8 * COUNT - 2);
+    scales(x, K)[m] = whole.scale;
+    const __m512 by = _mm512_set1_ps(whole.by);
     int8_t* to = x + m / EACH * tile_bytes(K) + m % EACH * COUNT * 4;
     alignas(16) int8_t digits[16];
     for (int64_t k = 0; k < padded(K); k += 16) {
@@ -67,7 +62,6 @@ struct Digits {
 
 // Tiles 0, 1: results of 16 rows of W with one and another tile of x; 2, 3: of the next 16 rows;
 // 4, 5: W; 6, 7: x.
-inline void configure_plane_tiles() { configure_square_tiles(); }
 
 // Up to 16 rows by 64 numbers of W, with zeros around them.
 inline void copy_bytes(const int8_t* w, int64_t ldw, int rows, int64_t columns, int8_t (*to)[64]) {
