@@ -2,8 +2,8 @@
 
 The shipped model continues a prompt greedily. The engines take turns in one run, whole calls, after
 one that compiles; figures are medians of new tokens a second, prefill included. Tokens of all
-engines in float32 are compared. ``overhead`` is the part of a token's time that is not the native
-step: choosing, bookkeeping, Python.
+engines in float32 are compared. ``overhead`` is what a token takes longer than the stages of the
+native step, which are timed in the same calls: choosing, bookkeeping, Python.
 
 ``--shape`` takes a model of that shape with random weights, and a prompt of ``--prompt`` random
 tokens. A prompt is run eagerly by every engine, so the time of a call that makes one token is
@@ -17,6 +17,7 @@ measured too, and what is left of a call is the time of decoding.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -48,38 +49,48 @@ def static_inductor(model: Any, ids: torch.Tensor, new: int, room: int) -> torch
     )  # fmt: skip
 
 
-def step_seconds(model: Any, length: int, count: int) -> tuple[float, float]:
-    """Of ``count`` steps, with about ``length`` tokens in the cache: the mean time inside of the
-    stages of the native step, and the median of what a call from Python takes beside those."""
+def outside_seconds(model: Any, length: int, count: int) -> float:
+    """The median of what a step called from Python takes beside its stages, with about ``length``
+    tokens in the cache."""
     rounds = POOL.take(model, 1, False, "model", {})
-    inside, beside = [], []
+    beside = []
     for i in range(count):
         if i % 64 == 0:
             rounds.set_length(length - min(count, 64) // 2)
         start = time.perf_counter()
         stages = rounds.program.stage_seconds()  # type: ignore[union-attr]
-        whole = time.perf_counter() - start
-        inside.append(sum(stages))
-        beside.append(whole - inside[-1])
+        beside.append(time.perf_counter() - start - sum(stages))
     POOL.give(rounds)
-    return statistics.fmean(inside), statistics.median(beside)
+    return statistics.median(beside)
+
+
+def stage_clock(model: Any) -> Any:
+    """An array that gains the nanoseconds of every stage of every round from now on."""
+    rounds = POOL.take(model, 1, False, "model", {})
+    bound = rounds.program.bound  # type: ignore[union-attr]
+    bound.spent = (ctypes.c_int64 * len(bound.stage_seconds()))()
+    POOL.give(rounds)
+    return bound.spent
 
 
 def overhead(
     run: Callable[[], Any], model: Any, length: int, turns: int, count: int
 ) -> dict[str, Any]:
-    """The time of a token in a whole call beside that of the stages of a step, which take turns;
-    ``overhead`` is the median of their ratios, less one. Both are means, so that what else the
-    machine does hits both alike. ``length`` tokens are in the cache in the middle of a call."""
+    """The time of a token in a whole call, beside that of the stages of its steps in the same call;
+    ``overhead`` is the median of their ratios, less one. ``count`` steps are called from Python,
+    with ``length`` tokens in the cache, for what is outside of one."""
     tokens, steps, outside = [], [], []
+    spent = stage_clock(model)
     for _ in range(turns):
+        ctypes.memset(spent, 0, ctypes.sizeof(spent))
         run()
         report = dspark_compile.last_generation()
         assert report is not None
         tokens.append(report.seconds["decode"] / report.steps_timed)
-        inside, beside = step_seconds(model, length, count)
-        steps.append(inside)
-        outside.append(beside)
+        steps.append(sum(spent) * 1e-9 / report.steps_timed)
+        if not steps[-1]:
+            raise RuntimeError("the cache was replaced: its program is another")
+        outside.append(outside_seconds(model, length, count))
     ratios = [t / s - 1 for t, s in zip(tokens, steps, strict=True)]
     return {
         "step_s": statistics.median(steps), "token_s": statistics.median(tokens),

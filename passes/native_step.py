@@ -22,7 +22,8 @@ from torch._subclasses import FakeTensor
 
 from dspark_compile.codegen.cpp import build, plan
 from dspark_compile.codegen.cpp import isa as isa_levels
-from dspark_compile.codegen.cpp.program import NativeProgram, PlanError, Program, Result
+from dspark_compile.codegen.cpp.layout import Result, lay_out
+from dspark_compile.codegen.cpp.program import NativeProgram, PlanError, Program
 from dspark_compile.passes.base import PassContext
 from dspark_compile.passes.graph import is_dialect_op
 
@@ -101,7 +102,7 @@ def _build(graph: fx.Graph, ctx: PassContext) -> Callable[..., Any]:
         for n, i in position.items()
         if isinstance(n.meta["val"], torch.SymInt)
     }
-    native = NativeProgram(program, results, numbers)
+    native = NativeProgram(lay_out(program, results, numbers))
     _report(native, ctx)
     plain = [kind for kind, _ in form] == ["result"] * len(form)
 

@@ -1,8 +1,8 @@
 """A native program: kernels with their arguments, run as one native call (``program.h``).
 
-Everything that a call needs lies in one block of 8-byte words: the arguments of every stage, the
-arrays that they point to, the table of stages. It is written once; a call only fills in what can
-change, the addresses of its inputs and outputs and sizes that are symbols.
+Everything that a call needs lies in one block of 8-byte words (`Layout`): the arguments of every
+stage, the arrays that they point to, the table of stages. It is written once; a call only fills in
+what can change, the addresses of its inputs and outputs and sizes that are symbols.
 
 Intermediate results share one arena: a buffer's place is free again after its last reader.
 """
@@ -10,7 +10,6 @@ Intermediate results share one arena: a buffer's place is free again after its l
 from __future__ import annotations
 
 import ctypes
-import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,13 +20,13 @@ from torch import Tensor
 
 from dspark_compile.codegen.cpp import build, emit
 from dspark_compile.codegen.cpp import isa as isa_levels
+from dspark_compile.codegen.cpp.layout import STAGE_WORDS, Layout, Result, rounded
 
 if TYPE_CHECKING:
     from dspark_compile.kernels.cpp._launch import Call
 
 # How much of the next weights a thread asks for while it waits.
 AHEAD_BYTES = 128 * 1024
-_STAGE_WORDS = 4
 
 
 class PlanError(Exception):
@@ -175,7 +174,7 @@ class Program:
         for i in order:
             buffer = self.buffers[i]
             live = sorted(x for x in live if x[2] >= buffer.first)
-            need, at = _round(buffer.nbytes), 0
+            need, at = rounded(buffer.nbytes), 0
             for offset, end, _ in live:
                 if offset - at >= need:
                     break
@@ -184,10 +183,6 @@ class Program:
             live.append((at, at + need, buffer.last))
             size = max(size, at + need)
         return offsets, size
-
-
-def _round(nbytes: int) -> int:
-    return (nbytes + 63) // 64 * 64
 
 
 def tensors(call: Call) -> list[Tensor]:
@@ -226,19 +221,23 @@ extern "C" __attribute__((visibility("default"))) int dspark_program(
 
 // Up to `count` rounds: the program, then choose(arguments), which writes tokens [rows] and returns
 // how many rows are not done. The tokens of round i go to history + i * rows; *taken says how many
-// rounds there were: after one with no row left there is none.
+// rounds there were: after one with no row left there is none. `spent` as above.
 extern "C" __attribute__((visibility("default"))) int dspark_rounds(
     int64_t* block, const Fix* fixes, int64_t fix_count, const int64_t* bases, int64_t stages,
     void* memory, int64_t threads, int64_t ahead, int64_t (*choose)(void*), void* arguments,
-    const int64_t* tokens, int64_t rows, int64_t count, int64_t* history, int64_t* taken) {
+    const int64_t* tokens, int64_t rows, int64_t count, int64_t* history, int64_t* taken,
+    int64_t* spent) {
   *taken = 0;
   if (count <= 0) return 0;
   const Stage* table = table_of(block, fixes, fix_count, bases);
-  return run_rounds(table, stages, (char*)memory, int(threads), ahead, [&] {
+  const auto again = [&] {
     const int64_t open = choose(arguments);
     for (int64_t i = 0; i < rows; ++i) history[*taken * rows + i] = tokens[i];
     return ++*taken < count && open != 0;
-  });
+  };
+  if (spent != nullptr)
+    return run_rounds<true>(table, stages, (char*)memory, int(threads), ahead, spent, again);
+  return run_rounds<false>(table, stages, (char*)memory, int(threads), ahead, nullptr, again);
 }
 """
 
@@ -252,21 +251,10 @@ def _runner(level: str) -> tuple[Any, Any]:
     ]
     rounds.argtypes = [
         *(pointer, pointer, number, pointer, number, pointer, number, number, pointer, pointer),
-        *(pointer, number, number, pointer, pointer),
+        *(pointer, number, number, pointer, pointer, pointer),
     ]
     once.restype = rounds.restype = ctypes.c_int
     return once, rounds
-
-
-@dataclass(frozen=True)
-class Result:
-    """An output of the program: a view of a result buffer."""
-
-    buffer: int
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
 
 
 class NativeProgram:
@@ -276,81 +264,38 @@ class NativeProgram:
         build.BuildError: a kernel cannot be built.
     """
 
-    def __init__(self, program: Program, results: Sequence[Result], numbers: dict[Any, int]):
+    def __init__(self, layout: Layout):
         level = isa_levels.detect()
-        self.names = list(program.names)
-        self.sources = [call.source for call in program.stages]
-        emit.build_all(self.sources, level)
+        self.layout = layout
+        self.names, self.sources = layout.names, layout.stage_sources
+        emit.build_all(layout.sources, level)
         self._run, self._run_rounds = _runner(level)
-        self._results = list(results)
+        self._results, self._dynamic = layout.results, layout.dynamic
         self._lock = threading.Lock()
-        words: list[int] = [0] * (_STAGE_WORDS * len(program.stages))
-        fixes: list[tuple[int, int, int]] = []
-        inner: list[tuple[int, int]] = []  # words that point into the block
-        self._dynamic: list[tuple[int, Any]] = []
         self._entries = [emit.stage(source, level) for source in self.sources]
-
-        def put(value: Any) -> None:
-            if isinstance(value, Tensor):
-                place = program.place(value)
-                fixes.append((len(words), place.buffer, place.offset))
-                words.append(0)
-            elif isinstance(value, float):
-                words.append(struct.unpack("q", struct.pack("d", value))[0])
-            elif isinstance(value, torch.SymInt):
-                self._dynamic.append((len(words), value.node.expr))
-                words.append(0)
-            else:
-                words.append(int(value or 0))
-
-        for i, call in enumerate(program.stages):
-            arrays: list[tuple[int, Any]] = []
-            words[_STAGE_WORDS * i] = self._entries[i].address
-            inner.append((_STAGE_WORDS * i + 1, len(words)))
-            for (kind, _), value in zip(call.source.parameters, call.values, strict=True):
-                if isinstance(value, (list, tuple)):
-                    arrays.append((len(words), value))
-                    words.append(0)
-                else:
-                    put(float(value) if kind == "f" else value)  # type: ignore[arg-type]
-            for where, values in arrays:
-                inner.append((where, len(words)))
-                for value in values:
-                    put(value)
-            following = program.stages[i + 1].weights if i + 1 < len(program.stages) else ()
-            inner.append((_STAGE_WORDS * i + 2, len(words)))
-            words[_STAGE_WORDS * i + 3] = len(following)
-            for weight in following:
-                put(weight)
-                put(weight.shape[0])
-                put(weight.stride(0) * weight.element_size())
-        self._block = (ctypes.c_int64 * len(words))(*words)
+        self._block = (ctypes.c_int64 * len(layout.words))(*layout.words)
         start = ctypes.addressof(self._block)
-        for where, target in inner:
+        for stage, entry in enumerate(self._entries):
+            self._block[STAGE_WORDS * stage] = entry.address
+        for where, target in layout.inner:
             self._block[where] = start + 8 * target
-        flat = [x for fix in fixes for x in fix]
+        flat = [x for fix in layout.fixes for x in fix]
         self._fixes = (ctypes.c_int64 * len(flat))(*flat)
-        self._fix_count = len(fixes)
-        offsets, size = program.arena()
-        self._arena = torch.empty(size + 64, dtype=torch.uint8)
-        arena = _round(self._arena.data_ptr())
-        self._bases = (ctypes.c_int64 * len(program.buffers))()
-        for buffer, offset in offsets.items():
+        self._fix_count = len(layout.fixes)
+        self._arena = torch.empty(layout.arena_bytes + 64, dtype=torch.uint8)
+        arena = rounded(self._arena.data_ptr())
+        self._bases = (ctypes.c_int64 * layout.buffers)()
+        for buffer, offset in layout.arena:
             self._bases[buffer] = arena + offset
         self.draws: list[Tensor] = []
-        for i, b in enumerate(program.buffers):
-            if b.random:
-                self.draws.append(torch.empty(b.nbytes // 4))
-                self._bases[i] = self.draws[-1].data_ptr()
-        self._inputs = [(i, b.given) for i, b in enumerate(program.buffers) if b.given is not None]
-        self._made = [
-            (i, b.nbytes) for i, b in enumerate(program.buffers) if b.result and b.given is None
-        ]
-        self._numbers = numbers
+        for buffer, count in layout.draws:
+            self.draws.append(torch.empty(count))
+            self._bases[buffer] = self.draws[-1].data_ptr()
+        self._inputs, self._made, self._numbers = layout.inputs, layout.made, layout.numbers
         self._memory: torch.Tensor | None = None
         self._memory_threads = 0
         self._bound: object = None  # whose addresses stand in the block
-        self.arena_bytes = size
+        self.arena_bytes = layout.arena_bytes
 
     def __call__(self, args: Sequence[Any]) -> list[Tensor]:
         """Run once; returns the results.
@@ -426,10 +371,15 @@ def _raise(status: int) -> None:
 
 
 class BoundProgram:
-    """A `NativeProgram` on tensors that stay where they are."""
+    """A `NativeProgram` on tensors that stay where they are.
+
+    Attributes:
+        spent: None, or an array of int64: `rounds` adds each stage's nanoseconds to it.
+    """
 
     def __init__(self, program: NativeProgram, args: Sequence[Any]):
         self._program, self._args = program, list(args)
+        self.spent: Any | None = None
         self._made = {i: torch.empty(nbytes, dtype=torch.uint8) for i, nbytes in program._made}
         self.results = [program._view(r, self._made, args) for r in program._results]
 
@@ -504,7 +454,7 @@ class BoundProgram:
                 program._block, program._fixes, program._fix_count, program._bases,
                 len(program._entries), memory, threads, AHEAD_BYTES,
                 ctypes.cast(chooser.function, ctypes.c_void_p), chooser.address,
-                tokens.data_ptr(), rows, count, history.data_ptr(), ctypes.byref(taken),
+                tokens.data_ptr(), rows, count, history.data_ptr(), ctypes.byref(taken), self.spent,
             )  # fmt: skip
         if status:
             _raise(status)

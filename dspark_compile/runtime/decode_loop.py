@@ -188,7 +188,7 @@ class DecodeLoop:
         # Nobody takes part in single steps: many at a time.
         free = not plan.asked and all(x is None for x in (plan.called, self.scores, self.logits))
         alone = device is None and free and plan.streamer is None
-        seconds = 0.01  # of a step; measured as it goes
+        seconds = rounds.seconds or 0.01  # of a step; measured as it goes
         while not self.finished:
             began = clock()
             if device is not None and free and rounds.program is not None:
@@ -201,7 +201,7 @@ class DecodeLoop:
                 if history is not None:
                     self._append(history)
                     spent = clock() - began
-                    seconds = spent / len(history)
+                    seconds = rounds.seconds = spent / len(history)
                     report.spend("decode", spent, len(history))
                     self.finished = bool(chooser.done.all()) or self.length >= plan.max_length
                     continue

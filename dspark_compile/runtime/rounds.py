@@ -90,6 +90,7 @@ class Rounds:
         self.length = 0
         self.program: Captured | None = None
         self.reason: str | None = None  # why there is no program
+        self.seconds = 0.0  # of a step in `run`, when it was last measured; 0: never
         self.device: DeviceRounds | None = None
         self._signature = signature(model)
         self._keeps = self._positioned = False

@@ -85,16 +85,16 @@ inline int run_program(const Stage* stages, int64_t count, char* memory, int thr
 }
 
 // The stages, then `again()` on one thread, for as long as it says so: all in one parallel region,
-// since to open one for each step costs more than a choice of tokens.
-template <class Again>
+// since to open one for each step costs more than a choice of tokens. TIMED as for `run_stages`.
+template <bool TIMED, class Again>
 inline int run_rounds(const Stage* stages, int64_t count, char* memory, int threads,
-                      int64_t ahead_bytes, Again&& again) {
+                      int64_t ahead_bytes, int64_t* spent, Again&& again) {
   Outcome outcome;
   outcome.failed = count;
   bool more = true;  // written by thread 0 between two meetings
   parallel(threads, [&](Team team) {
     for (;;) {
-      if (!run_stages<false>(team, stages, count, memory, ahead_bytes, nullptr, outcome)) return;
+      if (!run_stages<TIMED>(team, stages, count, memory, ahead_bytes, spent, outcome)) return;
       if (team.thread == 0) more = again();
       team.barrier();
       if (!more) return;

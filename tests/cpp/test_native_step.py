@@ -9,7 +9,8 @@ import torch
 import transformers as tf
 
 from dspark_compile.codegen.cpp import emit
-from dspark_compile.codegen.cpp.program import NativeProgram, Program, Result
+from dspark_compile.codegen.cpp.layout import Result, lay_out
+from dspark_compile.codegen.cpp.program import NativeProgram, Program
 from dspark_compile.diagnostics import state
 from dspark_compile.kernels.cpp._launch import Call
 from dspark_compile.kernels.cpp.linear import linear_call
@@ -292,7 +293,7 @@ def chain(count: int, size: int = 48):
     program.keep(now)
     place = program.place(now)
     result = Result(place.buffer, place.offset, torch.float32, (1, size), (size, 1))
-    return NativeProgram(program, [result], {}), x, weights
+    return NativeProgram(lay_out(program, [result], {})), x, weights
 
 
 def test_a_chain_shares_its_memory():
@@ -345,7 +346,7 @@ def test_a_failing_stage_stops_the_program():
     program.add(Call(first, (touched,), 0, (touched,)), "passes")
     program.add(Call(fails, (touched,), 0, (touched,)), "fails")
     program.add(Call(sets, (touched,), 0, (touched,)), "sets")
-    native = NativeProgram(program, [], {})
+    native = NativeProgram(lay_out(program, [], {}))
     for _ in range(2000):  # one thread may leave the stage before when the other fails
         with pytest.raises(IndexError):
             native([touched])
