@@ -54,6 +54,23 @@ def fake_inputs(inputs: Sequence[Any]) -> tuple[list[Any], Any]:
         return [convert(x) for x in inputs], mode
 
 
+def assumptions() -> str:
+    """What is assumed of the symbolic sizes of the compilation under way, as text; "" outside."""
+    context = torch._guards.TracingContext.try_get()
+    mode = None if context is None else context.fake_mode
+    env = None if mode is None else mode.shape_env
+    if env is None:
+        return ""
+    known = (
+        [str(g.expr) for g in env.guards],
+        sorted(map(str, env.replacements.items())),
+        sorted(map(str, env.var_to_range.items())),
+        sorted(map(str, env.divisible)),
+        sorted(map(str, env.deferred_runtime_asserts)),
+    )
+    return repr(known)
+
+
 @contextlib.contextmanager
 def outside_of_tracing() -> Iterator[None]:
     """Inside, real tensors are computed with and graphs compiled as if nothing were traced."""

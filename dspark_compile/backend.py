@@ -37,6 +37,7 @@ from .passes.pipeline import run_pipeline
 from .passes.subclasses import CannotDesugar, desugar, naming
 from .passes.trace import trace
 from .passes.verifier import VerifyError
+from .reuse.steps import KeptStep
 
 log = logging.getLogger("dspark_compile")
 hf_experts.install()
@@ -217,6 +218,10 @@ def _compile(
 ) -> Callable[..., Any]:
     given = inputs
     with _uncollected():
+        kept = KeptStep(gm, inputs, options, report)
+        earlier = kept.load()
+        if earlier is not None:
+            return earlier
         gm, inputs, wrap = desugar(gm, given)
         with report.timed("trace"), naming(given):
             traced, mode = trace(capture(gm, report), inputs)
@@ -241,6 +246,7 @@ def _compile(
     if options.keep_programs:
         report.programs["lowered"] = str(traced.graph)
     if native is not None:
+        kept.save(native, ctx)
         return wrap(_wrapped(native, inputs, ctx))
     if as_it_is:
         return wrap(_inner(traced, inputs, options, config, None, report, ctx, compiled=False))

@@ -60,6 +60,13 @@ class Options:
         "it (exact), or int8 with one scale per token and head.",
         ("model", "int8"),
     )
+    reuse: str = _option(
+        "on",
+        "Whether a graph that becomes one native call is kept for the next process, and taken "
+        "from an earlier one. $DSPARK_REUSE, if set, is the default.",
+        ("on", "off"),
+        variable="DSPARK_REUSE",
+    )
     fallback: str = _option(
         "inductor",
         "When a graph cannot be rewritten: compile it unchanged and report it, or raise.",

@@ -24,6 +24,7 @@ from dspark_compile.codegen.cpp import build, plan
 from dspark_compile.codegen.cpp import isa as isa_levels
 from dspark_compile.codegen.cpp.layout import Result, lay_out
 from dspark_compile.codegen.cpp.program import NativeProgram, PlanError, Program
+from dspark_compile.diagnostics.report import GraphReport
 from dspark_compile.passes.base import PassContext
 from dspark_compile.passes.graph import is_dialect_op
 
@@ -83,7 +84,6 @@ def _build(graph: fx.Graph, ctx: PassContext) -> Callable[..., Any]:
     (output,) = (n for n in graph.nodes if n.op == "output")
     wanted = list(output.args[0])
     position = {n: i for i, n in enumerate(inputs)}
-    # ("input", number), ("result", index) or ("value", constant), for each output
     form: list[tuple[str, Any]] = []
     results: list[Result] = []
     for item in wanted:
@@ -103,7 +103,17 @@ def _build(graph: fx.Graph, ctx: PassContext) -> Callable[..., Any]:
         if isinstance(n.meta["val"], torch.SymInt)
     }
     native = NativeProgram(lay_out(program, results, numbers))
-    _report(native, ctx)
+    report_kernels(native, ctx.report)
+    ctx.report.notes.append(
+        f"one native call: {len(native.names)} stages, {len(native.layout.sources)} kernels,"
+        f" {native.arena_bytes / 1024:.0f} KiB of intermediate results"
+    )
+    return assemble(native, form)
+
+
+def assemble(native: NativeProgram, form: list[tuple[str, Any]]) -> Callable[..., Any]:
+    """The graph's callable: each output is a result of ``native``, an input or a constant, as
+    ``form`` says: ``("input", number)``, ``("result", index)`` or ``("value", constant)``."""
     plain = [kind for kind, _ in form] == ["result"] * len(form)
 
     def outputs(made: list[Tensor], args: Sequence[Any]) -> list[Any]:
@@ -121,7 +131,7 @@ def _build(graph: fx.Graph, ctx: PassContext) -> Callable[..., Any]:
         bound = native.bind(args)
         return bound if plain else lambda: outputs(bound(), args)
 
-    run.native, run.bind = native, bind  # type: ignore[attr-defined]
+    run.native, run.bind, run.form = native, bind, form  # type: ignore[attr-defined]
     return run
 
 
@@ -138,12 +148,12 @@ def _result(program: Program, value: Tensor) -> Result:
     )
 
 
-def _report(native: NativeProgram, ctx: PassContext) -> None:
+def report_kernels(native: NativeProgram, report: GraphReport) -> None:
+    """Say which kernel each stage is."""
     level = isa_levels.detect()
+    paths: dict[Any, str] = {}
     for name, source in zip(native.names, native.sources, strict=True):
-        path = build.library_path(source.name, source.text, level).with_suffix(".cpp")
-        ctx.report.add_kernel(source.name, name, "native", str(path))
-    ctx.report.notes.append(
-        f"one native call: {len(native.names)} stages, {len(set(native.sources))} kernels,"
-        f" {native.arena_bytes / 1024:.0f} KiB of intermediate results"
-    )
+        if source not in paths:
+            path = build.library_path(source.name, source.text, level)
+            paths[source] = str(path.with_suffix(".cpp"))
+        report.add_kernel(source.name, name, "native", paths[source])

@@ -9,6 +9,8 @@ import torch
 
 # What a test looks at must not depend on a measurement.
 os.environ.setdefault("DSPARK_TUNE", "off")
+# Nor on what another process has left.
+os.environ.setdefault("DSPARK_REUSE", "off")
 if not torch.cuda.is_available():
     # Most tests are about graphs: they need no compiled kernels, whose building takes seconds each.
     # Those that are about kernels say so in their options.

@@ -158,12 +158,12 @@ def load(name: str, source: str, level: str) -> ctypes.CDLL:
     library = _LOADED.get(path)
     if library is not None:
         return library
-    _own_directory(path.parent)
+    own_directory(path.parent)
     if not path.exists():
         with _locked(path.with_suffix(".lock")):
             if not path.exists():
                 _compile(path, source, level)
-    _check_owner(path)
+    check_owner(path)
     with _LOADING:
         try:
             library = ctypes.CDLL(str(path))
@@ -172,17 +172,24 @@ def load(name: str, source: str, level: str) -> ctypes.CDLL:
         return _LOADED.setdefault(path, library)
 
 
-def _own_directory(path: Path) -> None:
+def own_directory(path: Path) -> None:
+    """Make ``path``, for this user alone, or check that nobody else could have written to it.
+
+    Raises:
+        UnsafeCacheError: somebody could have.
+        BuildError: it cannot be made.
+    """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise BuildError(
             f"cannot make the cache folder {path}: {error.strerror}; set DSPARK_CACHE_DIR"
         ) from error
-    _check_owner(path)
+    check_owner(path)
 
 
-def _check_owner(path: Path) -> None:
+def check_owner(path: Path) -> None:
+    """Raises `UnsafeCacheError` if another user owns ``path`` or may write to it."""
     if not hasattr(os, "getuid"):
         return
     info = path.stat()
@@ -213,7 +220,7 @@ def _locked(path: Path) -> Iterator[None]:
 def _compile(path: Path, source: str, level: str) -> None:
     tools = toolchain()
     text = path.with_suffix(".cpp")
-    _write(text, source)
+    write(text, source)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".o")
     os.close(handle)
     linked = temporary + ".so"
@@ -243,7 +250,8 @@ def _run(command: list[str], source: Path) -> None:
         raise BuildError(f"{source} does not compile: " + " | ".join(lines[:3]))
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
+    """Write a file under another name and rename it: nobody sees half of it."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -1,0 +1,273 @@
+"""Steps kept for the next process: what is found, what is not, and that both compute alike."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import sympy
+import torch
+import transformers as tf
+from torch import nn
+
+import dspark_compile
+from dspark_compile.codegen.cpp.emit import Source
+from dspark_compile.codegen.cpp.layout import Layout, Result
+from dspark_compile.reuse import files, key, layout
+from dspark_compile.runtime.generate import free
+
+ON = {"kernels": "cpp", "reuse": "on"}
+
+
+class Small(nn.Module):
+    def __init__(self, eps: float = 1e-5, width: int = 64) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=eps)
+        self.up = nn.Linear(width, 96, bias=False)
+        self.down = nn.Linear(96, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.nn.functional.silu(self.up(self.norm(x))))
+
+
+@pytest.fixture(autouse=True)
+def steps(tmp_path, monkeypatch):
+    """An empty folder of kept steps."""
+    monkeypatch.setattr(files, "folder", lambda: tmp_path / "steps")
+    # Sources that are being edited do not matter here.
+    monkeypatch.setattr(key, "_STARTED", float("inf"))
+    package = key._package
+    package.cache_clear()
+    yield tmp_path / "steps"
+    package.cache_clear()
+
+
+def compiled(model, *args, **options):
+    """The result of a fresh compilation, and its graph's report."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        out = torch.compile(model, backend="dspark", dynamic=False, options={**ON, **options})(
+            *args
+        )
+    return out, dspark_compile.last_report().graphs[-1]
+
+
+def check(model, expect_found, *args, **options):
+    args = args or (torch.randn(2, 64),)
+    out, graph = compiled(model, *args, **options)
+    assert graph.from_cache == expect_found
+    with torch.no_grad():
+        torch.testing.assert_close(out, model(*args), rtol=1e-5, atol=1e-5)
+    return graph
+
+
+def test_the_next_compilation_finds_the_step_and_its_report(steps):
+    model = Small()
+    first = check(model, False)
+    second = check(model, True)
+    assert second.sites == first.sites
+    assert second.kernels == first.kernels
+    assert second.ops == first.ops
+    assert [p.name for p in second.passes] == [p.name for p in first.passes]
+    assert set(first.notes) < set(second.notes)
+    assert "trace" not in second.seconds
+    # Other weights of the same shapes are read where they lie.
+    check(Small(), True)
+
+
+def test_what_differs_has_another_key(monkeypatch):
+    check(Small(), False)
+    check(Small(eps=1e-2), False)
+    check(Small(), False, torch.randn(3, 64))
+    check(Small(), False, torch.randn(64, 2).T)
+    check(Small(), False, disable=["raise_norm"])
+    check(Small().bfloat16().float(), True)
+    monkeypatch.setenv("DSPARK_CPU_ISA", "portable")
+    check(Small(), False)
+
+
+def test_an_upgrade_finds_nothing(monkeypatch):
+    check(Small(), False)
+    monkeypatch.setattr(key, "_package", lambda: "other sources")
+    check(Small(), False)
+
+
+def test_sources_newer_than_the_code_that_runs_keep_nothing(monkeypatch, steps):
+    monkeypatch.setattr(key, "_STARTED", 0.0)
+    graph = check(Small(), False)
+    assert any("changed after it may have been imported" in n for n in graph.notes)
+    assert not list(steps.glob("*"))
+
+
+def test_inputs_that_share_memory_are_others():
+    class Add(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down = nn.Linear(64, 64, bias=False)
+
+        def forward(self, x, y):
+            return self.down(x) + y
+
+    whole, model = torch.randn(4, 64), Add()
+    check(model, False, whole[:2], torch.randn(2, 64))
+    check(model, False, whole[:2], whole[2:])
+    check(model, False, whole[:2], whole[1:3])
+    check(model, True, whole[:2], whole[2:])
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "empty", "other"])
+def test_a_damaged_entry_is_no_entry(steps, damage):
+    model = Small()
+    check(model, False)
+    (path,) = steps.glob("*.json")
+    text = path.read_text()
+    if damage == "other":  # whole, but not what is expected
+        files.write(path.stem, {"layout": {"names": []}, "form": [], "report": {}})
+    else:
+        half = text[: len(text) // 2]
+        path.write_text({"cut": half, "changed": text.replace("64", "65"), "empty": ""}[damage])
+    check(model, False)
+    check(model, True)
+
+
+def test_a_layout_that_points_outside_of_itself_is_refused(steps):
+    check(Small(), False)
+    (path,) = steps.glob("*.json")
+    data = files.read(path.stem)
+    data["layout"]["fixes"][0][0] = 10**6
+    files.write(path.stem, data)
+    check(Small(), False)
+
+
+def test_an_entry_that_others_can_write_is_not_read(steps):
+    check(Small(), False)
+    (path,) = steps.glob("*.json")
+    path.chmod(0o666)
+    graph = check(Small(), False)
+    assert any("can be written by others" in n for n in graph.notes)
+    path.chmod(0o600)
+    steps.chmod(0o777)
+    graph = check(Small(), False)
+    assert any("can be written by others" in n for n in graph.notes)
+
+
+def test_nothing_is_kept_where_options_say_so(steps):
+    for options in ({"reuse": "off"}, {"verify": True}, {"keep_programs": True}):
+        check(Small(), False, **options)
+    assert not steps.exists()
+
+
+def test_what_only_this_process_knows_is_not_kept(steps):
+    @torch.library.custom_op("reuse_test::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    twice.register_fake(torch.empty_like)
+    gm = torch.fx.symbolic_trace(lambda x: torch.ops.reuse_test.twice(x))
+    with pytest.raises(key.NoKey, match="reuse_test"):
+        key.graph_key(gm, [torch.ones(2)], dspark_compile.Options())
+    local = torch.fx.Graph()
+    x = local.placeholder("x")
+    local.output(local.call_function(check, (x,)))
+    with pytest.raises(key.NoKey, match="check"):
+        key.graph_key(
+            torch.fx.GraphModule(nn.Module(), local), [torch.ones(2)], dspark_compile.Options()
+        )
+
+
+def test_constants_belong_to_the_key():
+    def module(value):
+        root, graph = nn.Module(), torch.fx.Graph()
+        root.c = torch.full((4,), value)
+        x = graph.placeholder("x")
+        graph.output(graph.call_function(torch.add, (x, graph.get_attr("c"))))
+        return torch.fx.GraphModule(root, graph)
+
+    one, same, other = (
+        key.graph_key(module(v), [torch.ones(4)], dspark_compile.Options()) for v in (1.0, 1.0, 2.0)
+    )
+    assert one == same != other
+
+
+def test_the_oldest_entries_go(steps, monkeypatch):
+    monkeypatch.setattr(files, "MOST", 3)
+    for i in range(5):
+        files.write(f"{i}", {"i": i})
+    kept = [files.read(f"{i}") for i in range(5)]
+    assert kept[4] == {"i": 4}
+    assert sum(k is not None for k in kept) == 3
+
+
+def test_a_layout_as_json_and_back():
+    n, m = sympy.symbols("n m", integer=True)
+    before = Layout(
+        names=["a", "b"], sources=[Source("k", "text", (("p", "x"), ("i", "N")))], kernels=[0, 0],
+        words=[0] * 20, inner=[(1, 8)], fixes=[(8, 0, 64)], dynamic=[(9, 3 * n * m + n**2 - 4)],
+        numbers={n: 5, m: 2}, buffers=2, arena=[(1, 0)], arena_bytes=128, draws=[], inputs=[(0, 1)],
+        made=[], results=[Result(1, 0, torch.bfloat16, (2, 3), (3, 1))],
+    )  # fmt: skip
+    after = layout.from_data(json.loads(json.dumps(layout.to_data(before))))
+    for name in vars(before):
+        if name not in ("dynamic", "numbers"):
+            assert getattr(after, name) == getattr(before, name), name
+    values = {symbol: {5: 7, 2: 11}[i] for symbol, i in after.numbers.items()}
+    assert after.dynamic[0][0] == 9
+    assert after.dynamic[0][1].xreplace(values) == 3 * 77 + 49 - 4
+    with pytest.raises(layout.CannotKeep, match=r"polynomial|fractions"):
+        layout.to_data(Layout(**{**vars(before), "dynamic": [(9, sympy.floor(n / 2))]}))
+
+
+def tiny():
+    torch.manual_seed(1)
+    config = tf.Qwen3Config(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=1, head_dim=32,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=4096,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return tf.AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_generate_finds_its_step_and_grows_its_cache():
+    """The room of the cache is a symbol in what is kept."""
+    model = tiny()
+    options = {"options": ON, "do_sample": False, "eos_token_id": None}
+    for expect_found in (False, True):
+        free(model)
+        torch._dynamo.reset()
+        for length, new in ((5, 4), (40, 240)):
+            ids = torch.randint(3, 97, (1, length))
+            wanted = model.generate(
+                ids, max_new_tokens=new, do_sample=False, eos_token_id=None, min_new_tokens=new
+            )
+            got, stats = dspark_compile.generate(
+                model, ids, max_new_tokens=new, return_stats=True, **options
+            )
+            assert stats.path == "native"
+            assert torch.equal(got, wanted)
+        assert dspark_compile.last_report().graphs[-1].from_cache == expect_found
+    free(model)
+
+
+@pytest.mark.slow
+def test_another_process_finds_it(tmp_path):
+    script = """
+import torch, dspark_compile
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.RMSNorm(64), torch.nn.Linear(64, 64, bias=False))
+with torch.no_grad():
+    x = torch.randn(1, 64)
+    options = {"kernels": "cpp", "reuse": "on"}
+    out = torch.compile(model, backend="dspark", dynamic=False, options=options)(x)
+    assert torch.allclose(out, model(x), atol=1e-5)
+print("FOUND", dspark_compile.last_report().graphs[-1].from_cache)
+"""
+    said = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True,
+            env={**__import__("os").environ, "DSPARK_CACHE_DIR": str(tmp_path)},
+        )  # fmt: skip
+        said.append(done.stdout.strip().splitlines()[-1])
+    assert said == ["FOUND False", "FOUND True"]
