@@ -463,6 +463,20 @@ def _moe_experts(x: T, indices: T, weights: T, gate: Any, up: Any, down: Any, *r
     return Cost(read + _bytes(x, indices, weights), written, flops, x.dtype)
 
 
+@_formula("moe_experts_int8", "moe_experts_int4")
+def _moe_experts_int(x: T, indices: T, weights: T, *rest: Any) -> Cost:
+    lists = [[tensor(t) for t in stack] for stack in rest[:12]]
+    stacked = len(lists[5]) == 1 and len(lists[5][0].shape) == 3
+    experts = lists[5][0].shape[0] if stacked else len(lists[5])
+    inner, n = (lists[i][0].shape[1 if stacked else 0] for i in (4, 5))
+    total = sympy.Add(*(t.bytes for stack in lists for t in stack))
+    tokens, choices = _rows(x), indices.shape[-1]
+    read = total * experts_hit(experts, choices, tokens) / experts
+    up = _product(x, inner, x.shape[-1]) * (1 + len(lists[0][:1]))
+    flops = choices * (up + 2 * tokens * n * inner)
+    return Cost(read + _bytes(x, indices, weights), tokens * n * x.dtype.itemsize, flops, x.dtype)
+
+
 @_formula("grouped_linear")
 def _grouped_linear(rows: T, ends: T, weight: Any, bias: Any) -> Cost:
     stacks = [[tensor(t) for t in stack] for stack in (weight, bias)]

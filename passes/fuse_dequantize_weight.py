@@ -22,7 +22,6 @@ from torch import fx
 
 from dspark_compile.codegen.registry import implementations
 from dspark_compile.kernels import cpp
-from dspark_compile.ops.quantized import packed_shape
 from dspark_compile.passes.base import Match, Pass, PassContext, Problem, dialect
 from dspark_compile.passes.graph import (
     argument,
@@ -35,7 +34,7 @@ from dspark_compile.passes.graph import (
     shape,
     val,
 )
-from dspark_compile.runtime.packed_int4 import PackedInt4
+from dspark_compile.passes.packed_weights import fits_4_bits, packed_fake, packed_input
 
 # Which arguments are weights.
 _WEIGHTS = {"linear": (1,), "gated_mlp": (1, 2, 3), "gated_mlp_merged": (1, 2), "mlp": (1, 2)}
@@ -47,9 +46,6 @@ class FuseDequantizeWeight(Pass):
     name = "fuse_dequantize_weight"
     kind = "linear"
     stage = "optimise"
-
-    def __init__(self) -> None:
-        self._packed: dict[fx.Node, fx.Node] = {}
 
     def pattern(self, graph: fx.Graph, ctx: PassContext) -> Iterator[Match]:
         for node in list(graph.nodes):
@@ -128,40 +124,17 @@ class FuseDequantizeWeight(Pass):
     ) -> fx.Node:
         """The int4 op where a kernel takes it, else the int8 op."""
         bits = 8
-        if all(w[0].meta.get("dspark_bits") == 4 for w in weights):
+        if all(fits_4_bits(w[0]) for w in weights):
             found = implementations(f"{name}_int4", ctx.options.kernels, val(x).device)
             if any(item.name == "cpp" for item in found):
-                fakes = [[_packed_fake(w[0], ctx), *w[1:]] for w in weights]
+                fakes = [[packed_fake(w[0], ctx), *w[1:]] for w in weights]
                 values = fx.node.map_arg(arguments(fakes), val)
                 if cpp.supports(f"{name}_int4", *values) is None:
                     bits = 4
-                    weights = [[self._pack(w[0], ctx), *w[1:]] for w in weights]
+                    weights = [[packed_input(w[0], ctx), *w[1:]] for w in weights]
         op = dialect(f"{name}_int{bits}")
         with node.graph.inserting_before(node):
             return emit(node.graph, op, arguments(weights), like=node, fake_mode=ctx.fake_mode)
-
-    def _pack(self, q: fx.Node, ctx: PassContext) -> fx.Node:
-        """The graph's input that holds ``q`` packed."""
-        if q in self._packed:
-            return self._packed[q]
-        placeholders = [n for n in q.graph.nodes if n.op == "placeholder"]
-        fake = _packed_fake(q, ctx)
-        with q.graph.inserting_after(placeholders[-1]):
-            made = q.graph.placeholder(f"{q.name}_packed")
-        made.meta["val"] = fake
-        made.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-        made._dynamo_source = None  # type: ignore[attr-defined]
-        ctx.extra_inputs.append(PackedInt4(placeholders.index(q), fake))
-        self._packed[q] = made
-        return made
-
-
-def _packed_fake(q: fx.Node, ctx: PassContext) -> torch.Tensor:
-    """The value of ``q`` packed."""
-    rows, columns = shape(q)
-    with ctx.fake_mode:
-        size = packed_shape(rows, columns)
-        return torch.empty(size, dtype=torch.uint8, device=val(q).device)
 
 
 def _split(tensor: fx.Node, make: Any) -> list[fx.Node]:

@@ -13,7 +13,7 @@ from dspark_compile.passes.incremental_core import ALL, NEW, Maker, Modes, NotIn
 ROWWISE = (
     "linear", "merged_linear", "rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "mlp",
     "gated_mlp", "gated_mlp_merged", "linear_int8", "linear_int4", "gated_mlp_int8",
-    "gated_mlp_int4", "moe_router", "moe_experts",
+    "gated_mlp_int4", "moe_router", "moe_experts", "moe_experts_int8", "moe_experts_int4",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from dspark_compile.passes.add_norm import AddNorm
 from dspark_compile.passes.audit import Audit
 from dspark_compile.passes.base import Pass, PassContext
 from dspark_compile.passes.fuse_dequantize_weight import FuseDequantizeWeight
+from dspark_compile.passes.fuse_quantized_experts import FuseQuantizedExperts
 from dspark_compile.passes.join_writes import JoinWrites
 from dspark_compile.passes.kv_int8 import FuseDequantize, KVInt8
 from dspark_compile.passes.merge_linears import MergeLinears
@@ -58,6 +59,7 @@ OPTIMISE: list[type[Pass]] = [
     AbsorbMLA,
     FuseDequantize,
     FuseDequantizeWeight,
+    FuseQuantizedExperts,
     MergeLinears,
 ]
 # Finish: write caches in place, compress them if asked, and say what was missed.

@@ -29,6 +29,7 @@ from dspark_compile.passes import expert_loops
 from dspark_compile.passes.base import Match, PassContext, Problem, dialect
 from dspark_compile.passes.expert_cuts import Cuts, Lift, Piece, piece, prove_cuts
 from dspark_compile.passes.expert_loops import MarkedLoop, NotProved
+from dspark_compile.passes.fuse_quantized_experts import kernel_for
 from dspark_compile.passes.graph import (
     VIEWS,
     argument,
@@ -59,18 +60,20 @@ class RaiseMoECuts(expert_loops.LoopPass):
         if not any(is_op(n, aten._local_scalar_dense.default) for n in graph.nodes):
             return
         nodes = list(graph.nodes)
-        sums = [n for n in nodes if _addition(n) is not None]
-        continued = {_addition(n)[0] for n in sums}  # type: ignore[index]
+        sums = {n: found for n in nodes if (found := _addition(n)) is not None}
+        continued = {found[0] for found in sums.values()}
         for node in nodes:
+            if node._erased:
+                continue  # by the rewrite of a match before
             if is_op(node, aten.cat.default) and int(argument(node, 1, "dim", 0)) == 0:
                 parts, places, base = list(node.args[0]), None, None  # type: ignore[call-overload]
             elif node in sums and node not in continued:
                 chain: list[Any] = []
                 base = node
                 while base in sums:
-                    chain.insert(0, _addition(base))
-                    base = chain[0][0]  # type: ignore[index]
-                parts, places = [c[2] for c in chain], [c[1] for c in chain]  # type: ignore[index]
+                    chain.insert(0, sums[base])
+                    base = chain[0][0]
+                parts, places = [c[2] for c in chain], [c[1] for c in chain]
             else:
                 continue
             pieces = [_piece_of(part) for part in parts]
@@ -103,7 +106,7 @@ class RaiseMoECuts(expert_loops.LoopPass):
             made.append(emit(graph, target, args, kwargs, like=node, fake_mode=ctx.fake_mode))
             return made[-1]
 
-        lift = Lift(cuts, make, bool(ctx.shared.get("quantised_experts")))
+        lift = Lift(cuts, make, kernel_for(ctx, val(node).device))
         try:
             result = lift(match["parts"])
             if match["places"] is not None:

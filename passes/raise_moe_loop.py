@@ -12,8 +12,8 @@ turn for every expert (`passes.expert_loops`). Experts may be modules of their o
 stack; those behind the others may give their input back (zero-computation experts).
 
 Conditions: every step of the sum takes one expert's rows of the same tokens, choices and weights;
-experts are numbered from 0 without a gap and compute one activation; their weights are not
-quantised.
+experts are numbered from 0 without a gap and compute one activation; where their weights are
+quantised, some kernel reads them so.
 
 Worth: E gathers, products and scatters become one op, which reads only the experts that are hit.
 """
@@ -29,6 +29,7 @@ from dspark_compile.passes import expert_loops
 from dspark_compile.passes.base import Match, PassContext, Problem, dialect
 from dspark_compile.passes.expert_steps import Step, column, is_zero, step
 from dspark_compile.passes.expert_weights import activation_of, differ, stacks_of, weights_of
+from dspark_compile.passes.fuse_quantized_experts import kernel_for
 from dspark_compile.passes.graph import (
     argument,
     aten,
@@ -76,7 +77,7 @@ class RaiseMoELoop(expert_loops.LoopPass):
         for item in chain:
             weights = [] if item.mlp is None else weights_of(item.mlp)
             quantised = any(is_dialect_op(w, "dequantize_weight") for w in weights)
-            if quantised and not ctx.shared.get("quantised_experts"):
+            if quantised and not kernel_for(ctx, val(first.x).device):
                 return Problem(
                     "the experts' weights are quantised, and each would be dequantised for it",
                     "the loop's own products read them quantised",

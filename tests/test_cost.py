@@ -81,6 +81,7 @@ def test_every_formula_takes_real_arguments():
     prepare = (1e-6, 0.0, False, True, 8, False, False)
     front = (heads, heads, heads, None, None, cos, cos)
     mask = (None, None, [], [])
+    chosen = (x, torch.zeros(*x.shape[:-1], 2, dtype=torch.int64), torch.zeros(*x.shape[:-1], 2))
     arguments = {
         "linear": (x, w, None),
         "merged_linear": (x, w, None, [2, 4]),
@@ -113,6 +114,20 @@ def test_every_formula_takes_real_arguments():
         "qk_norm_rope_append_int8": (*front, int8, scale, int8, scale, positions, *prepare),
         "qk_norm_rope_append_int8_": (*front, int8, scale, int8, scale, positions, *prepare),
         "moe_router": (x, w, None, None, 2, "softmax", "sum", torch.float32, torch.float32),
+        "moe_experts_int8": (
+            *chosen,
+            *[[weight]] * 3,
+            *[[torch.zeros(6, 1)]] * 3,
+            *[[]] * 6,
+            "silu",
+        ),
+        "moe_experts_int4": (
+            *chosen,
+            *[[packed]] * 3,
+            *[[torch.zeros(6, 1)]] * 3,
+            *[[]] * 6,
+            "silu",
+        ),
         "moe_experts": (
             x,
             torch.zeros(*x.shape[:-1], 2, dtype=torch.int64),

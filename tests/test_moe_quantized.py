@@ -18,6 +18,14 @@ from tests.zoo import families
 
 torchao = pytest.importorskip("torchao.quantization")
 OPTIONS = {"inner": "eager", "verify": True}
+NATIVE = {"kernels": "auto", "verify": True}
+
+
+def ops():
+    """The dialect's ops of the graphs compiled last, of which none may have been handed on."""
+    graphs = dspark_compile.last_report().graphs
+    assert all(graph.ops for graph in graphs)
+    return {name for graph in graphs for name in graph.ops}
 
 
 def quantise(model, bits):
@@ -85,6 +93,112 @@ def test_modules(style, bits):
         for shape in ((1, 7), (3, 5), (1, 1), (3, 1)):
             x = torch.randn(*shape, HIDDEN)
             close(call(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("style", "bits"),
+    [("all", 8), *(pytest.param(*p, marks=pytest.mark.slow) for p in (("hit", 4), ("sorted", 8)))],
+)
+def test_modules_are_read_quantised(style, bits):
+    torch.manual_seed(0)
+    model = quantise(Mixture(style).eval(), bits)
+    call = torch.compile(model, backend="dspark", options=NATIVE)
+    with torch.no_grad():
+        for shape in ((1, 7), (3, 1)):
+            x = torch.randn(*shape, HIDDEN)
+            close(call(x), model(x))
+    assert f"moe_experts_int{bits}" in ops()
+    assert not {"moe_experts", "dequantize_weight", f"gated_mlp_int{bits}"} & ops()
+
+
+class Stacked(nn.Module):
+    """A router and experts that are slices of quantised stacks, their gates and ups of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.q = nn.ParameterList(
+            nn.Parameter(torch.randint(-127, 128, shape, dtype=torch.int8), requires_grad=False)
+            for shape in ((EXPERTS, 128, HIDDEN), (EXPERTS, HIDDEN, 64))
+        )
+        self.scale = nn.ParameterList(
+            nn.Parameter((torch.rand(*q.shape[:2], 1) + 0.5) / 500) for q in self.q
+        )
+
+    def weights(self):
+        return [q.float() * s for q, s in zip(self.q, self.scale, strict=True)]
+
+    def forward(self, x):
+        weight, choice = torch.topk(self.gate(x).softmax(-1), K)
+        both, down = self.weights()
+        out = torch.zeros_like(x)
+        for e in range(EXPERTS):
+            gate, up = nn.functional.linear(x, both[e]).chunk(2, -1)
+            part = nn.functional.linear(nn.functional.silu(gate) * up, down[e])
+            out = out + part * (weight * (choice == e)).sum(-1, keepdim=True)
+        return out
+
+
+class ScaledByColumn(Stacked):
+    """One scale for each input: no kernel's."""
+
+    def weights(self):
+        both, down = super().weights()
+        return [both * both.new_ones(1, 1, HIDDEN), down]
+
+
+@pytest.mark.parametrize("model", [Stacked, ScaledByColumn])
+def test_stacks(model):
+    torch.manual_seed(0)
+    model = model().eval()
+    call = torch.compile(model, backend="dspark", options=NATIVE)
+    x = torch.randn(5, HIDDEN)
+    with torch.no_grad():
+        close(call(x), model(x))
+    if type(model) is Stacked:
+        assert "moe_experts_int8" in ops()
+        return
+    assert "moe_experts" in ops()
+    graphs = dspark_compile.last_report().graphs
+    reasons = [r for g in graphs for r in g.rejections if r.pass_name == "fuse_quantized_experts"]
+    assert [r.hint for r in reasons] == ["all experts are dequantised at every call"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_whole_models_are_read_quantised(family, batch):
+    """A prompt and two steps over its cache, native ones."""
+    torch.manual_seed(0)
+    model = families.build(family)
+    model.set_experts_implementation("eager")
+    quantise(model, 8)
+    call = torch.compile(model, backend="dspark", options=NATIVE)
+    ids = families.tokens(family, 6, batch=batch)
+    with torch.no_grad():
+        got = call(ids, use_cache=True)
+        close(got.logits, model(ids).logits)
+        for _ in range(2):
+            new = got.logits[:, -1:].argmax(-1)
+            ids = torch.cat((ids, new), 1)
+            got = call(new, past_key_values=got.past_key_values)
+            close(got.logits, model(ids).logits[:, -1:])
+    assert "moe_experts_int8" in ops() and "moe_experts" not in ops()
+
+
+@pytest.mark.slow
+def test_a_decode_step_is_one_native_call():
+    from tests.cpp.test_moe import decode, moe_model
+
+    model = moe_model(torch.float32)
+    model.set_experts_implementation("eager")
+    quantise(model, 8)
+    call = torch.compile(model, backend="dspark", dynamic=False, fullgraph=True, options=NATIVE)
+    ids = torch.randint(0, 199, (3, 9))
+    close(decode(model, call, ids, 3), decode(model, model, ids, 3))
+    graph = dspark_compile.last_report().graphs[-1]
+    assert any("one native call" in note for note in graph.notes), graph.notes
+    assert graph.ops["moe_experts_int8"] == 2
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dspark_compile.codegen.cpp import emit_quantized
 from dspark_compile.codegen.cpp.emit import ACTIVATION, CPP_TYPE, SHORT, Source, source
 from dspark_compile.ops.moe import PLAIN_LIMITS
 
@@ -66,6 +67,41 @@ class Experts:
         return "_".join(p for p in parts if p)
 
 
+@dataclass(frozen=True)
+class IntExperts:
+    """What decides a kernel of experts over quantised weights.
+
+    Attributes:
+        weights: bits, dtypes, rows of a pass, 1, 2, 4, 8 or 16.
+        index, share: of the indices and of their weights.
+        gated: whether there is a gate.
+        grouped, down_grouped: whether rows of gate and up, and of down, have several scales.
+        weigh_input: whether weights multiply the input.
+        activation, limits: see `ops.moe.gate_and_up`.
+    """
+
+    weights: emit_quantized.Weights
+    index: torch.dtype
+    share: torch.dtype
+    gated: bool
+    grouped: bool
+    down_grouped: bool
+    weigh_input: bool
+    activation: str
+    limits: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        flags = (self.gated, self.grouped, self.down_grouped, self.weigh_input)
+        letters = "".join(c for c, on in zip("gxdi", flags, strict=True) if on)
+        digest = hashlib.sha256(repr(self.limits).encode()).hexdigest()[:6] if self.limits else ""
+        parts = (
+            "experts", self.weights.name, _SHORT[self.index], _SHORT[self.share], self.activation,
+            letters, digest,
+        )  # fmt: skip
+        return "_".join(p for p in parts if p)
+
+
 def _bounded(value: str, low: float, high: float) -> str:
     # The value comes second, which NaN comes through.
     if low != -math.inf:
@@ -75,7 +111,7 @@ def _bounded(value: str, low: float, high: float) -> str:
     return value
 
 
-def _gate(spec: Experts) -> str:
+def _gate(spec: Experts | IntExperts) -> str:
     """The struct that computes act(gate) * up."""
     slope, low, high, up_low, up_high, offset = spec.limits or PLAIN_LIMITS
     act = ACTIVATION[spec.activation]
@@ -134,6 +170,53 @@ all_experts.run(team, memory);
     )
     need = f"{kind}::bytes({{tokens, k, count, K, I, N, ldx}}, threads)"
     return source(spec.name, about, "moe.h", parameters, run, need=need, before=_gate(spec))
+
+
+@functools.lru_cache(maxsize=1024)
+def int_experts(spec: IntExperts) -> Source:
+    """`experts` over quantised weights; see ``kernels/cpp/moe_int.h``.
+
+    Of each weight the parameters are those of three stacks, its numbers, scales and zero points,
+    and behind the first the bytes from row to row of the numbers.
+    """
+    w, t = spec.weights, CPP_TYPE[spec.weights.dtype]
+    flags = ", ".join(str(f).lower() for f in (spec.grouped, spec.down_grouped, spec.weigh_input))
+    kind = (
+        f"IntExperts<Int{w.bits}, {t}, {_CPP[spec.index]}, {_CPP[spec.share]}, {w.rows},"
+        f" {2 if spec.gated else 1}, {flags}, {w.weight}, Gate>"
+    )
+    zero = "Centred" if w.zero is None else CPP_TYPE[w.zero]
+    kinds = {"": "uint8_t", "_scale": CPP_TYPE[w.scale], "_zero": zero}
+
+    def stack(label: str, of: str) -> str:
+        return f"{{(const {of}*){label}, (const {of}* const*){label}_list, {label}_step}}"
+
+    weights = ", ".join(
+        f"{{{stack(n, 'uint8_t')}, {n}_ld, {stack(n + '_scale', kinds['_scale'])},"
+        f" {stack(n + '_zero', zero)}}}"
+        for n in _STACKS[:3]
+    )
+    biases = ", ".join(stack(n, t) for n in _STACKS[3:])
+    run = f"""
+const {kind} all_experts{{
+    (const {t}*)x, (const {_CPP[spec.index]}*)indices, (const {_CPP[spec.share]}*)weights,
+    {weights},
+    {biases},
+    G, H, ({t}*)y, (Load*)load, {{tokens, k, count, K, I, N, ldx}}}};
+all_experts.run(team, memory);
+"""
+    parameters = ["p x", "i ldx", "p indices", "p weights"]
+    for n in _STACKS[:3]:
+        for part in kinds:
+            parameters += [f"p {n}{part}", f"p {n}{part}_list", f"i {n}{part}_step"]
+        parameters.append(f"i {n}_ld")
+    for n in _STACKS[3:]:
+        parameters += [f"p {n}", f"p {n}_list", f"i {n}_step"]
+    parameters += ["i G", "i H", "p y", "i load"]
+    parameters += [f"i {n}" for n in ("tokens", "k", "count", "K", "I", "N")]
+    about = f"Experts: {w.name}, {spec.activation}, gated: {spec.gated}"
+    need = f"{kind}::bytes({{tokens, k, count, K, I, N, ldx}}, G, H, threads)"
+    return source(spec.name, about, "moe_int.h", parameters, run, need=need, before=_gate(spec))
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from dspark_compile.kernels.cpp import attention as attention_kernels
 from dspark_compile.kernels.cpp import cache as cache_kernels
 from dspark_compile.kernels.cpp import linear as linear_kernels
 from dspark_compile.kernels.cpp import moe as moe_kernels
+from dspark_compile.kernels.cpp import moe_quantized as int_experts
 from dspark_compile.kernels.cpp import norm as norm_kernels
 from dspark_compile.kernels.cpp import quantized as quantized_kernels
 from dspark_compile.kernels.cpp import rope as rope_kernels
@@ -53,7 +54,8 @@ _OTHERS = (
 ANGLES = {"rope": (1, 2), "qk_norm_rope_append_": (5, 6), "qk_norm_rope_append_int8_": (5, 6)}
 QUANTIZED = ("linear_int8", "linear_int4", "gated_mlp_int8", "gated_mlp_int4")
 PRODUCTS = (*_LINEARS, *_MLPS, *QUANTIZED)
-EXPERTS = ("moe_router", "moe_experts")
+INT_EXPERTS = ("moe_experts_int8", "moe_experts_int4")
+EXPERTS = ("moe_router", "moe_experts", *INT_EXPERTS)
 
 
 def reason(node: fx.Node) -> str | None:
@@ -478,6 +480,14 @@ class Planner:
             )  # fmt: skip
         elif name == "moe_experts":
             call, self.values[node] = self._experts(node, args)
+        elif name in INT_EXPERTS:
+            rows = self.rows(args[0], node.name)
+            flat = [
+                [self.contiguous(t, node.name) for t in a] if i in range(12, 15) else a
+                for i, a in enumerate(args)
+            ]
+            flat[1:3] = [self.contiguous(t, node.name) for t in args[1:3]]
+            call, self.values[node] = int_experts.call_of(name, rows, flat)
         elif name == "rope":
             made = rope_kernels.rope_call(*args, **kwargs)
             if made is None:

@@ -3,7 +3,19 @@
 Importing this package registers every op. ``OPS`` maps names to their `OpSpec`.
 """
 
-from . import attention, cache, expert_loop, linear, mlp, moe, norm, quantized, rope, token
+from . import (
+    attention,
+    cache,
+    expert_loop,
+    linear,
+    mlp,
+    moe,
+    moe_quantized,
+    norm,
+    quantized,
+    rope,
+    token,
+)
 from ._define import OPS, OpSpec, is_dialect
 
 __all__ = [
@@ -16,6 +28,7 @@ __all__ = [
     "linear",
     "mlp",
     "moe",
+    "moe_quantized",
     "norm",
     "quantized",
     "rope",

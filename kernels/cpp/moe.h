@@ -38,12 +38,6 @@ struct ExpertSizes {
   int64_t tokens, k, experts, K, I, N, ldx;
 };
 
-// Load statistics, if the first number is not 0: calls, tokens, experts hit, then tokens of each.
-struct Load {
-  int64_t on, calls, tokens, hit;
-  int64_t each[1];
-};
-
 // Choices sorted by expert: a table that each thread makes for itself.
 struct Routing {
   int64_t hits = 0;   // experts with a token
@@ -85,6 +79,43 @@ struct Routing {
   int64_t size(int64_t h) const { return start[h + 1] - start[h]; }
 };
 
+// Load statistics, if `on` is not 0: calls, tokens (rows), experts hit, then tokens of each.
+struct Load {
+  int64_t on, calls, rows, hit;
+  int64_t each[1];
+
+  // One thread's work.
+  void count(const Routing& routing, int64_t tokens) {
+    if (on == 0) return;
+    ++calls;
+    rows += tokens;
+    hit += routing.hits;
+    for (int64_t h = 0; h < routing.hits; ++h) each[routing.expert[h]] += routing.size(h);
+  }
+};
+
+// A thread's share of `rows` rows of every expert's weights, in whole blocks: body(h, first, last).
+// One more pass over a block costs as the first: `passes(h)` says how many an expert has.
+template <class Passes, class Body>
+inline void share_rows(Team team, const Routing& routing, int64_t rows, const Passes& passes,
+                       Body&& body) {
+  const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
+  int64_t all = 0;
+  for (int64_t h = 0; h < routing.hits; ++h) all += blocks * passes(h);
+  const int64_t begin = all * team.thread / team.threads;
+  const int64_t end = all * (team.thread + 1) / team.threads;
+  int64_t at = 0;
+  for (int64_t h = 0; h < routing.hits; at += blocks * passes(h++)) {
+    const int64_t q = passes(h);
+    if (q == 0) continue;
+    auto block = [&](int64_t where) {
+      return std::min(std::max<int64_t>(where - at + q - 1, 0) / q, blocks);
+    };
+    const int64_t first = block(begin) * BLOCK, last = std::min(block(end) * BLOCK, rows);
+    if (first < last) body(h, first, last);
+  }
+}
+
 // Experts with one token each are read as STREAMS runs of rows side by side, whichever experts
 // they belong to; from so many tokens on there are few of them, and they go the way of the others.
 constexpr int STREAMS = Vec::W == 16 ? 8 : 4;
@@ -115,12 +146,70 @@ inline void with_rows(int64_t m, Body&& body) {
 // Rows of one expert that are packed at a time: what a thread needs memory for.
 constexpr int64_t ROOM = 256;
 
+// `choices`: a token may have an expert more than once.
 template <class T, int CAP>
-inline size_t packed_bytes(int64_t K, int64_t tokens) {
-  const int64_t rows = std::min<int64_t>(ROOM, (tokens + CAP - 1) / CAP * CAP);
+inline size_t packed_bytes(int64_t K, int64_t choices) {
+  const int64_t rows = std::min<int64_t>(ROOM, (choices + CAP - 1) / CAP * CAP);
   // As wide as any form of a product packs, and the rows themselves.
   return aligned((sizeof(float) + sizeof(T)) * (rows + 16) * (K + 64)) + 256;
 }
+
+// Rows [0, count) as passes of M rows, packed; read.copy(i, to) gives row i.
+template <class T, int M, class Read>
+inline typename Packed<T, M>::Element* pack_passes(int64_t count, int64_t K, const Read& read,
+                                                   char* memory) {
+  using P = Packed<T, M>;
+  using Element = typename P::Element;
+  const int64_t passes = (count + M - 1) / M, pass = int64_t(P::bytes(K) / sizeof(Element));
+  Element* to = (Element*)memory;
+  T* rows = (T*)(memory + aligned(sizeof(Element) * pass * passes));
+  for (int64_t p = 0; p < passes; ++p) {
+    for (int m = 0; m < M; ++m) {
+      T* row = rows + m * K;
+      const int64_t i = p * M + m;
+      if (i < count) {
+        read.copy(i, row);
+      } else {
+        std::memset(row, 0, sizeof(T) * K);
+      }
+    }
+    pack<T, M>(rows, K, K, 0, P::padded(K), to + p * pass);
+  }
+  return to;
+}
+
+// Rows of an expert's choices. WEIGH: times the choice's weight.
+template <class T, class Share, bool WEIGH>
+struct FromTokens {
+  const T* x;
+  const Share* weights;
+  const int32_t* choice;
+  const ExpertSizes& s;
+
+  const T* operator()(int64_t i) const { return x + choice[i] / s.k * s.ldx; }
+  void copy(int64_t i, T* to) const {
+    const T* from = (*this)(i);
+    if constexpr (WEIGH) {
+      const Vec w = all(round_to<T>(to_float(weights[choice[i]])));
+      for (int64_t n = 0; n < s.K; n += Vec::W) {
+        const int lanes = int(std::min<int64_t>(Vec::W, s.K - n));
+        store(to + n, load(from + n, lanes) * w, lanes);
+      }
+    } else {
+      std::memcpy(to, from, sizeof(T) * s.K);
+    }
+  }
+};
+
+// Rows that lie one behind the other.
+template <class T>
+struct FromHidden {
+  const T* hidden;
+  int64_t I;
+
+  const T* operator()(int64_t i) const { return hidden + i * I; }
+  void copy(int64_t i, T* to) const { std::memcpy(to, hidden + i * I, sizeof(T) * I); }
+};
 
 struct Nothing {};
 
@@ -149,7 +238,8 @@ struct Experts {
 
   // A thread's own memory.
   static size_t own_bytes(const ExpertSizes& s) {
-    size_t packed = std::max(packed_bytes<T, CAP>(s.K, s.tokens), packed_bytes<T, CAP>(s.I, s.tokens));
+    const int64_t choices = s.tokens * s.k;
+    size_t packed = std::max(packed_bytes<T, CAP>(s.K, choices), packed_bytes<T, CAP>(s.I, choices));
     if (s.tokens <= FEW)
       packed = std::max({packed, s.tokens * (aligned(sizeof(T) * s.K) + Packed<T, 1>::bytes(s.K)),
                          STREAMS * (aligned(sizeof(T) * s.I) + Packed<T, 1>::bytes(s.I))});
@@ -180,7 +270,7 @@ struct Experts {
     if (SINGLES && s.tokens <= FEW)
       for (int64_t h = 0; h < routing.hits; ++h)
         if (routing.size(h) == 1) singles.hit[singles.count++] = int32_t(h);
-    if (load->on != 0 && team.thread == 0) count(routing);
+    if (team.thread == 0) load->count(routing, s.tokens);
     first_step(team, routing, singles, hidden, memory);
     fetch_down(team, routing);
     team.barrier();
@@ -199,15 +289,11 @@ struct Experts {
   };
   using One = typename Packed<T, 1>::Element;
 
-  void count(const Routing& routing) const {
-    ++load->calls;
-    load->tokens += s.tokens;
-    load->hit += routing.hits;
-    for (int64_t h = 0; h < routing.hits; ++h)
-      load->each[routing.expert[h]] += routing.size(h);
-  }
-
   size_t slot_bytes() const { return Packed<T, 1>::bytes(s.K) + aligned(sizeof(T) * s.K); }
+
+  FromTokens<T, Share, WEIGH_INPUT> tokens(const Routing& routing, int64_t begin) const {
+    return {x, weights, routing.choice + begin, s};
+  }
 
   float share(int64_t choice) const { return to_float(weights[choice]); }
 
@@ -238,72 +324,19 @@ struct Experts {
       to = (Element*)read(0);
       return;
     }
-    to = (Element*)memory;
-    const int64_t passes = (count + M - 1) / M;
-    T* rows = (T*)(memory + aligned(sizeof(Element) * pass * passes));
-    for (int64_t p = 0; p < passes; ++p) {
-      for (int m = 0; m < M; ++m) {
-        T* row = rows + m * K;
-        const int64_t i = p * M + m;
-        if (i < count) {
-          read.copy(i, row);
-        } else {
-          std::memset(row, 0, sizeof(T) * K);
-        }
-      }
-      pack<T, M>(rows, K, K, 0, ldx, to + p * pass);
-    }
+    to = pack_passes<T, M>(count, K, read, memory);
   }
-
-  // Tokens of an expert's choices.
-  struct FromTokens {
-    const Experts& all;
-    const int32_t* choice;
-    const T* operator()(int64_t i) const { return all.x + choice[i] / all.s.k * all.s.ldx; }
-    void copy(int64_t i, T* to) const {
-      const T* from = (*this)(i);
-      if constexpr (WEIGH_INPUT) {
-        const Vec w = dspark::all(round_to<T>(all.share(choice[i])));
-        for (int64_t n = 0; n < all.s.K; n += Vec::W) {
-          const int lanes = int(std::min<int64_t>(Vec::W, all.s.K - n));
-          store(to + n, load_(from + n, lanes) * w, lanes);
-        }
-      } else {
-        std::memcpy(to, from, sizeof(T) * all.s.K);
-      }
-    }
-    static Vec load_(const T* p, int n) { return dspark::load(p, n); }
-  };
-  struct FromHidden {
-    const T* hidden;
-    int64_t I;
-    const T* operator()(int64_t i) const { return hidden + i * I; }
-    void copy(int64_t i, T* to) const { std::memcpy(to, hidden + i * I, sizeof(T) * I); }
-  };
 
   void first_step(Team team, const Routing& routing, const Singles& singles, T* hidden,
                   char* memory) const {
     if (singles.count > 0) single_ups(team, routing, singles, hidden, memory);
-    // Work is cut in blocks of rows; one more pass over a block's weights costs as the first.
-    const int64_t blocks = (s.I + BLOCK - 1) / BLOCK;
-    auto passes = [&](int64_t h) {
+    const auto passes = [&](int64_t h) {
       const int64_t rows = routing.size(h);
       return rows == 1 && singles.count > 0 ? 0 : (rows + CAP - 1) / CAP;
     };
-    int64_t all = 0;
-    for (int64_t h = 0; h < routing.hits; ++h) all += blocks * passes(h);
-    const int64_t begin = all * team.thread / team.threads;
-    const int64_t end = all * (team.thread + 1) / team.threads;
-    int64_t at = 0;
-    for (int64_t h = 0; h < routing.hits; at += blocks * passes(h++)) {
-      const int64_t q = passes(h);
-      if (q == 0) continue;
-      auto block = [&](int64_t where) {
-        return std::min(std::max<int64_t>(where - at + q - 1, 0) / q, blocks);
-      };
-      const int64_t first = block(begin) * BLOCK, last = std::min(block(end) * BLOCK, s.I);
-      if (first < last) up_rows(routing, h, first, last, hidden, memory);
-    }
+    share_rows(team, routing, s.I, passes, [&](int64_t h, int64_t first, int64_t last) {
+      up_rows(routing, h, first, last, hidden, memory);
+    });
   }
 
   void up_rows(const Routing& routing, int64_t h, int64_t first, int64_t last, T* hidden,
@@ -318,7 +351,7 @@ struct Experts {
         constexpr int M = decltype(constant)::value;
         typename Packed<T, M>::Element* packed_x;
         int64_t ldx, pass;
-        packed<M>(rows, s.K, FromTokens{*this, routing.choice + begin}, memory, packed_x, ldx, pass);
+        packed<M>(rows, s.K, tokens(routing, begin), memory, packed_x, ldx, pass);
         const T* w[MATS];
         w[0] = up.of(e);
         if constexpr (MATS == 2) w[1] = gate.of(e);
@@ -371,7 +404,7 @@ struct Experts {
       const int64_t t = choice / s.k;
       if (rows[t] == nullptr) {
         int64_t ldx, pass;
-        packed<1>(1, s.K, FromTokens{*this, routing.choice + routing.start[h]},
+        packed<1>(1, s.K, tokens(routing, routing.start[h]),
                   memory + slot_bytes() * t, rows[t], ldx, pass);
       }
       p.x = rows[t];
@@ -467,7 +500,7 @@ struct Experts {
       if (r % runs == 0) {
         int64_t ldx, pass;
         One* to;
-        packed<1, false>(1, s.I, FromHidden{hidden + routing.start[h] * s.I, s.I},
+        packed<1, false>(1, s.I, FromHidden<T>{hidden + routing.start[h] * s.I, s.I},
                          memory + r * (Packed<T, 1>::bytes(s.I) + aligned(sizeof(T) * s.I)), to, ldx,
                          pass);
         x[r] = to;
@@ -515,7 +548,7 @@ struct Experts {
         constexpr int M = decltype(constant)::value;
         typename Packed<T, M>::Element* packed_x;
         int64_t ldx, pass;
-        packed<M, false>(rows, s.I, FromHidden{hidden + begin * s.I, s.I}, memory, packed_x, ldx, pass);
+        packed<M, false>(rows, s.I, FromHidden<T>{hidden + begin * s.I, s.I}, memory, packed_x, ldx, pass);
         const T* const w[1] = {down.of(e)};
         auto done = [&](int64_t p, int64_t n, int count, const auto& sums) {
           const int64_t live = std::min<int64_t>(M, rows - p * M);
