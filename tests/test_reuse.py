@@ -16,6 +16,8 @@ import dspark_compile
 from dspark_compile.codegen.cpp.emit import Source
 from dspark_compile.codegen.cpp.layout import Layout, Result
 from dspark_compile.reuse import files, key, layout
+from dspark_compile.reuse.model_key import model_key
+from dspark_compile.runtime import captured, kept_rounds
 from dspark_compile.runtime.generate import free
 
 ON = {"kernels": "cpp", "reuse": "on"}
@@ -229,25 +231,90 @@ def tiny():
     return tf.AutoModelForCausalLM.from_config(config).eval()
 
 
-def test_generate_finds_its_step_and_grows_its_cache():
+def text(model, ids, new):
+    """What generate makes, equal to transformers'; its statistics."""
+    greedy = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None}
+    got, stats = dspark_compile.generate(model, ids, return_stats=True, options=ON, **greedy)
+    assert torch.equal(got, model.generate(ids, **greedy))
+    return stats
+
+
+def begin_anew(model):
+    """As a new process would."""
+    free(model)
+    torch._dynamo.reset()
+
+
+def no_trace(*args, **kwargs):
+    raise AssertionError("it was traced")
+
+
+def test_generate_finds_its_step(monkeypatch):
     """The room of the cache is a symbol in what is kept."""
     model = tiny()
-    options = {"options": ON, "do_sample": False, "eos_token_id": None}
-    for expect_found in (False, True):
-        free(model)
-        torch._dynamo.reset()
-        for length, new in ((5, 4), (40, 240)):
-            ids = torch.randint(3, 97, (1, length))
-            wanted = model.generate(
-                ids, max_new_tokens=new, do_sample=False, eos_token_id=None, min_new_tokens=new
-            )
-            got, stats = dspark_compile.generate(
-                model, ids, max_new_tokens=new, return_stats=True, **options
-            )
-            assert stats.path == "native"
-            assert torch.equal(got, wanted)
-        assert dspark_compile.last_report().graphs[-1].from_cache == expect_found
-    free(model)
+    short, long = torch.randint(3, 97, (1, 5)), torch.randint(3, 97, (1, 40))
+    assert text(model, short, 4).path == "native"
+    begin_anew(model)
+    with monkeypatch.context() as patch:  # by its graph
+        patch.setattr(kept_rounds, "model_key", no_key)
+        assert text(model, short, 4).path == "native"
+        assert dspark_compile.last_report().graphs[-1].from_cache
+    begin_anew(model)
+    monkeypatch.setattr(captured, "trace_whole", no_trace)  # by the model
+    stats = text(model, short, 4)
+    assert stats.path == "native"
+    report = dspark_compile.last_report()
+    assert report.summary()["attention"] == {"raised": 1, "rejected": 0}
+    assert text(model, long, 240).path == "native"  # the cache grows
+    other = tiny()  # another object, and other weights
+    other.load_state_dict({k: v + 0.01 for k, v in other.state_dict().items()})
+    assert text(other, long, 9).path == "native"
+    free()
+
+
+def no_key(model):
+    raise key.NoKey("it is not asked for")
+
+
+def test_a_step_of_another_model_is_seen_by_its_logits(monkeypatch):
+    """Were the key to miss a difference, the comparison with an eager step finds it."""
+    monkeypatch.setattr(kept_rounds, "model_key", lambda model: "all alike")
+    model, ids = tiny(), torch.randint(3, 97, (1, 5))
+    text(model, ids, 4)
+    model.model.layers[0].self_attn.scaling *= 3
+    begin_anew(model)
+    traced, trace = [], captured.trace_whole
+    monkeypatch.setattr(captured, "trace_whole", lambda *a: traced.append(1) or trace(*a))
+    assert text(model, ids, 4).path == "native"
+    assert traced
+    free()
+
+
+def test_the_key_of_a_model_sees_code_and_attributes(monkeypatch):
+    from transformers.models.qwen3 import modeling_qwen3
+
+    model = tiny()
+    before = model_key(model)
+    assert model_key(tiny()) == before
+    changes = [
+        (model.model.layers[0].self_attn, "scaling", 0.5),
+        (model.config, "sliding_window", 8),
+        (modeling_qwen3, "rotate_half", lambda x: -x),
+        (modeling_qwen3.Qwen3MLP, "forward", lambda self, x: x),
+        (model.model.norm, "forward", lambda x: x),
+        (model.model.layers[0].mlp, "act_fn", torch.relu),
+    ]
+    for owner, name, value in changes:
+        with monkeypatch.context() as patch:
+            if isinstance(owner, nn.Module) and name == "act_fn":
+                patch.delitem(owner._modules, name)
+            patch.setattr(owner, name, value, raising=False)
+            assert model_key(model) != before, name
+    assert model_key(model) == before
+    assert model_key(model.bfloat16()) != before
+    model.register_forward_hook(lambda *a: None)
+    with pytest.raises(key.NoKey, match="hooks"):
+        model_key(model)
 
 
 @pytest.mark.slow

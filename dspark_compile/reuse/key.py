@@ -52,13 +52,14 @@ def graph_key(
         NoKey: it has none; the message says why.
     """
     digest = hashlib.sha256()
-    for part in (assumed, *_surroundings(options), *_inputs(gm, inputs), *_nodes(gm)):
+    for part in (assumed, *surroundings(options), *_inputs(gm, inputs), *_nodes(gm)):
         digest.update(part.encode())
         digest.update(b"\0")
     return digest.hexdigest()[:40]
 
 
-def _surroundings(options: Options) -> Iterator[str]:
+def surroundings(options: Options) -> Iterator[str]:
+    """What every compilation of this process depends on."""
     yield _package()
     yield repr(sorted(options.to_dict().items()))
     yield repr(sorted(environment().items(), key=lambda item: item[0]))

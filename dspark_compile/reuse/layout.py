@@ -30,7 +30,7 @@ def to_data(layout: Layout) -> dict[str, Any]:
     return {
         **{name: getattr(layout, name) for name in (*_PLAIN, *_TUPLES)},
         "sources": [[s.name, s.text, s.parameters] for s in layout.sources],
-        "dynamic": [[where, _terms(expression, inputs)] for where, expression in layout.dynamic],
+        "dynamic": [[where, terms(expression, inputs)] for where, expression in layout.dynamic],
         "numbers": sorted(inputs.values()),
         "results": [[r.buffer, r.offset, str(r.dtype), r.shape, r.stride] for r in layout.results],
     }
@@ -51,7 +51,7 @@ def from_data(data: Mapping[str, Any]) -> Layout:
             Source(name, text, tuple((kind, label) for kind, label in parameters))
             for name, text, parameters in data["sources"]
         ],
-        dynamic=[(where, _expression(terms, symbols)) for where, terms in data["dynamic"]],
+        dynamic=[(where, polynomial(given, symbols)) for where, given in data["dynamic"]],
         numbers={symbol: i for i, symbol in symbols.items()},
         results=[
             Result(buffer, offset, _DTYPES[dtype], tuple(shape), tuple(stride))
@@ -77,27 +77,32 @@ def _check(layout: Layout) -> None:
         raise ValueError("a program has other stages than names")
 
 
-def _terms(expression: Any, inputs: Mapping[Any, int]) -> list[Any]:
-    """A polynomial as ``[[coefficient, [[input, exponent], ...]], ...]``."""
+def terms(expression: Any, inputs: Mapping[Any, int]) -> list[Any]:
+    """A polynomial as ``[[coefficient, [[input, exponent], ...]], ...]``.
+
+    Raises:
+        CannotKeep: it is none with whole coefficients over ``inputs``.
+    """
     symbols = sorted(expression.free_symbols, key=str)
     if not set(symbols) <= set(inputs):
         raise CannotKeep(f"a size, {expression}, of what is no input")
-    if not symbols:
+    if expression.is_Integer:
         return [[int(expression), []]]
     try:
-        polynomial = sympy.Poly(expression, *symbols)
+        poly = sympy.Poly(expression, *symbols)
     except sympy.PolynomialError as error:
         raise CannotKeep(f"a size, {expression}, that is no polynomial") from error
-    terms = []
-    for exponents, coefficient in polynomial.terms():
+    found = []
+    for exponents, coefficient in poly.terms():
         if not coefficient.is_Integer:
             raise CannotKeep(f"a size, {expression}, with fractions")
         powers = [[inputs[s], e] for s, e in zip(symbols, exponents, strict=True) if e]
-        terms.append([int(coefficient), powers])
-    return terms
+        found.append([int(coefficient), powers])
+    return found
 
 
-def _expression(terms: list[Any], symbols: Mapping[int, Any]) -> Any:
+def polynomial(terms: list[Any], symbols: Mapping[int, Any]) -> Any:
+    """The inverse of `terms`."""
     return sympy.Add(
         *(
             sympy.Mul(coefficient, *(symbols[i] ** exponent for i, exponent in powers))

@@ -60,6 +60,14 @@ class KeptStep:
         except (NoKey, OSError) as error:
             self.reason = str(error)
 
+    @classmethod
+    def of_key(cls, key: str, report: GraphReport) -> KeptStep:
+        """What is kept under ``key``, of a graph that nobody traced."""
+        self = cls.__new__(cls)
+        self.report, self.began, self.key = report, time.perf_counter(), key
+        self.reason, self._notes = None, len(report.notes)
+        return self
+
     def load(self) -> Callable[..., Any] | None:
         """The native call, and its report filled in; None where none is kept."""
         if self.key is None:
@@ -86,6 +94,7 @@ class KeptStep:
         report.ops.update(then.ops)
         report.num_nodes_after, report.from_cache = then.num_nodes_after, True
         report.seconds["reuse"] = time.perf_counter() - self.began
+        run.kept = self.key  # type: ignore[attr-defined]
         return run
 
     def save(self, run: Callable[..., Any], ctx: PassContext) -> None:
@@ -100,6 +109,7 @@ class KeptStep:
             if compat.assumptions() != self._assumed:
                 raise layout.CannotKeep("passes assumed something of a symbolic size")
             files.write(self.key, self._data(run))
+            run.kept = self.key  # type: ignore[attr-defined]
         except (layout.CannotKeep, build.BuildError, OSError) as error:
             self.report.note(f"not kept for the next process: {error}")
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .trace_whole import CaptureError, trace_whole
+from .trace_whole import CaptureError, Whole, trace_whole
 
 
 class Captured:
@@ -49,8 +49,19 @@ class Captured:
         self._compiled, self._args = whole.compiled, whole.args
         self._symbols, self._place = whole.symbols, whole.place
         self._call: Callable[[], Any] | None = None
+        self.whole = whole
         self.holds = whole.holds
         self.version = 0  # how often tensors were replaced
+
+    @classmethod
+    def again(cls, whole: Whole) -> Captured:
+        """A program that an earlier process traced; run once, as tracing does."""
+        self = cls.__new__(cls)
+        self._compiled, self._args = whole.compiled, whole.args
+        self._symbols, self._place = whole.symbols, whole.place
+        self._call, self.whole, self.holds, self.version = None, whole, whole.holds, 0
+        self.first = self()
+        return self
 
     def replace(self, tensors: Mapping[int, Tensor], size: int) -> None:
         """Other tensors, by the ``id`` of those they replace, and the new size of what grew."""

@@ -23,6 +23,7 @@ from .captured import Captured
 from .device_graph import graphs_for
 from .device_rounds import DeviceRounds
 from .errors import KVCacheError
+from .kept_rounds import KeptRounds
 from .token_choice import Chooser
 from .trace_whole import CaptureError
 
@@ -343,14 +344,17 @@ class Rounds:
         self.positions.add_(1)
         return logits
 
-    def _compile(self) -> Tensor:
-        """Compile the step by taking it, and compare it with an eager one."""
+    def _compile(self, trusted: bool = True) -> Tensor:
+        """Compile the step by taking it, and compare it with an eager one. Where what an earlier
+        process left is not ``trusted``, it is made anew."""
         cache, positions = self.cache, self.positions
         cache.set_length(self.length)
         step, growing = self._step()
         before, held = positions.clone(), cache.snapshot()
+        kept = KeptRounds(self, growing) if type(self) is Rounds else None
+        found = kept.load() if kept is not None and trusted else None
         try:
-            program = Captured(step, growing, self.options)
+            program = found or Captured(step, growing, self.options)
             got = program.first.clone()
         except CaptureError as error:
             if not self.masked and self._positioned:
@@ -368,8 +372,14 @@ class Rounds:
             difference = (got.float() - expected.float()).norm() / expected.float().norm()
             allowed = TOLERANCE.get(expected.dtype, COARSE) if self.scheme == "model" else COARSE
             if not difference <= allowed:
+                if found is not None:  # it was of another model after all
+                    cache.restore(held)
+                    positions.copy_(before)
+                    return self._compile(trusted=False)
                 self.reason = f"its logits differ from eager ones by {float(difference):.1e}"
                 program = None
+            elif kept is not None and found is None:
+                kept.save(program)
         self.program = program
         return expected
 

@@ -1,0 +1,217 @@
+"""A decode step that an earlier process traced, found without tracing the model again.
+
+`reuse.steps` keeps a graph's native call under a hash of the graph, and to have the graph Dynamo
+must trace the model: seconds for a model of 28 layers. Here a step is found by the model itself
+(`reuse.model_key`): its code, attributes and configuration, and the shapes of its parameters. What
+is kept beside the step is where its inputs are found: which parameter, buffer or tensor of the
+cache each is.
+
+The step that is found is compared with an eager one before it is used, as one that was traced is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import sympy
+from torch import Tensor
+
+from dspark_compile.codegen.cpp.build import BuildError
+from dspark_compile.diagnostics import state
+from dspark_compile.diagnostics.environment import environment
+from dspark_compile.options import Options
+from dspark_compile.reuse import files
+from dspark_compile.reuse.key import NoKey, surroundings
+from dspark_compile.reuse.layout import CannotKeep, polynomial, terms
+from dspark_compile.reuse.model_key import model_key
+from dspark_compile.reuse.steps import KeptStep
+
+from .captured import Captured
+from .trace_whole import Whole
+
+if TYPE_CHECKING:
+    from .rounds import Rounds
+
+log = logging.getLogger(__name__)
+
+_RELATIONS = {
+    c.__name__: c
+    for c in (
+        sympy.Eq, sympy.Ne, sympy.StrictLessThan, sympy.LessThan, sympy.StrictGreaterThan,
+        sympy.GreaterThan,
+    )
+}  # fmt: skip
+
+
+class KeptRounds:
+    """The place of a decode step among what is kept.
+
+    Args:
+        rounds: whose step it is; prefilled, so that its cache is allocated.
+        growing: tensors and a dimension of each that the step takes of any size.
+    """
+
+    def __init__(self, rounds: Rounds, growing: Sequence[tuple[Tensor, int]]) -> None:
+        self._rounds = rounds
+        self._growing = {id(x): dimension for x, dimension in growing}
+        self._key: str | None = None
+        options = Options.parse(rounds.options)
+        if (
+            options.reuse == "off" or options.verify or options.keep_programs
+            or rounds.tokens.device.type != "cpu"
+        ):  # fmt: skip
+            return
+        try:
+            self._key = self._hash(options)
+        except (NoKey, OSError) as error:
+            log.info("the step is not kept by its model: %s", error)
+
+    def _hash(self, options: Options) -> str:
+        from dspark_compile import backend  # as it is when a model is traced
+
+        backend.hf_experts.install()
+        rounds, digest = self._rounds, hashlib.sha256()
+        for part in surroundings(options):
+            digest.update(part.encode() + b"\0")
+        about = (
+            "rounds", model_key(rounds.model), rounds.rows, rounds.masked, rounds.scheme,
+            type(rounds.cache).__qualname__,
+            [(type(x).__qualname__, x.is_sliding if hasattr(x, "is_sliding") else None)
+             for x in rounds.cache.layers],
+        )  # fmt: skip
+        digest.update(repr(about).encode())
+        return digest.hexdigest()[:40]
+
+    # ------------------------------------------------------------------------------- finding
+
+    def load(self) -> Captured | None:
+        """The step, run once; None where there is none that fits."""
+        if self._key is None:
+            return None
+        try:
+            data = files.read(self._key)
+            if data is None:
+                return None
+            named = dict(self._names())
+            args = [named[x["name"]] if isinstance(x, dict) else x for x in data["args"]]
+            room = self._rounds.cache.room
+            for i in data["symbols"]:
+                args[i] = room
+            if [x for x in data["args"] if isinstance(x, dict)] != self._described(args):
+                return None
+            size = sympy.Symbol("size", integer=True)
+            whole = Whole(
+                compiled=lambda *_: None, args=args, symbols=list(data["symbols"]),
+                result=self._rounds.tokens, place=int(data["place"]),
+                conditions=[
+                    _RELATIONS[name](polynomial(left, {0: size}), polynomial(right, {0: size}))
+                    for name, left, right in data["conditions"]
+                ],
+                expressions=[size],
+            )  # fmt: skip
+            if not whole.holds(room):
+                return None
+            return self._program(whole, data["step"])
+        except (BuildError, KeyError, IndexError, TypeError, ValueError) as error:
+            log.info("a kept step is left out: %s", error)
+            return None
+
+    def _program(self, whole: Whole, step: str) -> Captured | None:
+        group = state.start_report()
+        group.options = Options.parse(self._rounds.options).to_dict()
+        group.environment = environment()
+        run = KeptStep.of_key(step, group.add_graph()).load()
+        if run is None:
+            return None
+        return Captured.again(replace(whole, compiled=run))
+
+    # ------------------------------------------------------------------------------- keeping
+
+    def save(self, program: Captured) -> None:
+        """Keep ``program``, which was traced and agreed with eager code."""
+        step = getattr(program.whole.compiled, "kept", None)
+        if self._key is None or step is None:
+            return
+        whole = program.whole
+        try:
+            described = iter(self._described(whole.args))
+            args: list[Any] = []
+            for i, x in enumerate(whole.args):
+                if isinstance(x, Tensor):
+                    args.append(next(described))
+                elif i in whole.symbols or isinstance(x, (bool, int, float)):
+                    args.append(None if i in whole.symbols else x)
+                else:
+                    raise CannotKeep(f"an input is a {type(x).__name__}")
+            inputs = dict.fromkeys(whole.expressions, 0)
+            files.write(
+                self._key,
+                {
+                    "step": step, "args": args, "symbols": whole.symbols, "place": whole.place,
+                    "conditions": [c for x in whole.conditions for c in _condition(x, inputs)],
+                },
+            )  # fmt: skip
+        except (CannotKeep, BuildError, OSError) as error:
+            log.info("the step is not kept by its model: %s", error)
+
+    def _names(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that a step may read, by a name that it has in every process."""
+        rounds, model = self._rounds, self._rounds.model
+        yield "tokens", rounds.tokens
+        yield "positions", rounds.positions
+        yield "mask", rounds.mask
+        for i, (layer, name, x) in enumerate(rounds.cache.tensors()):
+            yield f"cache {i} {type(layer).__qualname__} {name}", x
+        for key, x in rounds.cache.fixed():
+            yield f"fixed {key!r}", x
+        for name, x in model.named_parameters(remove_duplicate=False):
+            yield f"parameter {name}", x
+        for name, x in model.named_buffers(remove_duplicate=False):
+            yield f"buffer {name}", x
+
+    def _described(self, args: Sequence[Any]) -> list[dict[str, Any]]:
+        """What the tensors among ``args`` must be like for the step to be right."""
+        names: dict[int, str] = {}
+        for name, x in self._names():
+            names.setdefault(id(x), name)
+        memory: dict[int, int] = {}
+        found = []
+        for x in args:
+            if not isinstance(x, Tensor):
+                continue
+            if id(x) not in names:
+                raise CannotKeep(f"a tensor {list(x.shape)} is not of the model nor of its cache")
+            shape, dimension = list(x.shape), self._growing.get(id(x))
+            if dimension is not None:
+                if not x.is_contiguous():
+                    raise CannotKeep("a cache is not contiguous")
+                shape[dimension] = -1
+            found.append(
+                {
+                    "name": names[id(x)], "type": type(x).__qualname__, "dtype": str(x.dtype),
+                    "device": str(x.device), "shape": shape, "offset": x.storage_offset(),
+                    "stride": None if dimension is not None else list(x.stride()),
+                    "memory": memory.setdefault(x.untyped_storage()._cdata, len(memory)),
+                }
+            )  # fmt: skip
+        return found
+
+
+def _condition(condition: Any, inputs: dict[Any, int]) -> list[list[Any]]:
+    """A relation between polynomials of the size as plain data; [] where it always holds."""
+    if condition == sympy.true:
+        return []
+    name = type(condition).__name__
+    if name not in _RELATIONS:
+        raise CannotKeep(f"tracing assumed {condition}")
+    sides = (condition.lhs, condition.rhs)
+    if any(x.is_number and not x.is_Integer for x in sides):
+        # Below infinity is every size.
+        if name == "LessThan" and str(condition.rhs) in ("int_oo", "oo"):
+            return []
+        raise CannotKeep(f"tracing assumed {condition}")
+    return [[name, terms(condition.lhs, inputs), terms(condition.rhs, inputs)]]
