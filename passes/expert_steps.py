@@ -2,6 +2,7 @@
 
     y.index_add_(0, token, expert(x[token]) * weight[token, slot, None])    chosen rows
     y = y + expert(x) * (weight * (choice == e)).sum(-1)                    every row
+    y = y + expert(x) * table[:, e, None]         every row, a table of scores (`expert_table`)
     y.index_add_(0, token, x[token] * weight[token, slot, None])            gives x back
 
 `step` reads a node as one; the mask ``choice == e`` may be a slice of a one-hot table.
@@ -15,6 +16,7 @@ from typing import Any
 
 from torch import fx
 
+from dspark_compile.passes.expert_table import column_of, is_zero
 from dspark_compile.passes.graph import (
     VIEWS,
     argument,
@@ -90,6 +92,11 @@ def step(node: fx.Node) -> Step | None:
     return _read(before, part, peel(rows) if rows is not None else None)
 
 
+def first_step(node: Any) -> Step | None:
+    """``node`` as the part that a sum begins with; None if it is none."""
+    return _read(node, node, None) if _is_part(node) else None
+
+
 def _is_part(node: Any) -> bool:
     node = _bare(node)
     return is_op(node, aten.mul.Tensor) and any(is_dialect_op(_bare(x), *MLPS) for x in node.args)
@@ -121,6 +128,8 @@ def _read(before: fx.Node, part: fx.Node, rows: fx.Node | None) -> Step | None:
             if mlp is None:
                 continue
             mask, weight = _dense_weight(b)
+            if mask is None:
+                mask, weight = _table_weight(b)
             x = mlp.args[0]
         else:
             mask, weight = _row_weight(b, rows)
@@ -205,6 +214,15 @@ def _dense_weight(node: Any) -> tuple[Mask | None, fx.Node | None]:
     return (found, weight) if same_shape(shape(weight), shape(found.choice)) else (None, None)
 
 
+def _table_weight(node: Any) -> tuple[Mask | None, fx.Node | None]:
+    """(mask, weights) if ``node`` is one expert's column of a table of scores."""
+    found = column_of(node)
+    if found is None or found[0].weights is None or val(found[0].indices).dim() != 2:
+        return None, None
+    table, expert = found
+    return Mask(table.indices, expert, False), table.weights
+
+
 def _mask(node: Any) -> Mask | None:
     """``node`` as ``choice == expert``."""
     while is_op(node, _CAST, aten.squeeze.dim, aten.unsqueeze.default) or (
@@ -231,13 +249,3 @@ def _mask(node: Any) -> Mask | None:
     if order[int(dim) % 3] != 2:
         return None
     return Mask(choice.args[0], expert, rest == [1, 0])
-
-
-def is_zero(node: Any) -> bool:
-    """Whether ``node`` is full of zeros."""
-    node = peel(node) if isinstance(node, fx.Node) else node
-    if is_op(node, aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default):
-        return True
-    if is_op(node, aten.full.default, aten.full_like.default):
-        return node.args[1] == 0
-    return node == 0 or (is_op(node, aten.scalar_tensor.default) and node.args[0] == 0)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx
 
-from dspark_compile.passes.expert_steps import is_zero
+from dspark_compile.passes.expert_table import is_zero
 from dspark_compile.passes.graph import (
     VIEWS,
     argument,

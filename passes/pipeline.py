@@ -27,6 +27,7 @@ from dspark_compile.passes.raise_moe_dense import RaiseMoEDense
 from dspark_compile.passes.raise_moe_experts import RaiseMoEExperts
 from dspark_compile.passes.raise_moe_loop import RaiseMoELoop
 from dspark_compile.passes.raise_moe_router import RaiseMoERouter
+from dspark_compile.passes.raise_moe_table import RaiseMoETable
 from dspark_compile.passes.raise_norm import RaiseNorm
 from dspark_compile.passes.raise_quantized import RaiseQuantized
 from dspark_compile.passes.raise_rope import RaiseRope
@@ -46,6 +47,7 @@ RAISE: list[type[Pass]] = [
     RaiseMoECuts,
     RaiseMoEExperts,
     RaiseMoEDense,
+    RaiseMoETable,
     RaiseMoELoop,
     RaiseMoERouter,
     RaiseAttention,

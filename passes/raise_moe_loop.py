@@ -5,7 +5,8 @@
         y.index_add_(0, token, expert[e](x[token]) * weight[token, slot, None])
 
 and what is the same: ``y[token] += …``, ``y = y + expert[e](x) * (weight * (choice == e)).sum(-1)``
-over all tokens. Each expert is an MLP that `raise_mlp` has raised already.
+over all tokens, or times a column of a table of scores (`passes.expert_table`). Each expert is an
+MLP that `raise_mlp` has raised already.
 
 and loops over the experts that are hit only (``for e in hit.nonzero()``), which were traced with a
 turn for every expert (`passes.expert_loops`). Experts may be modules of their own or slices of a
@@ -27,7 +28,8 @@ from torch import fx
 
 from dspark_compile.passes import expert_loops
 from dspark_compile.passes.base import Match, PassContext, Problem, dialect
-from dspark_compile.passes.expert_steps import Step, column, is_zero, step
+from dspark_compile.passes.expert_steps import Step, column, first_step, step
+from dspark_compile.passes.expert_table import is_zero
 from dspark_compile.passes.expert_weights import activation_of, differ, stacks_of, weights_of
 from dspark_compile.passes.fuse_quantized_experts import kernel_for
 from dspark_compile.passes.graph import (
@@ -64,10 +66,15 @@ class RaiseMoELoop(expert_loops.LoopPass):
             while node in steps:
                 chain.insert(0, steps[node])
                 node = steps[node].before
+            base: Any = node
+            start = first_step(node) if chain[0].mlp is not None else None
+            if start is not None:
+                chain.insert(0, start)
+                base = 0
             chain.sort(key=lambda s: s.expert)
             loops = [loop for loop in self.loops if last in loop.values]
             if len(chain) > 1 or loops:
-                yield Match(last, captures={"chain": chain, "base": node, "loops": loops})
+                yield Match(last, captures={"chain": chain, "base": base, "loops": loops})
 
     def check(self, match: Match, ctx: PassContext) -> Problem | None:
         chain: list[Step] = match["chain"]
