@@ -36,11 +36,23 @@ inline const int8_t* plane_numbers(const uint8_t* q, int64_t ld, int64_t n, int6
     return reinterpret_cast<const int8_t*>(q) + n * ld + k;
   } else {
     const uint8_t* line = q + n / LANES * ld + k / PLANE * UNIT + n % LANES * 4;
+#if defined(__AVX2__)
+    int32_t lines[4];
+    for (int i = 0; i < 4; ++i) std::memcpy(lines + i, line + 64 * i, 4);
+    const __m128i x = _mm_loadu_si128((const __m128i*)lines), bits = _mm_set1_epi8(15);
+    const __m128i sign = _mm_set1_epi8(8);
+    const auto whole = [&](__m128i y) { return _mm_sub_epi8(_mm_xor_si128(y, sign), sign); };
+    const __m128i low = whole(_mm_and_si128(x, bits));
+    const __m128i high = whole(_mm_and_si128(_mm_srli_epi16(x, 4), bits));
+    _mm_storeu_si128((__m128i*)room, _mm_unpacklo_epi32(low, high));
+    _mm_storeu_si128((__m128i*)(room + 16), _mm_unpackhi_epi32(low, high));
+#else
     for (int i = 0; i < PLANE; i += 8, line += 64)
       for (int j = 0; j < 4; ++j) {
         room[i + j] = int8_t(((line[j] & 15) ^ 8) - 8);
         room[i + 4 + j] = int8_t(((line[j] >> 4) ^ 8) - 8);
       }
+#endif
     return room;
   }
 }
@@ -69,12 +81,18 @@ struct WideRows {
         }
         const int8_t* q = plane_numbers<Q>(w.q, w.ld, n + r, k, room);
         const int left = int(std::min<int64_t>(PLANE, K - k));
-        for (int j = 0; j < left; j += Vec::W) {
-          const int lanes = std::min(Vec::W, left - j);
-          Vec v = load(q + j, lanes);
+        const auto number = [&](Vec v) __attribute__((always_inline)) {
           if constexpr (Weight::ZEROS) v = v - all(z);
           if constexpr (!EXACT) v = v * all(s);
-          store(to + k + j, v, lanes);
+          return v;
+        };
+        if (left == PLANE) {
+          for (int j = 0; j < PLANE; j += Vec::W) store(to + k + j, number(load(q + j)));
+          continue;
+        }
+        for (int j = 0; j < left; j += Vec::W) {
+          const int lanes = std::min(Vec::W, left - j);
+          store(to + k + j, number(load(q + j, lanes)), lanes);
         }
       }
     }
