@@ -361,3 +361,20 @@ def test_a_copy_made_while_planning_is_refused():
     out = torch.empty(4, 4)
     with pytest.raises(PlanError, match="copy"):
         program.add(linear_call(x.T.contiguous(), [(x, None, out)]), "product")
+
+
+def test_a_bound_program_whose_memory_is_replaced():
+    """Another number of threads wants other memory: what a call packed is packed again."""
+    native, x, weights = chain(4)
+    first, second = native.bind([x, *weights]), native.bind([x.clone(), *weights])
+    expected = first()[0].clone()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        second.stage_seconds()
+        first.stage_seconds()  # enters, and packs nothing
+        assert torch.allclose(first()[0], expected, rtol=1e-5, atol=1e-5)
+        assert 0 < first.took < 10
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.allclose(second()[0], expected, rtol=1e-5, atol=1e-5)
