@@ -12,6 +12,7 @@ first different token and its margin are written.
     twin        the draft trained without a Markov head (``--twin PATH``), every token verified
     hostile     a draft of random weights
     ngram       prompt lookup; also on prompts whose continuation is in them (``copy``)
+    both        prompt lookup, and the shipped draft where that does not serve
 
     python -m benchmarks.speculate --dtype float32
     python -m benchmarks.speculate --dtype bfloat16 --name speculate_bfloat16
@@ -117,6 +118,7 @@ class Way:
             found["seconds"] = split
             whole = sum(split[k] for k in ("draft", "verify", "other"))
             found["round_us"] = {k: round(1e6 * v / rounds, 1) for k, v in split.items()}
+            found["lookup_rounds"] = sum(s.lookup_rounds for s in stats)
             found["sequential_share"] = split.get("sequence", 0) / whole
             longest = max(stats, key=lambda s: s.rounds)
             found["example"] = {
@@ -166,7 +168,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--twin", default="")
     parser.add_argument("--draft", default="", help="a folder; the shipped draft if left out")
-    parser.add_argument("--ways", default="draft,fixed,mtp1,hostile,ngram,copy")
+    parser.add_argument("--ways", default="draft,fixed,mtp1,hostile,ngram,both,copy")
     parser.add_argument("--identity", type=int, default=0)
     parser.add_argument("--name", default="")
     parser.add_argument("--no-write", action="store_true")
@@ -210,23 +212,27 @@ def main() -> None:
         ways["twin"] = Way(call(draft=twin, schedule="fixed"))
     if "ngram" in wanted:
         ways["ngram"] = Way(call(draft="ngram"))
+    if "both" in wanted:
+        ways["both"] = Way(call(draft=("ngram", draft)))
     texts = [p["prompt"] for p in json.loads((DEMO_PATH / "prompts.json").read_text())]
     prompts = [tokenizer(t, return_tensors="pt").input_ids[0] for t in texts[: args.prompts]]
     turns(model, ways, prompts, args.new)
     results = {name: way.summary() for name, way in ways.items()}
     if "copy" in wanted:
         pool = {"plain": Way(call()), "ngram": Way(call(draft="ngram"))}
+        if "both" in wanted:
+            pool["both"] = Way(call(draft=("ngram", draft)))
         copies = []
         for ids in prompts[:12]:
             text = call(96)(ids)[0][0]
             copies.append(torch.cat((text, ids)))
         turns(model, pool, copies, args.new)
         results["copy"] = {name: way.summary() for name, way in pool.items()}
-    for name, found in results.items():
-        if name == "copy":
-            found = found["ngram"]
+    lines = {n: f for n, f in results.items() if n != "copy"}
+    lines |= {f"{n} copy": f for n, f in results.get("copy", {}).items() if n != "plain"}
+    for name, found in lines.items():
         print(
-            f"{name:8} {found['tokens_per_s']:8.0f} tok/s  {found['ratio_to_plain']:.3f} x  "
+            f"{name:10} {found['tokens_per_s']:8.0f} tok/s  {found['ratio_to_plain']:.3f} x  "
             f"tau {found.get('tau', 1):.2f} ({found.get('tau_of_drafted_rounds', 1):.2f})  "
             f"differ {len(found['different_texts'])}  {found['path']}  {found.get('round_us', '')}"
         )

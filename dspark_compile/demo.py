@@ -173,6 +173,9 @@ def _generate(
         'dspark_compile.generate(model, ..., draft="ngram")': lambda: generate(
             model, prompt, draft="ngram", **given
         ),
+        'dspark_compile.generate(model, ..., draft=("ngram", draft))': lambda: generate(
+            model, prompt, draft=("ngram", draft), **given
+        ),
     }
     reports: dict[str, Any] = {}
     texts = {}

@@ -60,8 +60,9 @@ def generate(
         input_ids: int64 ``[B, L]``, padded on the left where prompts differ in length (a module
             that has no mask takes none).
         draft: what proposes tokens that the model then verifies: a `DraftModel`, a causal language
-            model with the same vocabulary, ``"ngram"`` (lookup in the text so far), or None. The
-            text is what it would be without.
+            model with the same vocabulary, ``"ngram"`` (lookup in the text so far), ``("ngram",
+            DraftModel)`` (lookup, and the draft where that does not serve), or None. The text is
+            what it would be without.
         num_drafted: tokens of a proposal, where the draft leaves it open (n-gram: 15, model: 5).
         schedule: ``"auto"``: as many drafted tokens are verified as pays, by confidences and
             measured times, and drafting is parked where it does not; ``"fixed"``: always all of

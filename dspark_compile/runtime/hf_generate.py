@@ -104,12 +104,13 @@ def _speculate(
 ) -> Any | None:
     """With a draft; None, with the reason in the report, where there must be none."""
     from .speculation.loop import SpeculativeLoop, refusal, take
+    from .speculation.options import parts
 
     batch = input_ids.shape[0]
     reason = refusal(model, own["draft"], plan, batch)
     if reason is None and not _uses_cache(config, given):
         reason = "use_cache is off"
-    for which in (model, own["draft"]):
+    for which in (model, parts(own["draft"])[1]):
         if reason is None and hasattr(getattr(which, "config", None), "get_text_config"):
             reason = rigid(which.config)
     if reason is None:

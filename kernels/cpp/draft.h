@@ -37,8 +37,8 @@ struct Sequence {
 
 struct Drafting {
   Sequence* s;
-  int64_t batch, count, target_vocabulary;
-  int64_t* block;  // [rows, K + 1]
+  int64_t batch, count, room, target_vocabulary;  // count tokens of blocks with room for K
+  int64_t* block;                                 // [rows, K + 1]
   const uint8_t* seen;
   Choice how;
   bool greedy;
@@ -256,7 +256,7 @@ inline bool largest_biased(const U* base, const P& panels, int64_t first, int64_
 template <class W>
 inline void make_codes(Team team, const Drafting& d, int64_t k, std::vector<float>& local) {
   Sequence& s = *d.s;
-  const int64_t r = s.rank, K = d.count, width = s.width;
+  const int64_t r = s.rank, K = d.room, width = s.width;
   const auto [first, last] = team.share(r);
   for (int64_t b = 0; b < d.batch; ++b) {
     const int64_t previous = d.block[b * (K + 1) + k];
@@ -264,7 +264,7 @@ inline void make_codes(Team team, const Drafting& d, int64_t k, std::vector<floa
     widen_row((const W*)s.w1 + previous * r, r, e);
     if (s.head == kVanilla) continue;
     std::vector<float> h(static_cast<size_t>(width));
-    widen_row((const W*)s.hidden + (b * K + k) * width, width, h.data());
+    widen_row((const W*)s.hidden + (b * d.count + k) * width, width, h.data());
     const W *gate = (const W*)s.gate, *bias = (const W*)s.gate_bias;
     for (int64_t i = first; i < last; ++i) {
       if (s.head == kGated) {
@@ -292,21 +292,21 @@ void draft_sequence(Team team, Drafting& d) {
   static thread_local std::vector<float> local, features;
   static thread_local std::vector<uint32_t> code_pairs;
   Sequence& s = *d.s;
-  const int64_t B = d.batch, K = d.count, V = s.vocabulary, r = s.rank, T = team.threads;
+  const int64_t B = d.batch, K = d.room, V = s.vocabulary, r = s.rank, T = team.threads;
   const auto [first, last] = team.share(V, kPanel);
   const bool plain = !d.greedy && !filters(d.how);
   // Where nobody asks for weights but for the largest, they are not written.
   const bool only_largest = d.greedy && d.seen == nullptr && s.head != kNone;
   local.resize(size_t(std::max<int64_t>(B * r, 1)));
   code_pairs.resize(size_t(r / 2 + 1));
-  for (int64_t k = 0; k < K; ++k) {
+  for (int64_t k = 0; k < d.count; ++k) {
     if (s.head != kNone) make_codes<W>(team, d, k, local);
     if (s.head == kGated || s.head == kRnn) team.barrier();
     const float* codes = s.head == kVanilla ? local.data() : s.codes;
     if (team.thread == k % T && s.confidence != nullptr)
       for (int64_t b = 0; b < B; ++b) {
         features.resize(size_t(s.width + r));
-        widen_row((const W*)s.hidden + (b * K + k) * s.width, s.width, features.data());
+        widen_row((const W*)s.hidden + (b * d.count + k) * s.width, s.width, features.data());
         if (s.confidence_reads > 0)
           widen_row((const W*)s.w1 + d.block[b * (K + 1) + k] * r, r, features.data() + s.width);
         const float logit = dot(s.confidence, features.data(), s.width + s.confidence_reads) +
@@ -393,7 +393,7 @@ void draft_sequence(Team team, Drafting& d) {
   }
   if (team.thread == 0 && s.confidence != nullptr)
     for (int64_t b = 0; b < B; ++b)
-      for (int64_t k = 1; k < K; ++k) d.survival[b * K + k] *= d.survival[b * K + k - 1];
+      for (int64_t k = 1; k < d.count; ++k) d.survival[b * K + k] *= d.survival[b * K + k - 1];
 }
 
 template <class U, class W>

@@ -1,111 +1,12 @@
-// Rounds of speculative decoding on the CPU: propose, schedule, verify, accept, commit, crop, for as
-// many rounds as wanted, in one call. The tensors are those of `runtime/speculation/state.py`, and
-// what is decided is what `torch_engine.py` decides with torch ops; here nothing leaves the caches.
-//
-//   rows      of the programs, B <= rows requests of them
-//   K, M      drafted tokens of a round, tokens a program verifies (M = 1 + drafted)
+// Rounds of speculative decoding on the CPU: propose, schedule, verify, accept, commit, crop, for
+// as many rounds as wanted, in one call. What is decided is what `torch_engine.py` decides with
+// torch ops; here nothing leaves the caches.
 #pragma once
 #include <limits>
 
-#include "draft.h"
-#include "program.h"
+#include "lookup.h"
 
 namespace dspark {
-
-constexpr int kMostRequests = 64;
-
-// Word `where` of a program's block becomes the address of buffer `which` plus `offset`.
-struct Patch {
-  int64_t where, which, offset;
-};
-
-// A native program on tensors that stay where they are.
-struct BoundStages {
-  int64_t* block;
-  const Patch* patches;
-  int64_t patch_count;
-  const int64_t* bases;
-  int64_t stages;
-  char* memory;
-};
-
-// Members of 8 bytes: Python fills it in, in this order.
-struct Speculation {
-  int64_t kind;  // 0: nothing drafts, 1: a draft model, 2: n-grams, 3: a causal model
-  int64_t rows, batch, count, vocabulary, threads, ahead;
-  // the target
-  const BoundStages* verify;
-  const int64_t* widths;
-  int64_t width_count;
-  const void* const* logits;       // by width: [rows, M, V]
-  const int64_t* logits_rows;      // elements between tokens
-  const int64_t* logits_requests;  // elements between requests
-  int64_t* block;                  // [rows, K + 1]
-  int64_t* positions;              // [rows]
-  int64_t* slot;
-  int64_t* const* held;  // lengths of the caches: the slot
-  int64_t held_count;
-  int64_t* mask;  // [rows, room], or null
-  int64_t room, slack;
-  double holes;     // the part of the cache that may be holes
-  int64_t* filled;  // [rows]
-  // the requests
-  int64_t* text;  // [batch, text_room]
-  int64_t text_room;
-  int64_t* lengths;
-  const int64_t* prompts;
-  uint8_t* done;
-  int64_t limit;
-  uint8_t* seen;  // [batch, V], or null
-  const int64_t* eos;
-  int64_t eos_count;
-  Choice how;
-  int64_t greedy;
-  const float* uniform;  // [rounds, batch, 2 K + 1]; moves on
-  // the schedule
-  int64_t fixed;
-  const double* table;     // seconds by width, convex
-  double* verify_seconds;  // by index of width; measured as it goes
-  double* draft_seconds;
-  double* conditional;  // [K]: how often a token stood, where no head says so
-  // the draft model
-  BoundStages propose, append;
-  int64_t* draft_ids;  // [rows, draft_block]: the anchor and mask tokens
-  int64_t draft_block;
-  const void* const* states;  // by width: tapped states [rows, M, state_bytes]
-  int64_t state_bytes;
-  char* pending;  // [rows, K + 1, state_bytes]
-  int64_t* context_slot;
-  int64_t* context_positions;  // [rows]
-  int64_t behind;              // tokens whose states wait
-  Sequence sequence;
-  // n-grams
-  int64_t shortest, longest;
-  // the causal model: two tokens first, then one at a time
-  BoundStages two, one;
-  const void* two_logits;
-  const void* one_logits;
-  int64_t model_requests_two, model_requests_one;
-  int64_t* model_block;  // [rows, 2]
-  int64_t* model_positions;
-  int64_t* const* model_held;
-  int64_t model_held_count;
-  int64_t* model_mask;
-  // telemetry, sums: rounds, committed, drafted, requests; then [K] each: reached, passed,
-  // predicted, survived, predictions; then lengths [K + 1]; then seconds: draft, verify,
-  // other, and of draft the sequential stage
-  double* counters;
-  // working memory
-  double* survival;       // [batch, K]
-  int64_t* found;         // [batch]: drafted tokens
-  int64_t* verified;      // [batch]
-  int64_t* choice;        // [batch, K + 1]
-  float* draft_weights;   // [batch, K, V]: what drafted tokens were drawn from
-  double* draft_totals;   // [batch, K]
-  float* target_weights;  // [batch, K + 1, V]
-  double* target_totals;  // [batch, K + 1]
-  int64_t* drafted_ids;   // [batch, K]: in the draft's own vocabulary
-};
 
 // What the threads of a call share. All run every line of a round: thread 0 decides and writes, the
 // others meet it before they read; so one parallel region does for all rounds of a call, which is
@@ -113,7 +14,8 @@ struct Speculation {
 struct Shared {
   Outcome outcome;  // of the first program that failed, after which none runs
   int64_t width_index = 0;
-  bool open = false, appends = false;
+  Source source = kPlain;  // thread 0's
+  bool open = false, drafts = false, appends = false;
   int64_t times[4];
 };
 
@@ -136,28 +38,6 @@ inline bool append_context(Team team, Speculation& s, Shared& shared) {
   if (team.thread == 0) s.behind = 0;
   team.barrier();
   return well;
-}
-
-// Prompt lookup: `ngram.propose`.
-inline void look_up(Speculation& s, int64_t b) {
-  const int64_t* text = s.text + b * s.text_room;
-  const int64_t count = s.lengths[b], end = count - 1;
-  int64_t best = s.shortest - 1, at = -1;
-  for (int64_t j = end - 1; j >= 0 && best < s.longest; --j) {
-    int64_t n = 0;
-    while (n < s.longest && n <= j && text[j - n] == text[end - n]) ++n;
-    if (n > best) best = n, at = j;
-  }
-  s.found[b] = at < 0 ? 0 : s.count;
-  if (at < 0) return;
-  const int64_t start = at + 1, period = std::max<int64_t>(count - start, 1);
-  for (int64_t k = 0; k < s.count; ++k)
-    s.block[b * (s.count + 1) + 1 + k] = text[start + k % period];
-}
-
-// The tokens behind the anchor that penalties count as seen: those drafted before position k.
-inline const int64_t* drafted(const Speculation& s, int64_t b) {
-  return s.block + b * (s.count + 1) + 1;
 }
 
 template <class D>
@@ -209,61 +89,44 @@ bool by_model(Team team, Speculation& s, Shared& shared) {
 // Drafted tokens into the block, `found` and `survival`: thread 0 has them all at its end.
 template <class U, class W>
 bool draft_round(Team team, Speculation& s, Shared& shared) {
-  const int64_t K = s.count, width = K + 1;
+  const int64_t K = s.count, D = s.drafts;
   if (s.kind == 1) {
     if (!append_context(team, s, shared)) return false;
     if (team.thread == 0)
-      for (int64_t b = 0; b < s.rows; ++b) s.draft_ids[b * s.draft_block] = s.block[b * width];
+      for (int64_t b = 0; b < s.rows; ++b) s.draft_ids[b * s.draft_block] = s.block[b * (K + 1)];
     team.barrier();
     if (!run(team, s, s.propose, shared)) return false;
-    Drafting d{&s.sequence, s.batch, K, s.vocabulary, s.block, s.seen, s.how, s.greedy != 0,
+    Drafting d{&s.sequence, s.batch, D, K, s.vocabulary, s.block, s.seen, s.how, s.greedy != 0,
                s.uniform, s.draft_weights, s.draft_totals, s.drafted_ids, s.survival};
     const int64_t start = now();
     draft_sequence<U, W>(team, d);
     if (team.thread != 0) return true;
     s.counters[4 + 5 * K + K + 1 + 3] += 1e-9 * double(now() - start);
-    for (int64_t b = 0; b < s.batch; ++b) s.found[b] = K;
-    if (s.sequence.confidence != nullptr) return true;
-  } else if (s.kind == 2) {
-    if (team.thread != 0) return true;
-    for (int64_t b = 0; b < s.batch; ++b)
-      if (!s.done[b]) look_up(s, b);
   } else {
     if (!by_model<U>(team, s, shared)) return false;
     if (team.thread != 0) return true;
   }
+  const bool knows = s.kind == 1 && s.sequence.confidence != nullptr;
   for (int64_t b = 0; b < s.batch; ++b) {
-    double a = s.found[b] > 0;
-    for (int64_t k = 0; k < K; ++k) s.survival[b * K + k] = a *= s.conditional[k];
+    s.found[b] = D;
+    double a = 1;
+    for (int64_t k = 0; k < D && !knows; ++k) s.survival[b * K + k] = a *= s.conditional[k];
+    for (int64_t k = D; k < K; ++k) s.survival[b * K + k] = 0;
+    if (s.point[b]) propose_looked(s, b);
   }
   return true;
 }
 
-// The index of the width to verify: `state.verify_length`, and what of its width is left is filled.
-inline int64_t schedule(const Speculation& s) {
-  const int64_t most = s.widths[s.width_count - 1] - 1;
-  int64_t length = 0, wanted = 0;
-  double tau = 0;
-  for (int64_t b = 0; b < s.batch; ++b) {
-    if (s.done[b]) continue;
-    tau += 1;
-    wanted = std::max(wanted, s.found[b]);
+// Tokens to verify, from where they are to be had.
+template <class U, class W>
+bool propose(Team team, Speculation& s, bool drafts, Shared& shared) {
+  if (team.thread == 0) {
+    shared.source = s.looks_up ? look_up_all(s, drafts && s.kind != 0) : kDraft;
+    shared.drafts = shared.source == kDraft;
   }
-  if (s.fixed) {
-    length = std::min(most, wanted);
-  } else if (wanted > 0) {
-    double best = tau / (*s.draft_seconds + s.table[1]);
-    for (; length < std::min(most, s.count); ++length) {
-      for (int64_t b = 0; b < s.batch; ++b)
-        if (!s.done[b]) tau += s.survival[b * s.count + length];
-      const double value = tau / (*s.draft_seconds + s.table[length + 2]);
-      if (!(value > best)) break;
-      best = value;
-    }
-  }
-  int64_t i = 0;
-  while (s.widths[i] <= length) ++i;
-  return i;
+  if (!s.looks_up) return draft_round<U, W>(team, s, shared);
+  team.barrier();
+  return !shared.drafts || draft_round<U, W>(team, s, shared);
 }
 
 // How many drafted tokens of request b stand, and the target's token behind them.
@@ -277,7 +140,7 @@ inline std::pair<int64_t, int64_t> judge(const Speculation& s, int64_t b) {
     return {n, choice[n]};
   }
   const float* uniform = s.uniform + b * (2 * K + 1);
-  const bool point = s.kind == 2;
+  const bool point = s.point[b];
   int64_t n = 0;
   for (; n < length; ++n) {
     const int64_t at = b * (K + 1) + n;
@@ -366,8 +229,10 @@ inline int64_t commit(Speculation& s, int64_t b, int64_t accepted, int64_t next)
 }
 
 // What thread 0 does between drafting and verifying: the width, and how much of it each request has.
-inline void plan(Speculation& s, Shared& shared, bool drafting) {
-  shared.width_index = drafting ? schedule(s) : 0;
+inline void plan(Speculation& s, Shared& shared) {
+  const double seconds = shared.source == kDraft ? *s.draft_seconds : 0;
+  shared.width_index = shared.source == kPlain ? 0 : schedule(s, seconds).width_index;
+  if (shared.source == kLookup && shared.width_index == 0) shared.source = kPlain;
   const int64_t width = s.widths[shared.width_index];
   for (int64_t b = 0; b < s.batch; ++b) {
     const int64_t left = s.limit - (s.lengths[b] - s.prompts[b]);
@@ -389,21 +254,26 @@ inline void keep_states(Speculation& s, int64_t width_index) {
                 (const char*)s.states[width_index] + b * bytes, size_t(bytes));
 }
 
-// Accept, correct, bonus, commit and crop, for all requests. Whether the context has to be appended
-// at once: where positions of rows go on differently, the next states cannot follow these.
-inline bool settle(Speculation& s, bool drafting) {
+// Accept, correct, bonus, commit and crop, for all requests.
+inline void settle(Speculation& s, Shared& shared) {
   const int64_t start_slot = *s.slot;
+  const bool guessed = shared.source == kDraft && (s.kind == 2 || !s.sequence.confidence);
   int64_t most = 0;
   int64_t kept[kMostRequests] = {};
+  double* sums = s.counters + 4 + 5 * s.count + s.count + 1 + 4 + 4 * shared.source;
+  sums[0] += 1;
   for (int64_t b = 0; b < s.batch; ++b) {
     if (s.done[b]) continue;
     const auto [accepted, next] = judge(s, b);
-    if (drafting && (s.kind > 1 || s.sequence.confidence == nullptr))
+    if (guessed && !s.point[b])
       for (int64_t k = 0; k < s.verified[b] && k <= accepted; ++k)
-        s.conditional[k] += 0.1 * (double(accepted > k) - s.conditional[k]);
+        s.conditional[k] += kLearned * (double(accepted > k) - s.conditional[k]);
+    const int64_t* text = s.text + b * s.text_room + s.lengths[b];
     kept[b] = commit(s, b, accepted, next);
+    learn_looked(s, b, text, kept[b]);
     most = std::max(most, kept[b]);
     s.counters[3] += 1;
+    sums[1] += 1, sums[2] += double(kept[b]);
   }
   *s.slot = start_slot + most;
   for (int64_t i = 0; i < s.held_count; ++i) *s.held[i] = *s.slot;
@@ -414,36 +284,45 @@ inline bool settle(Speculation& s, bool drafting) {
         if (s.model_mask != nullptr) s.model_mask[b * s.room + start_slot + j] = 0;
       }
   if (s.uniform != nullptr) s.uniform += s.batch * (2 * s.count + 1);
-  if (s.kind != 1) return false;
-  s.behind += most;
-  bool even = true;
-  for (int64_t b = 0; b < s.batch; ++b) even &= kept[b] == most || s.done[b];
-  return !even;
+  // Where positions of rows go on differently, the next states cannot follow these: the context is
+  // appended at once.
+  shared.appends = false;
+  for (int64_t b = 0; b < s.batch; ++b) shared.appends |= kept[b] != most && !s.done[b];
+  if (s.kind == 1) s.behind += most;
 }
 
 // Where the time went, and what rounds cost from now on.
-inline void learn(Speculation& s, const Shared& shared, bool drafting) {
+inline void learn(Speculation& s, const Shared& shared, double tokens, double requests) {
   const int64_t K = s.count, *times = shared.times;
   double* seconds = s.counters + 4 + 5 * K + K + 1;
   for (int i = 0; i < 3; ++i) seconds[i] += 1e-9 * double(times[i + 1] - times[i]);
+  const double whole = 1e-9 * double(times[3] - times[0]);
+  seconds[4 + 4 * shared.source + 3] += whole;
   const auto blend = [](double& known, double seen) {
-    known = known > 0 ? known + 0.1 * (std::min(seen, 2 * known) - known) : seen;
+    known = known > 0 ? known + kLearned * (std::min(seen, 2 * known) - known) : seen;
   };
   blend(s.verify_seconds[shared.width_index], 1e-9 * double(times[2] - times[1]));
-  if (drafting) blend(*s.draft_seconds, 1e-9 * double(times[1] - times[0]));
+  if (shared.source != kDraft) return;
+  blend(*s.draft_seconds, 1e-9 * double(times[1] - times[0]));
+  blend(s.drafted[0], tokens / requests);
+  blend(s.drafted[1], whole);
 }
 
 // One round; false where a program failed. Begins behind a meeting, and ends before one.
 template <class T, class U, class W>
-bool round(Team team, Speculation& s, bool drafting, Shared& shared) {
+bool round(Team team, Speculation& s, int64_t drafting, Shared& shared) {
   const bool leads = team.thread == 0;
+  const double* sums = s.counters;
+  double before[2];
   if (leads) {
     shared.times[0] = now();
-    for (int64_t b = 0; b < s.batch; ++b) s.found[b] = 0;
+    before[0] = sums[1], before[1] = sums[3];
+    shared.source = kPlain;
+    for (int64_t b = 0; b < s.batch; ++b) s.found[b] = s.match[b] = s.point[b] = 0;
   }
-  if (drafting && !draft_round<U, W>(team, s, shared)) return false;
+  if (drafting && !propose<U, W>(team, s, drafting == 1, shared)) return false;
   if (leads) {
-    plan(s, shared, drafting);
+    plan(s, shared);
     shared.times[1] = now();
   }
   team.barrier();
@@ -460,14 +339,14 @@ bool round(Team team, Speculation& s, bool drafting, Shared& shared) {
   if (leads) shared.times[2] = now();
   read_logits<T>(team, s, width_index);
   team.barrier();
-  if (leads) shared.appends = settle(s, drafting);
+  if (leads) settle(s, shared);
   if (s.kind == 1) {
     team.barrier();
     if (shared.appends && !append_context(team, s, shared)) return false;
   }
   if (leads) {
     shared.times[3] = now();
-    learn(s, shared, drafting);
+    learn(s, shared, sums[1] - before[0], sums[3] - before[1]);
   }
   return true;
 }
@@ -486,20 +365,21 @@ inline bool goes_on(const Speculation& s, int64_t made) {
 }
 
 // Up to `count` rounds; *made says how many: fewer where all requests have ended, a round does not
-// fit any more, or holes are to be closed.
+// fit any more, or holes are to be closed. `drafting`: 0 plain steps, 1 whatever proposes, 2
+// look-ups without a draft.
 template <class T, class U, class W>
 int speculate(Speculation& s, int64_t count, int64_t drafting, int64_t* made) {
   *made = 0;
   for (int64_t i = 0; i < s.width_count; ++i) patch(s.verify[i]);
   if (s.kind == 1) patch(s.propose), patch(s.append);
-  if (s.kind == 3) patch(s.two), patch(s.one);
+  if (s.kind == 2) patch(s.two), patch(s.one);
   Shared shared;
   shared.outcome.failed = std::numeric_limits<int64_t>::max();
   parallel(int(s.threads), [&](Team team) {
     for (;;) {
       if (team.thread == 0) shared.open = *made < count && goes_on(s, *made);
       team.barrier();
-      if (!shared.open || !round<T, U, W>(team, s, drafting != 0, shared)) return;
+      if (!shared.open || !round<T, U, W>(team, s, drafting, shared)) return;
       if (team.thread == 0) ++*made;
     }
   });

@@ -65,7 +65,7 @@ HEADS = {"none": 0, "vanilla": 1, "gated": 2, "rnn": 3}
 
 
 class Speculation(ctypes.Structure):
-    """State of the rounds."""
+    """State of the rounds (``speculation.h``)."""
 
     _fields_ = (
         ("kind", _I), ("rows", _I), ("batch", _I), ("count", _I), ("vocabulary", _I),
@@ -80,9 +80,10 @@ class Speculation(ctypes.Structure):
         ("fixed", _I), ("table", _P), ("verify_seconds", _P), ("draft_seconds", _P),
         ("conditional", _P),
         ("propose", BoundStages), ("append", BoundStages), ("draft_ids", _P), ("draft_block", _I),
-        ("states", _P), ("state_bytes", _I), ("pending", _P), ("context_slot", _P),
+        ("states", _P), ("state_bytes", _I), ("drafts", _I), ("pending", _P), ("context_slot", _P),
         ("context_positions", _P), ("behind", _I), ("sequence", Sequence),
-        ("shortest", _I), ("longest", _I),
+        ("looks_up", _I), ("shortest", _I), ("longest", _I), ("matched", _P), ("match", _P),
+        ("looked", _P), ("point", _P), ("drafted", _P),
         ("two", BoundStages), ("one", BoundStages), ("two_logits", _P), ("one_logits", _P),
         ("model_requests_two", _I), ("model_requests_one", _I), ("model_block", _P),
         ("model_positions", _P), ("model_held", _P), ("model_held_count", _I), ("model_mask", _P),

@@ -63,10 +63,14 @@ def drafts(model):
         "dflash": draft_for(model, markov_rank=0, confidence_head_with_markov=False),
         "ngram": "ngram",
         "model": target(seed=3, num_hidden_layers=2),
+        "ngram+draft": ("ngram", draft_for(model)),
+        "ngram+rnn": ("ngram", draft_for(model, markov_head_type="rnn")),
     }
 
 
-@pytest.mark.parametrize("kind", ["draft", "ngram", pytest.param("model", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["draft", "ngram", "ngram+draft", pytest.param("model", marks=pytest.mark.slow)]
+)
 def test_greedy_text_is_the_models(model, drafts, kind):
     new = 70
     out, report = speculate(model, ONE, new, drafts[kind], num_drafted=_count(kind))
@@ -74,11 +78,12 @@ def test_greedy_text_is_the_models(model, drafts, kind):
     assert report.path == "native"
     assert report.speculation.proposer == kind
     assert report.speculation.committed == new - 1  # the first token is the prompt's
-    assert 1 <= report.speculation.tau <= 5
+    assert 1 <= report.speculation.tau <= (8 if kind == "ngram+draft" else 5)
 
 
 def _count(kind):
-    return {"ngram": 3, "model": 3}.get(kind)
+    # Look-ups of more tokens than the draft beside them has, 4.
+    return {"ngram": 3, "model": 3, "ngram+draft": 7, "ngram+rnn": 7}.get(kind)
 
 
 def test_ragged_rows_and_holes(model, drafts, monkeypatch):
@@ -94,7 +99,7 @@ def test_ragged_rows_and_holes(model, drafts, monkeypatch):
     monkeypatch.setattr(loops, "FIRST_ROOM", 8)
     monkeypatch.setattr(rounds_module, "HOLES", 0.0)
     new = 150
-    for kind in ("draft", "ngram"):
+    for kind in ("draft", "ngram", "ngram+draft"):
         out, report = speculate(model, TWO, new, drafts[kind], num_drafted=_count(kind))
         assert torch.equal(out, plain(model, TWO, new)), kind
         assert report.path == "native"
@@ -106,28 +111,48 @@ def slow(*values):
 
 
 @pytest.mark.parametrize(
-    "kind", ["draft", slow("gated"), "rnn", slow("dflash"), "ngram", slow("model")]
+    "kind",
+    [
+        "draft",
+        slow("gated"),
+        "rnn",
+        slow("dflash"),
+        "ngram",
+        slow("model"),
+        "ngram+draft",
+        slow("ngram+rnn"),
+    ],
 )
 @pytest.mark.parametrize("how", [{}, {"top_k": 9, "top_p": 0.8, "repetition_penalty": 1.3}])
 def test_native_rounds_are_the_torch_ones(model, drafts, kind, how, monkeypatch):
     """With the same random numbers, also where nothing is greedy."""
-    new = 40
+    take = loops.take
+
+    def forgetful(*args, **more):
+        speculator = take(*args, **more)
+        speculator.prices.matched, speculator.prices.conditional = [], []
+        return speculator
+
+    monkeypatch.setattr(loops, "take", forgetful)
+    new, prompt = 40, TWO[1:] if kind.startswith("ngram+") else ONE
     for sampled in (True, False):
         more = {"do_sample": sampled, "num_drafted": _count(kind), "top_k": 0} | how
         torch.manual_seed(11)
-        native, report = speculate(model, ONE, new, drafts[kind], **more)
+        native, report = speculate(model, prompt, new, drafts[kind], **more)
         assert report.path == "native"
         with monkeypatch.context() as patch:
             patch.setattr(loops, "engine_for", lambda state, other: (TorchEngine(state), None))
             torch.manual_seed(11)
-            other, driven = speculate(model, ONE, new, drafts[kind], **more)
+            other, driven = speculate(model, prompt, new, drafts[kind], **more)
         assert driven.path == "compiled"
         assert torch.equal(native, other)
         a, b = report.speculation, driven.speculation
-        for name in ("tau", "rounds", "drafted", "accepted", "verify_lengths"):
+        for name in ("tau", "rounds", "drafted", "accepted", "verify_lengths", "lookup_rounds"):
             assert getattr(a, name) == getattr(b, name), name
         assert a.survival == pytest.approx(b.survival)
-        if not kind.startswith(("ngram", "model")):
+        if kind.startswith("ngram+"):
+            assert 0 < a.lookup_rounds < a.rounds
+        if kind != "model":
             assert a.predicted == pytest.approx(b.predicted, abs=1e-4)
 
 
@@ -272,15 +297,34 @@ def test_a_batch_too_wide_for_the_kernels(model, drafts):
 
 
 def test_a_draft_that_does_not_pay_rests(model, drafts, monkeypatch):
-    given = {"schedule": "auto", "num_drafted": 4}
-    speculate(model, ONE, 12, drafts["ngram"], **given)
+    draft, want = drafts["draft"], plain(model, ONE, 12)
+    speculate(model, ONE, 12, draft, schedule="auto")
     monkeypatch.setattr(ParkPolicy, "rests", lambda self: True)
-    out, report = speculate(model, ONE, 12, drafts["ngram"], **given)
+    out, report = speculate(model, ONE, 12, draft, schedule="auto")
     assert report.speculation is None
     assert any("parked: drafting takes" in note for note in report.notes)
-    assert torch.equal(out, plain(model, ONE, 12))
-    out, report = speculate(model, ONE, 12, drafts["ngram"], num_drafted=4)
+    assert torch.equal(out, want)
+    out, report = speculate(model, ONE, 12, draft)
     assert report.speculation is not None  # asked for: schedule="fixed"
+
+
+def test_look_ups_go_on_without_the_draft(model, drafts, monkeypatch):
+    given = {"schedule": "auto", "num_drafted": 7}
+    want = plain(model, TWO[1:], 30)
+    both = drafts["ngram+draft"]
+    out, report = speculate(model, TWO[1:], 30, both, **given)
+    assert torch.equal(out, want) and report.speculation.lookup_rounds
+    with monkeypatch.context() as patch:
+        patch.setattr(ParkPolicy, "drafts", lambda self: False)  # parked
+        out, report = speculate(model, TWO[1:], 30, both, **given)
+        assert torch.equal(out, want) and report.speculation.lookup_rounds
+    rests = iter([True])
+    monkeypatch.setattr(ParkPolicy, "rests", lambda self: next(rests, False))
+    out, report = speculate(model, TWO[1:], 30, both, **given)
+    assert torch.equal(out, want) and report.speculation.proposer == "ngram"
+    assert any(note.startswith("look-ups without the draft: parked") for note in report.notes)
+    out, report = speculate(model, TWO[1:], 30, both, **given)
+    assert report.speculation.proposer == "ngram+draft" and not report.notes
 
 
 @pytest.mark.skipif("amx" not in isa.available(), reason="the CPU has no AMX")
@@ -310,6 +354,8 @@ def test_a_custom_generate_call_takes_it(model, drafts):
     ("given", "words"),
     [
         ({"draft": "ngrams"}, "ngram"),
+        ({"draft": ("ngram", "ngram")}, "DraftModel"),
+        ({"draft": ["ngram"]}, "a pair is"),
         ({"draft": "ngram", "schedule": "greedy"}, "schedule"),
         ({"draft": "ngram", "num_drafted": 0}, "num_drafted"),
         ({"num_drafted": 3}, "draft"),

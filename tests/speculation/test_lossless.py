@@ -184,7 +184,7 @@ def test_ngram_proposals():
     generator = torch.Generator().manual_seed(9)
     probs = distribution(target_logits(), PLAIN)
     history = torch.tensor([2, 1, 3, 0, 2, 1, 3, 0, 2, 1]).expand(REQUESTS, -1)
-    tokens, found = ngram.propose(history, torch.full((REQUESTS,), 10), K)
+    tokens, found, _ = ngram.propose(history, torch.full((REQUESTS,), 10), K)
     assert tokens[0].tolist() == [3, 0, 2] and (found == K).all()
     along = torch.cat((history[:, -2:], tokens), dim=1)
     accepted, following = rejection(

@@ -315,6 +315,27 @@ def test_a_good_draft_is_never_parked_and_a_recovered_one_comes_back():
         policy.plain(0.0)
 
 
+def test_a_draft_parked_in_a_slow_moment_comes_back():
+    """What was measured before many rests is forgotten: two such moments, and then it pays."""
+    policy, drafted, last = ParkPolicy(), 0, []
+    for call in range(80):
+        if policy.rests():
+            continue
+        rounds = 0
+        while rounds < 60:
+            steps = policy.most(4)
+            if policy.drafts():
+                drafted += steps
+                policy.drafted(2.0 if drafted > 60 else 8.0, 3.0, steps)
+            else:
+                policy.plain(1.0, steps)
+            rounds += steps
+        policy.ended()
+        last.append((call, policy.parked))
+    assert last[2][1] and last[-1][0] - last[-2][0] == 1  # it rested, and no longer does
+    assert not last[-1][1]
+
+
 # -- n-grams
 
 
@@ -327,8 +348,8 @@ def lookup(history, count, minimum=3, longest=6):
                 out = list(history)
                 for i in range(count):
                     out.append(out[end + 1 + i])
-                return out[n:], count
-    return None, 0
+                return out[n:], count, size
+    return None, 0, 0
 
 
 @settings(max_examples=150, deadline=None)
@@ -343,10 +364,10 @@ def test_ngram_lookup(histories, count, minimum):
     for row, history in enumerate(histories):
         table[row, : len(history)] = torch.tensor(history)
     lengths = torch.tensor([len(h) for h in histories])
-    tokens, found = ngram.propose(table, lengths, count, minimum=minimum)
+    tokens, found, match = ngram.propose(table, lengths, count, minimum=minimum)
     for row, history in enumerate(histories):
-        want, many = lookup(history, count, minimum)
-        assert int(found[row]) == many
+        want, many, size = lookup(history, count, minimum)
+        assert (int(found[row]), int(match[row])) == (many, size)
         if many:
             assert tokens[row].tolist() == want
 
@@ -440,3 +461,14 @@ def test_what_rounds_do_not_show_counts():
         policy.drafted(1.0, 1.3, 12)
         policy.plain(1.0, 4)
     assert [p.parked for p in policies] == [False, True]
+    # A call of 40 such rounds in which every row got 50 tokens: none waited, and nothing else took
+    # time. Calls like it bring drafting back; few rounds say nothing.
+    policy = policies[1]
+    policy.took(3, 1.3, 1, 9.0)
+    assert policy.burden == 1.5
+    for _ in range(8):
+        policy.took(40, 1.3, 50, 1.0)
+    policy.drafted(1.0, 1.3, 4)
+    assert not policy.parked
+    policy.took(40, 1.3, 26, 1.1)  # the slowest row got half of the average
+    assert policy.burden > 1.3

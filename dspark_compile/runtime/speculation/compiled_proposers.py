@@ -18,11 +18,26 @@ from torch import Tensor
 from dspark_compile.models.draft import DraftModel
 from dspark_compile.ops.token import draw, penalised
 from dspark_compile.runtime.rounds import signature
-from dspark_compile.runtime.speculation import ngram
 from dspark_compile.runtime.speculation.accept import distribution
 from dspark_compile.runtime.speculation.draft_rounds import DraftRounds
 from dspark_compile.runtime.speculation.rounds import SpeculativeRounds
 from dspark_compile.runtime.speculation.state import State
+
+
+@dataclass
+class Lookup:
+    """What was looked up for a round.
+
+    Attributes:
+        tokens: ``[B, K]``. match: how many tokens match ``[B]``, 0 where none do.
+        point: whether that is what is verified ``[B]`` bool.
+        survival: how likely the first k tokens stand ``[B, K]``.
+    """
+
+    tokens: Tensor
+    match: Tensor
+    point: Tensor
+    survival: Tensor
 
 
 @dataclass
@@ -32,13 +47,16 @@ class Drafted:
     Attributes:
         tokens: ``[B, K]``. lengths: how many there are ``[B]``.
         probs: ``[B, K, V]`` that they were drawn from; None for point masses.
-        confidence: logits ``[B, K]`` float32; None without a confidence head.
+        confidence: logits of a draft's D tokens ``[B, D]`` float32; None without a confidence head.
+        source: `state.SOURCES`. lookup: what was looked up, if that was tried.
     """
 
     tokens: Tensor
     lengths: Tensor
     probs: Tensor | None = None
     confidence: Tensor | None = None
+    source: str = "draft"
+    lookup: Lookup | None = None
 
 
 class _Picker:
@@ -88,8 +106,8 @@ class Proposals:
     def prefill(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, n: int) -> None:
         """The prompt, ``n`` tokens at a time."""
 
-    def propose(self, state: State, uniform: Tensor | None) -> Drafted:
-        """Tokens for the block."""
+    def propose(self, state: State, uniform: Tensor | None, drafts: bool = True) -> Drafted:
+        """Tokens for the block; without ``drafts`` what there is without a draft."""
         raise NotImplementedError
 
     def verified(self, width: int) -> None:
@@ -146,7 +164,7 @@ class DraftProposals(Proposals):
             self._panels = cut.transpose(1, 2).contiguous()
         return self._panels
 
-    def propose(self, state: State, uniform: Tensor | None) -> Drafted:
+    def propose(self, state: State, uniform: Tensor | None, drafts: bool = True) -> Drafted:
         programs, batch = self.programs, state.batch
         self.flush()
         programs.ids[:, 0] = self.rounds.block[:, 0]
@@ -162,7 +180,7 @@ class DraftProposals(Proposals):
     def verified(self, width: int) -> None:
         """Remember the tapped states of the tokens verified."""
         programs, rounds = self.programs, self.rounds
-        if self.behind + width > self.count + 1:
+        if self.behind + width > rounds.count + 1:
             self.flush()
         if self.behind == 0:
             programs.context_slot.copy_(rounds.slot)
@@ -181,19 +199,6 @@ class DraftProposals(Proposals):
         if self.behind:
             self.programs.append()
             self.behind = 0
-
-
-class NgramProposals(Proposals):
-    """Lookup in each request's own tokens."""
-
-    name = "ngram"
-
-    def __init__(self, count: int, rounds: SpeculativeRounds, minimum: int = 3) -> None:
-        self.count, self.rounds, self.minimum = count, rounds, minimum
-
-    def propose(self, state: State, uniform: Tensor | None) -> Drafted:
-        tokens, found = ngram.propose(state.text, state.lengths, self.count, minimum=self.minimum)
-        return Drafted(tokens, found)
 
 
 class ModelProposals(Proposals):
@@ -232,7 +237,7 @@ class ModelProposals(Proposals):
             own.ensure(width)
             own.set_length(length)
 
-    def propose(self, state: State, uniform: Tensor | None) -> Drafted:
+    def propose(self, state: State, uniform: Tensor | None, drafts: bool = True) -> Drafted:
         own, rounds, batch = self.own, self.rounds, state.batch
         start, positions = rounds.length, rounds.positions
         own.mask.copy_(rounds.mask)

@@ -32,9 +32,10 @@ class DraftRounds:
 
     Attributes:
         ids [R, B]: the block: an anchor and mask tokens.
-        pending [R, K + 1, m * width]: tapped states that `append` reads; ``context_slot [1]`` and
-            ``context_positions [R, 1]`` say where they go.
-        hidden [R, K, d]: what the last `propose` gave, after the final norm.
+        pending [R, K + 1, m * width]: tapped states that `append` reads, of a round of the target's
+            K drafted tokens; ``context_slot [1]`` and ``context_positions [R, 1]`` say where they
+            go.
+        hidden [R, D, d]: what the last `propose` gave, after the final norm.
 
     Raises:
         DraftError: the draft slides a window over the context of several rows, whose slots have
@@ -61,7 +62,7 @@ class DraftRounds:
         )
         width = len(config.target_layer_ids) * config.target_hidden_size
         like = rounds.model.get_input_embeddings().weight.dtype
-        self.pending = torch.zeros(rows, self.count + 1, width, dtype=like, device=device)
+        self.pending = torch.zeros(rows, rounds.count + 1, width, dtype=like, device=device)
         self.context_slot = torch.zeros(1, dtype=torch.long, device=device)
         self.context_positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.hidden = torch.zeros(rows, self.count, config.hidden_size, dtype=dtype, device=device)
@@ -75,7 +76,7 @@ class DraftRounds:
     @property
     def slack(self) -> int:
         """Slots behind the context that a round writes to."""
-        return max(self.draft.config.block_size, self.count + 1)
+        return max(self.draft.config.block_size, self.pending.shape[1])
 
     def caches(self) -> list[Tensor]:
         """All keys and values, ``[R, G, N, D]``."""
@@ -114,7 +115,7 @@ class DraftRounds:
         self._run("append", self._append)
 
     def propose(self) -> Tensor:
-        """Base logits ``[R, K, V]`` (in the dtype of the weights, or float32 where they are
+        """Base logits ``[R, D, V]`` (in the dtype of the weights, or float32 where they are
         soft-capped); `hidden` has the rows they come from. Valid until the next call."""
         return self._run("propose", self._propose)
 
@@ -144,7 +145,7 @@ class DraftRounds:
 
     def _append(self) -> Callable[[], Tensor]:
         draft, keys, values, pending = self.draft, self.keys, self.values, self.pending
-        slot, first, count = self.context_slot, self.context_positions, self.count + 1
+        slot, first, count = self.context_slot, self.context_positions, pending.shape[1]
         put = torch.ops.dspark.cache_append_
 
         def append() -> Tensor:

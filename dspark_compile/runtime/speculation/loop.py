@@ -20,12 +20,13 @@ from dspark_compile.runtime.speculation.calibration import Calibration
 from dspark_compile.runtime.speculation.compiled_proposers import (
     DraftProposals,
     ModelProposals,
-    NgramProposals,
 )
+from dspark_compile.runtime.speculation.lookup_proposals import NgramProposals, drafting_part
 from dspark_compile.runtime.speculation.native_engine import engine_for
+from dspark_compile.runtime.speculation.options import parts
 from dspark_compile.runtime.speculation.park import BATCH_BURDEN, ParkPolicy
 from dspark_compile.runtime.speculation.rounds import SpeculativeRounds
-from dspark_compile.runtime.speculation.state import Prices, State, widths_for
+from dspark_compile.runtime.speculation.state import Prices, State, Visit, widths_for
 from dspark_compile.runtime.speculation.telemetry import Counters, SpeculationStats
 from dspark_compile.runtime.speculation.torch_engine import TorchEngine
 
@@ -58,39 +59,48 @@ class Speculator:
         count: int | None,
     ) -> None:
         taps: tuple[int, ...] = ()
-        if isinstance(draft, DraftModel):
-            taps = tuple(draft.config.target_layer_ids)
-        count = drafted_tokens(draft, count)
+        looks_up, own = parts(draft)
+        if isinstance(own, DraftModel):
+            taps = tuple(own.config.target_layer_ids)
+        count = drafted_tokens(draft, count, rows)
         rounds = SpeculativeRounds(model, rows, masked, scheme, options, count=count, taps=taps)
         rounds.key = speculator_key(rows, masked, scheme, options, draft, count)
         rounds.speculator = self
         self.rounds = rounds
-        self.proposer: Any
-        if isinstance(draft, DraftModel):
-            self.proposer = DraftProposals(draft, rounds)
-        elif draft == "ngram":
-            self.proposer = NgramProposals(count, rounds)
-        else:
-            self.proposer = ModelProposals(draft, count, rounds)
+        self.proposer: Any = None
+        if isinstance(own, DraftModel):
+            self.proposer = DraftProposals(own, rounds)
+        elif own is not None:
+            self.proposer = ModelProposals(own, count, rounds)
+        if looks_up:
+            self.proposer = NgramProposals(count, rounds, inner=self.proposer)
         self.draft = draft
+        self.note: str | None = None  # for the next call's report
         self.prices = Prices()
         self.policy = ParkPolicy(burden=BATCH_BURDEN if rows > 1 else 1.0)
 
 
-def drafted_tokens(draft: Any, asked: int | None) -> int:
-    """Drafted tokens of a round."""
-    if isinstance(draft, DraftModel):
-        return draft.config.num_drafted
-    return asked or (NGRAM_TOKENS if draft == "ngram" else MODEL_TOKENS)
+def drafted_tokens(draft: Any, asked: int | None, rows: int) -> int:
+    """Drafted tokens of a round of ``rows`` requests."""
+    looks_up, own = parts(draft)
+    if not isinstance(own, DraftModel):
+        return asked or (NGRAM_TOKENS if looks_up else MODEL_TOKENS)
+    count, weight = own.config.num_drafted, own.fc.weight
+    if not looks_up:
+        return count
+    most = asked or NGRAM_TOKENS
+    if weight.device.type == "cpu":  # the draft's context is appended by as many rows
+        most = min(most, most_rows(weight.dtype) // rows - 1)
+    return max(count, most)
 
 
 def speculator_key(
     rows: int, masked: bool, scheme: str, options: Mapping[str, Any], draft: Any, count: int | None
 ) -> Any:
     """What `Speculator`s must have in common to stand in for each other."""
-    own = draft if isinstance(draft, str) else id(draft)
-    count = drafted_tokens(draft, count)
-    return (*pool_key(rows, masked, scheme, options), "draft", own, count)
+    looks_up, own = parts(draft)
+    count = drafted_tokens(draft, count, rows)
+    return (*pool_key(rows, masked, scheme, options), "draft", looks_up, id(own), count)
 
 
 def take(
@@ -113,7 +123,8 @@ def take(
     masked = masked or rows > 1
     key = speculator_key(rows, masked, scheme, options, draft, count)
     of, reason = REFUSED.get(model, {}).get(key, (None, ""))
-    if of is not None and (of() if isinstance(of, weakref.ref) else of) is draft:
+    own = parts(draft)[1]
+    if reason and (own is None or of() is own):
         raise NotRounds(reason)
     while (idle := POOL.idle(model, key)) is not None:
         speculator: Speculator = idle.speculator  # type: ignore[attr-defined]
@@ -122,21 +133,27 @@ def take(
         policy = speculator.policy
         if not fixed and policy.rests():
             POOL.give(idle)
-            raise NotRounds(
+            reason = (
                 f"parked: drafting takes {1e6 * policy.price:.0f} us a token here, plain decoding "
                 f"{1e6 * policy.plain_price:.0f}; schedule='fixed' drafts all the same"
             )
+            if own is None or own is draft:
+                raise NotRounds(reason)
+            count = speculator.rounds.count
+            speculator = take(model, "ngram", batch, masked, scheme, options, count)
+            speculator.note = f"look-ups without the draft: {reason}"
         return speculator
     return Speculator(model, draft, rows, masked, scheme, options, count)
 
 
 def refusal(model: Any, draft: Any, plan: Plan, batch: int) -> str | None:
     """Why a call is decoded without speculation; None if nothing speaks against it."""
-    if isinstance(draft, DraftModel) and model.device.type == "cpu":
-        config, rows = draft.config, batch_bucket(batch)
+    own = parts(draft)[1]
+    if isinstance(own, DraftModel) and model.device.type == "cpu":
+        config, rows = own.config, batch_bucket(batch)
         block = max(config.block_size, config.num_drafted + 1)
         for what, width, dtype in (
-            ("blocks of", block, draft.fc.weight.dtype), ("verifying", 2, model.dtype)
+            ("blocks of", block, own.fc.weight.dtype), ("verifying", 2, model.dtype)
         ):  # fmt: skip
             if rows > 1 and rows * width > (most := most_rows(dtype)):
                 return (
@@ -180,6 +197,16 @@ class SpeculativeLoop:
         self.shown = self.asked = 0
         self.reason: str | None = None
         self.before = speculator.policy.parked_rounds, speculator.policy.probes
+        # Look-ups go on where a draft beside them is parked, and one request's alone never are:
+        # they cost nothing where nothing matches, and what they are worth is known each round.
+        drafting = drafting_part(self.proposer)
+        self.parks = not fixed and (drafting is not None or self.rounds.rows > 1)
+        self.hybrid = drafting not in (None, self.proposer)
+        self.looked_up = 0
+        self.drafted, self.others, self.inside = Visit(), 0, 0.0
+        if speculator.note is not None:
+            report.notes.append(speculator.note)
+            speculator.note = None
         report.prompt_tokens = prompt.shape[1]
 
     def run(self) -> Tensor:
@@ -206,7 +233,14 @@ class SpeculativeLoop:
                 state.make_room()
                 engine = engine.again()
             self._visit(state, engine)
-        report.spend("decode", clock() - began)
+        seconds = clock() - began
+        report.spend("decode", seconds)
+        if self.parks and self.rounds.rows > 1 and self.inside:
+            most = int((state.lengths - state.prompts).max()) - 1  # the first is the prompt's
+            drafted = self.drafted
+            tau = drafted.committed / max(drafted.requests, 1)
+            policy = self.speculator.policy
+            policy.took(drafted.rounds, tau, most - self.others, seconds / self.inside)
         if plan.streamer is not None:
             self._stream(state)
             plan.streamer.end()
@@ -233,13 +267,14 @@ class SpeculativeLoop:
         text = prompt.new_zeros(batch, room)
         text[:, :length] = prompt.gather(1, (1 - kept).argsort(dim=1, stable=True))
         seen = plan.choice.seen(prompt, logits.shape[-1])
-        own = getattr(getattr(self.proposer, "draft", None), "calibration", None)
-        count = rounds.count
+        count, drafting = rounds.count, drafting_part(self.proposer)
+        own = getattr(getattr(drafting, "draft", None), "calibration", None)
+        drafted = getattr(drafting, "count", count)
         state = State(
             rounds, self.proposer, plan.choice, plan.eos, limit, text, lengths.clone(),
             lengths.clone(), torch.zeros(batch, dtype=torch.bool, device=prompt.device), seen,
             Counters(count, prompt.device), self.speculator.prices,
-            Calibration.from_dict(own, count, sampled=plan.choice.sample), self.fixed,
+            Calibration.from_dict(own, drafted, sampled=plan.choice.sample), self.fixed,
         )  # fmt: skip
         rounds.filled[:batch] = lengths
         rounds.live[:batch] = True
@@ -278,9 +313,11 @@ class SpeculativeLoop:
         program = rounds.ensure(1)
         native = on_cpu and program is not None and program.native
         limit = most_rows(rounds.model.dtype) if native else None
-        widths = widths_for(rounds.rows, rounds.count, limit)
-        if self.fixed:
-            widths = sorted({1, max(widths)})
+        counts = {rounds.count}
+        if self.hybrid:
+            counts.add(drafting_part(self.proposer).count)
+        found = [widths_for(rounds.rows, count, limit) for count in counts]
+        widths = sorted({1, *(max(w) for w in found)} if self.fixed else set().union(*found))
         state.widths = []
         for width in widths:
             program = rounds.ensure(width)
@@ -297,32 +334,53 @@ class SpeculativeLoop:
             reason = f"a batch of {state.batch} rows: {self.reason}"
             draft = self.speculator.draft
             REFUSED.setdefault(rounds.model, {})[rounds.key] = (
-                draft if isinstance(draft, str) else weakref.ref(draft), reason
+                weakref.ref(parts(draft)[1]) if parts(draft)[1] is not None else None, reason
             )  # fmt: skip
             raise NotRounds(reason)
         return engine
 
     def _visit(self, state: State, engine: Any) -> None:
         policy, plan = self.speculator.policy, self.plan
-        drafting = max(state.widths) > 1 and (self.fixed or policy.drafts())
+        drafting = max(state.widths) > 1 and (not self.parks or policy.drafts())
         single = plan.asked or plan.streamer is not None
         seconds = state.prices.verify[1] if not drafting else sum(
             (state.prices.draft, max(state.prices.verify.values()))
         )  # fmt: skip
         count = 1 if single else max(1, min(int(VISIT / seconds), 512))
-        if not self.fixed:
+        if self.parks:
             count = min(count, policy.most(FIRST_VISIT))
-        visit = engine.visit(count, drafting)
-        if visit.rounds and not self.fixed:
-            each, tau = visit.seconds / visit.rounds, visit.committed / max(visit.requests, 1)
-            if drafting:
-                policy.drafted(each, max(tau, 1e-3), visit.rounds)
-            elif max(state.widths) > 1:
-                policy.plain(each, visit.rounds)
+        looks_up = self.hybrid and max(state.widths) > 1
+        visit = engine.visit(count, drafting or ("lookup" if looks_up else False))
+        if self.hybrid and "lookup" in visit.parts:
+            self.looked_up += visit.parts["lookup"].rounds
+        if self.parks:
+            self._judge(visit, drafting, max(state.widths) > 1)
         self.report.spend("decode", 0.0, visit.committed)
         if plan.streamer is not None:
             self._stopped(state)  # what a criterion cuts off is not shown
             self._stream(state)
+
+    def _judge(self, visit: Visit, drafting: bool, speculates: bool) -> None:
+        """What a visit says of whether drafting pays."""
+        policy, drafted, plain = self.speculator.policy, Visit(), Visit()
+        if self.hybrid:
+            drafted = visit.parts.get("draft", drafted)
+            plain = visit.parts.get("plain", plain)
+        elif drafting:
+            drafted = visit
+        elif speculates:
+            plain = visit
+        if drafted.rounds:
+            tau = drafted.committed / max(drafted.requests, 1)
+            policy.drafted(drafted.seconds / drafted.rounds, max(tau, 1e-3), drafted.rounds)
+            self.drafted.add("draft", drafted.committed, drafted.requests, 0.0, drafted.rounds)
+        if plain.rounds:
+            policy.plain(plain.seconds / plain.rounds, plain.rounds)
+        self.inside += visit.seconds
+        # Of the request that goes on longest: one token a plain step, and what look-ups gave.
+        self.others += plain.rounds
+        if (looked := visit.parts.get("lookup")) is not None and self.hybrid:
+            self.others += round(looked.rounds * looked.committed / max(looked.requests, 1))
 
     def _stream(self, state: State) -> None:
         """Hand over what is new of one request."""
@@ -351,7 +409,7 @@ class SpeculativeLoop:
 
     def _finish(self, state: State, engine: Any) -> Tensor:
         report, policy = self.report, self.speculator.policy
-        if not self.fixed:
+        if self.parks:
             policy.ended()
         new = state.lengths - state.prompts
         most = int(new.max()) if state.limit > 0 else 0
@@ -375,7 +433,7 @@ class SpeculativeLoop:
         report.speculation = SpeculationStats.read(
             state.counters, proposer=self.proposer.name, seconds=dict(engine.seconds),
             parked_rounds=policy.parked_rounds - self.before[0],
-            probes=policy.probes - self.before[1],
+            probes=policy.probes - self.before[1], lookup_rounds=self.looked_up,
         )  # fmt: skip
         if max(state.widths) == 1 and state.limit > 1:
             report.notes.append(

@@ -21,10 +21,10 @@ from dspark_compile.runtime.speculation import ngram
 from dspark_compile.runtime.speculation.compiled_proposers import (
     DraftProposals,
     ModelProposals,
-    NgramProposals,
 )
+from dspark_compile.runtime.speculation.lookup_proposals import NgramProposals, drafting_part
 from dspark_compile.runtime.speculation.rounds import HOLES
-from dspark_compile.runtime.speculation.state import FIRST_GUESS, State, Visit
+from dspark_compile.runtime.speculation.state import FIRST_GUESS, SOURCES, State, Visit
 
 # Visits between two looks at the measured prices.
 REFRESH = 8
@@ -37,7 +37,7 @@ def why_not(state: State) -> str | None:
     if state.batch > native.MOST_REQUESTS:
         return f"more than {native.MOST_REQUESTS} requests"
     programs: list[Captured | None] = [state.rounds.programs.get(w) for w in state.widths]
-    proposer = state.proposer
+    proposer = drafting_part(state.proposer)
     if isinstance(proposer, DraftProposals):
         programs += proposer.programs.programs.values()
     elif isinstance(proposer, ModelProposals):
@@ -77,10 +77,14 @@ class NativeEngine:
         self._s = native.Speculation()
         self._dtypes = [torch.float32, torch.float32, torch.float32]
         batch, count = state.batch, state.rounds.count
-        self._counters = self._hold((ctypes.c_double * (4 + 5 * count + count + 1 + 4))())
-        if not state.prices.conditional:
-            state.prices.conditional = [FIRST_GUESS] * count
-        self._conditional = self._doubles(state.prices.conditional)
+        self._sources = 4 + 5 * count + count + 1 + 4
+        self._counters = self._hold((ctypes.c_double * (self._sources + 4 * len(SOURCES)))())
+        prices = state.prices
+        if not prices.conditional:
+            prices.conditional = [FIRST_GUESS] * count
+        self._conditional = self._doubles(prices.conditional)
+        self._matched = self._doubles([x for row in prices.trust(count) for x in row])
+        self._drafted = self._doubles(prices.drafted)
         self._draft_seconds = self._doubles([state.prices.draft])
         self._widths = self._hold(torch.tensor(state.widths))
         self._verify_seconds = self._doubles([state.prices.verify[w] for w in state.widths])
@@ -101,7 +105,7 @@ class NativeEngine:
         if any(w not in state.rounds.programs for w in state.widths):  # the room was assumed
             for width in state.widths:
                 state.rounds.ensure(width)
-        if isinstance(state.proposer, ModelProposals) and max(state.widths) > 1:
+        if isinstance(drafting_part(state.proposer), ModelProposals) and max(state.widths) > 1:
             state.proposer.ensure()
         new = NativeEngine(state)
         new.seconds, new._uniform, new._used = self.seconds, self._uniform, self._used
@@ -175,14 +179,16 @@ class NativeEngine:
 
     def _proposer(self) -> None:
         s, proposer = self._s, self.state.proposer
-        if isinstance(proposer, DraftProposals):
+        if isinstance(proposer, NgramProposals):
+            s.looks_up, s.shortest, s.longest = 1, proposer.minimum, ngram.LONGEST
+        own = drafting_part(proposer)
+        s.drafts = getattr(own, "count", 0)
+        if isinstance(own, DraftProposals):
             s.kind = 1
-            self._draft(proposer)
-        elif isinstance(proposer, NgramProposals):
-            s.kind, s.shortest, s.longest = 2, proposer.minimum, ngram.LONGEST
-        elif isinstance(proposer, ModelProposals):
-            s.kind = 3
-            self._model(proposer)
+            self._draft(own)
+        elif isinstance(own, ModelProposals):
+            s.kind = 2
+            self._model(own)
 
     def _draft(self, proposer: DraftProposals) -> None:
         s, programs, draft = self._s, proposer.programs, proposer.draft
@@ -247,20 +253,28 @@ class NativeEngine:
         s, state, wide = self._s, self.state, self._s.vocabulary
         s.survival = self._zeros(batch, count, dtype=torch.double)
         s.found = self._zeros(batch, dtype=torch.long)
+        s.matched = ctypes.addressof(self._matched)
+        s.match = self._zeros(batch, dtype=torch.long)
+        s.looked = self._zeros(batch, count, dtype=torch.long)
+        s.point = self._zeros(batch, dtype=torch.uint8)
+        s.drafted = ctypes.addressof(self._drafted)
         s.verified = self._zeros(batch, dtype=torch.long)
         s.choice = self._zeros(batch, count + 1, dtype=torch.long)
         s.drafted_ids = self._zeros(batch, count, dtype=torch.long)
         s.draft_totals = self._zeros(batch, count, dtype=torch.double)
         s.target_totals = self._zeros(batch, count + 1, dtype=torch.double)
-        if s.kind in (1, 3):
+        if s.kind:
             s.draft_weights = self._zeros(batch, count, wide)
         if not state.greedy or state.seen is not None:
             s.target_weights = self._zeros(batch, count + 1, wide)
 
     # ------------------------------------------------------------------------------ running
 
-    def visit(self, count: int, drafting: bool) -> Visit:
-        """Up to ``count`` rounds; fewer where all requests end, or room has to be made."""
+    def visit(self, count: int, drafting: bool | str) -> Visit:
+        """Up to ``count`` rounds; fewer where all requests end, or room has to be made.
+
+        ``drafting``: whether anything is proposed; ``"lookup"``: not by the draft.
+        """
         state, s = self.state, self._s
         batch, most = state.batch, state.rounds.count
         if drafting and not state.fixed and self._visits % REFRESH == 0:
@@ -269,18 +283,16 @@ class NativeEngine:
         if not state.greedy:
             self._draw(count, batch, 2 * most + 1)
         if s.model_mask:
-            state.proposer.own.mask.copy_(state.rounds.mask)
-        committed, requests = self._counters[1], self._counters[0]
+            drafting_part(state.proposer).own.mask.copy_(state.rounds.mask)  # type: ignore[union-attr]
+        before = self._counters[self._sources :]
         made = ctypes.c_int64()
+        how = 0 if not drafting or state.proposer is None else 2 if drafting == "lookup" else 1
         began = time.perf_counter()
         with contextlib.ExitStack() as stack:
             for bound in self._programs:
                 stack.enter_context(bound.lock)
                 bound._enter()
-            status = self._function(
-                ctypes.byref(s), count, int(drafting and state.proposer is not None),
-                ctypes.byref(made),
-            )  # fmt: skip
+            status = self._function(ctypes.byref(s), count, how, ctypes.byref(made))
         seconds = time.perf_counter() - began
         if status:
             from dspark_compile.kernels.cpp._launch import raise_for
@@ -288,10 +300,12 @@ class NativeEngine:
             raise_for(status, "speculative round")
         self._used += made.value
         self._after()
-        return Visit(
-            made.value, round(self._counters[1] - committed),
-            round(self._counters[0] - requests), seconds,
-        )  # fmt: skip
+        visit = Visit(seconds=seconds)
+        sums = [b - a for a, b in zip(before, self._counters[self._sources :], strict=True)]
+        for at, source in enumerate(SOURCES):
+            rounds, requests, committed, spent = sums[4 * at : 4 * at + 4]
+            visit.add(source, round(committed), round(requests), spent, round(rounds))
+        return visit
 
     def _draw(self, count: int, batch: int, numbers: int) -> None:
         """Random numbers for ``count`` rounds; those that a visit leaves are for the next."""
@@ -311,9 +325,14 @@ class NativeEngine:
         rounds.length = int(rounds.slot)
         for layer in rounds.cache.layers:
             layer.known = rounds.length
-        if isinstance(state.proposer, DraftProposals):
-            state.proposer.behind = self._s.behind
-        prices.conditional = list(self._conditional)
+        own = drafting_part(state.proposer)
+        if isinstance(own, DraftProposals):
+            own.behind = self._s.behind
+        prices.conditional, prices.drafted = list(self._conditional), list(self._drafted)
+        count = rounds.count
+        prices.matched = [
+            self._matched[at : at + count] for at in range(0, len(self._matched), count)
+        ]
         prices.draft = self._draft_seconds[0]
         prices.verify.update(zip(state.widths, self._verify_seconds, strict=True))
 
@@ -330,8 +349,9 @@ class NativeEngine:
         for name, part in zip(("reached", "passed", "predicted", "survived", "predictions"), parts):
             getattr(c, name).add_(part)
         c.lengths += rest[5 * count : 6 * count + 1]
+        rest = rest[6 * count + 1 :]
         names = ("draft", "verify", "other", "sequence")
-        for name, spent in zip(names, rest[6 * count + 1 :].tolist(), strict=True):
+        for name, spent in zip(names, rest[:4].tolist(), strict=True):
             self.seconds[name] += spent
 
 

@@ -17,7 +17,7 @@ LONGEST = 6
 
 def propose(
     history: Tensor, lengths: Tensor, count: int, *, minimum: int = 3, longest: int = LONGEST
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Propose ``count`` tokens for each request.
 
     Args:
@@ -26,8 +26,8 @@ def propose(
         minimum, longest: tokens that have to match, and beyond which longer is no better.
 
     Returns:
-        Tokens ``[R, count]``, and how many of them to verify ``[R]``: ``count``, or 0 where nothing
-        matches.
+        Tokens ``[R, count]``; how many of them to verify ``[R]``: ``count``, or 0 where nothing
+        matches; and how many tokens match ``[R]``, at most ``longest``.
 
     Raises:
         ValueError: ``minimum`` or ``longest`` is out of order.
@@ -56,4 +56,5 @@ def propose(
     steps = torch.arange(count, device=history.device)
     source = start[:, None] + steps % period[:, None]
     tokens = history.gather(1, source.clamp(max=size - 1))
-    return tokens, torch.where(found, count, 0)
+    match = torch.where(found, best // size, 0)
+    return tokens, torch.where(found, count, 0), match

@@ -9,6 +9,13 @@ import torch
 SCHEDULES = ("auto", "fixed")
 
 
+def parts(draft: Any) -> tuple[bool, Any]:
+    """Whether ``draft`` looks n-grams up, and what drafts beside that (None: nothing)."""
+    if isinstance(draft, str):
+        return True, None
+    return (True, draft[1]) if isinstance(draft, (tuple, list)) else (False, draft)
+
+
 def check_draft(model: Any, draft: Any, num_drafted: int | None, schedule: str) -> None:
     """Whether ``draft`` can draft for ``model``; a `DraftModel` is bound to it where it was not.
 
@@ -24,6 +31,19 @@ def check_draft(model: Any, draft: Any, num_drafted: int | None, schedule: str) 
         return
     if num_drafted is not None and not 1 <= num_drafted <= 64:
         raise ValueError(f"num_drafted={num_drafted}: give 1 to 64")
+    if isinstance(draft, (tuple, list)):
+        from dspark_compile.models.draft import DraftModel
+
+        if len(draft) != 2 or draft[0] != "ngram" or not isinstance(draft[1], DraftModel):
+            names = ", ".join(repr(d) if isinstance(d, str) else type(d).__name__ for d in draft)
+            raise ValueError(f'draft=({names}): a pair is ("ngram", DraftModel)')
+        if num_drafted is not None and num_drafted < draft[1].config.num_drafted:
+            raise ValueError(
+                f"num_drafted={num_drafted}: look-ups beside this draft give as many tokens as it "
+                f"does or more, {draft[1].config.num_drafted}"
+            )
+        _check_draft_model(model, draft[1], None)
+        return
     if isinstance(draft, str):
         if draft != "ngram":
             raise ValueError(
@@ -36,8 +56,8 @@ def check_draft(model: Any, draft: Any, num_drafted: int | None, schedule: str) 
         if isinstance(draft, torch.nn.Module):
             return  # not a Hugging Face model: it is decoded without, and the report says so
         raise ValueError(
-            f'draft={type(draft).__name__}: give "ngram", a DraftModel, a causal language model or '
-            "None"
+            f'draft={type(draft).__name__}: give "ngram", a DraftModel, ("ngram", DraftModel), a '
+            "causal language model or None"
         )
     if isinstance(draft, DraftModel):
         _check_draft_model(model, draft, num_drafted)

@@ -12,7 +12,8 @@ plain steps are taken again and again.
 
 Even a parked round costs something: the draft's context goes on. A call that ends parked, by far
 after few rounds and clearly after many, therefore lets the next one rest, which is decoded without
-the draft; then two, four, ... `MOST_RESTS`, until one ends drafting.
+the draft; then two, four, ... `MOST_RESTS`, until one ends drafting. A call behind many rests
+judges afresh: what was measured long ago may have been a slow moment.
 
 Times are the host's or the device's, measured by the caller; nothing here reads a clock.
 """
@@ -27,21 +28,24 @@ from typing import Any
 
 # How often a visit of many rounds, whose mean is one measurement, counts at most.
 MOST_ADDED = 4
-# Drafted rounds between two looks at what plain steps cost, and how many of these.
+# Drafted rounds between two looks at what plain steps cost, and how many of these. At first, while
+# one slow moment would be all that is known, they are taken sooner.
 PLAIN_EVERY, PLAIN_STEPS = 48, 2
+PLAIN_SOONER, PLAIN_KNOWN = 12, 8
 # Rounds of a probe.
 PROBE = 6
 # Where calls rest: how much dearer drafting is, by how many rounds say so. Few rounds must be very
 # sure, since a call that rests learns nothing.
 CLEARLY = ((18, 1.25), (30, 1.05))
-# `burden` of rows of a batch, which commit different numbers of tokens: all wait for the slowest,
-# and the holes between them are closed outside of rounds. Measured: two rows whose rounds were
-# worth 306 us a token took about 400.
-BATCH_BURDEN = 1.5
+# `burden` of rows of a batch before it was measured: rows commit different numbers of tokens, and
+# all wait for the slowest; the holes between them are closed outside of rounds. (Two rows whose
+# rounds were worth 306 us a token took about 400.)
+BATCH_BURDEN, MOST_BURDEN, BURDEN_SHARE = 1.5, 3.0, 0.3
 # Measurements that the price of a round rests on, and what is far above their median.
 RECENT, SLOW = 32, 1.5
-# Calls in a row that are decoded without the draft.
-MOST_RESTS = 16
+# Calls in a row that are decoded without the draft; after so many what was measured is of another
+# time, and is forgotten.
+MOST_RESTS, FORGET_AFTER = 16, 8
 
 
 @dataclass
@@ -93,7 +97,8 @@ class ParkPolicy:
         probe_every: plain steps between probes, at least.
         budget: share of the time that probes may lose.
         least: drafted rounds before anything is decided.
-        burden: what a drafted token costs beside its share of the rounds measured, as a factor.
+        burden: what a drafted token costs beside its share of the rounds measured, as a factor;
+            learned by `took`.
         parked: whether drafting is parked now.
         parked_rounds, probes: counted.
     """
@@ -140,7 +145,7 @@ class ParkPolicy:
         if not self.parked:
             if self._round.count < self.least:
                 return True
-            return self._plain.count > 0 and self._drafted < PLAIN_EVERY
+            return self._plain.count > 0 and self._drafted < self._every
         return self._since >= self._interval
 
     def most(self, first: int) -> int:
@@ -148,13 +153,17 @@ class ParkPolicy:
         ``first`` while it knows little."""
         if self.parked:
             return PROBE if self._since >= self._interval else self._interval - self._since
-        if self._drafted >= PLAIN_EVERY:
+        if self._drafted >= self._every:
             return PLAIN_STEPS
         if self._round.count == self.least and not self._plain.count:
             return first
-        return min(first, PLAIN_EVERY) if self._round.count < 4 * self.least else (
-            PLAIN_EVERY - self._drafted
+        return min(first, self._every) if self._round.count < 4 * self.least else (
+            self._every - self._drafted
         )  # fmt: skip
+
+    @property
+    def _every(self) -> int:
+        return PLAIN_EVERY if self._plain.count >= PLAIN_KNOWN else PLAIN_SOONER
 
     def drafted(self, seconds: float, tau: float, rounds: int = 1) -> None:
         """Each of ``rounds`` took ``seconds`` and committed ``tau`` tokens a request.
@@ -197,6 +206,14 @@ class ParkPolicy:
             self._since += steps
         self._decide()
 
+    def took(self, rounds: int, tau: float, tokens: int, beside: float) -> None:
+        """A call in which the request of the most tokens got ``tokens`` from ``rounds`` drafted
+        rounds, where all requests together got ``tau`` a request and round, and time outside of
+        rounds made it ``beside`` times as long: what its `burden` was."""
+        if rounds >= self.least and tokens > 0:
+            seen = min(max(rounds * tau / tokens * beside, 1.0), MOST_BURDEN)
+            self.burden += BURDEN_SHARE * (seen - self.burden)
+
     def ended(self) -> None:
         """A call has ended."""
         dear = self.parked and any(
@@ -209,6 +226,10 @@ class ParkPolicy:
     def rests(self) -> bool:
         """Whether the call that begins is to go without the draft."""
         if self._resting == 0:
+            if self._rests >= FORGET_AFTER:
+                self._round, self._tau, self._plain = _Typical(), _Average(), _Typical()
+                self.parked, self._rounds, self._drafted = False, 0, 0
+                self._interval = self.probe_every
             return False
         self._resting -= 1
         return True

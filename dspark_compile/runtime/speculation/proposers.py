@@ -107,7 +107,7 @@ class NgramProposer:
         """The continuation of the most recent match."""
         table = torch.nn.utils.rnn.pad_sequence(list(history), batch_first=True)
         lengths = torch.tensor([len(h) for h in history], device=table.device)
-        tokens, found = ngram.propose(table, lengths, self.length, minimum=self.minimum)
+        tokens, found, _ = ngram.propose(table, lengths, self.length, minimum=self.minimum)
         return Proposal(tokens, found)
 
     def commit(self, taps: Sequence[Tensor]) -> None:

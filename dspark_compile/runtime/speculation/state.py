@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dspark_compile.runtime.speculation.accept import is_greedy
 from dspark_compile.runtime.speculation.calibration import Calibration
+from dspark_compile.runtime.speculation.ngram import LONGEST
 from dspark_compile.runtime.speculation.rounds import SpeculativeRounds
 from dspark_compile.runtime.speculation.sps import SPSCurve
 from dspark_compile.runtime.speculation.telemetry import Counters
@@ -24,15 +25,35 @@ from dspark_compile.runtime.token_choice import TokenChoice
 FIRST_GUESS = 0.7
 
 
+# What a round verifies: nothing, what was looked up, or what was drafted.
+SOURCES = ("plain", "lookup", "draft")
+
+
 @dataclass
 class Visit:
     """What some rounds did: their number, the tokens they committed for all requests, the requests
-    that took part (summed over rounds), and seconds."""
+    that took part (summed over rounds), and seconds; ``parts``: the same by source."""
 
     rounds: int = 0
     committed: int = 0
     requests: int = 0
     seconds: float = 0.0
+    parts: dict[str, Visit] = field(default_factory=dict)
+
+    def add(
+        self, source: str, committed: int, requests: int, seconds: float, rounds: int = 1
+    ) -> None:
+        """Rounds of a source. `seconds` of the whole, which has more in it, are its caller's."""
+        if not rounds:
+            return
+        self.rounds += rounds
+        self.committed += committed
+        self.requests += requests
+        part = self.parts.setdefault(source, Visit())
+        part.rounds += rounds
+        part.committed += committed
+        part.requests += requests
+        part.seconds += seconds
 
 
 @dataclass
@@ -43,11 +64,21 @@ class Prices:
         verify: by width.
         draft: of drafting a round.
         conditional: how often a drafted token stood, where no head says so ``[K]``.
+        matched: how often the k-th token behind a match stood, by the match's length ``[n][K]``.
+        drafted: tokens of a request, and seconds, of a drafted round; 0 before there was one.
     """
 
     verify: dict[int, float] = field(default_factory=dict)
     draft: float = 0.0
     conditional: list[float] = field(default_factory=list)
+    matched: list[list[float]] = field(default_factory=list)
+    drafted: list[float] = field(default_factory=lambda: [0.0, 0.0])
+
+    def trust(self, count: int) -> list[list[float]]:
+        """`matched`, of ``count`` tokens behind matches of 1, 2, ... `ngram.LONGEST`."""
+        if not self.matched:
+            self.matched = [[FIRST_GUESS] * count for _ in range(LONGEST)]
+        return self.matched
 
     def table(self, count: int) -> list[float]:
         """Seconds of verifying 0, 1, ... ``count + 1`` tokens a row: convex, as the early stop
@@ -158,12 +189,19 @@ def verify_length(
         survival: ``[R][K]`` of the live requests. table: seconds by width (`Prices.table`).
         draft: seconds of drafting. most: at most so many.
     """
+    return best_length(survival, table, draft, most)[0]
+
+
+def best_length(
+    survival: Sequence[Sequence[float]], table: Sequence[float], draft: float, most: int
+) -> tuple[int, float]:
+    """`verify_length`, and the expected tokens a second there."""
     tau = float(len(survival))
     best = tau / (draft + table[1])
     for k in range(most):
         tau += sum(row[k] for row in survival)
         value = tau / (draft + table[k + 2])
         if not value > best:
-            return k
+            return k, best
         best = value
-    return most
+    return most, best

@@ -79,6 +79,7 @@ class SpeculationStats:
         seconds: time by part: ``draft``, ``verify``, ``other``; and of ``draft`` the sequential
             stage, ``sequence``, where native rounds measure it.
         parked_rounds, probes: of the park policy.
+        lookup_rounds: target steps that verified look-ups where there is a draft, too.
         proposer: what drafted.
         notes: warnings, in words.
     """
@@ -95,6 +96,7 @@ class SpeculationStats:
     seconds: dict[str, float] = field(default_factory=dict)
     parked_rounds: int = 0
     probes: int = 0
+    lookup_rounds: int = 0
     proposer: str = "none"
     notes: list[str] = field(default_factory=list)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_compile.ops.token import penalised
@@ -43,19 +44,21 @@ class TorchEngine:
         """The telemetry is where it is read."""
 
     @torch.no_grad()
-    def visit(self, count: int, drafting: bool) -> Visit:
-        """Up to ``count`` rounds; fewer where all requests end, or there is no more room."""
+    def visit(self, count: int, drafting: bool | str) -> Visit:
+        """Up to ``count`` rounds; fewer where all requests end, or there is no more room.
+
+        ``drafting``: whether anything is proposed; ``"lookup"``: not by the draft.
+        """
         state, done = self.state, Visit()
         began = time.perf_counter()
         while done.rounds < count and not state.finished() and state.has_room():
-            done.requests += int((~state.done).sum())
-            done.committed += self._round(drafting)
-            done.rounds += 1
+            self._round(drafting, done)
         done.seconds = time.perf_counter() - began
         return done
 
-    def _round(self, drafting: bool) -> int:
+    def _round(self, drafting: bool | str, done: Visit) -> None:
         state, clock = self.state, time.perf_counter
+        requests, began = int((~state.done).sum()), time.perf_counter()
         rounds, proposer, batch = state.rounds, state.proposer, state.batch
         live = ~state.done
         start, uniform = clock(), None
@@ -63,12 +66,16 @@ class TorchEngine:
         if not state.greedy:
             uniform = torch.rand(batch, 2 * count + 1, device=state.text.device)
         drafted, survival, lengths = None, None, state.lengths.new_zeros(batch)
+        source = "plain"
         if drafting and proposer is not None:
-            drafted = proposer.propose(state, uniform)
+            drafted = proposer.propose(state, uniform, drafting != "lookup")
+            source = drafted.source
             survival = self._survival(drafted)
             lengths = self._lengths(drafted, survival, live)
             rounds.block[:batch, 1 : 1 + drafted.tokens.shape[1]] = drafted.tokens
         width = self._width(int(lengths.max()))
+        if source == "lookup" and width == 1:
+            source = "plain"
         drafting_seconds = clock() - start
         start = clock()
         logits = rounds.verify(width)[:batch]
@@ -86,29 +93,40 @@ class TorchEngine:
         counts = made.counts * live
         state.counters.record(made.accepted, counts, lengths, live, survival)
         self._take(made.tokens, counts, made.ended, left)
-        if drafted is not None and drafted.confidence is None and len(state.prices.conditional):
-            self._learn(made.accepted, lengths, live)
+        if drafted is not None:
+            self._learn(drafted, made.accepted, lengths, live)
+            self._learn_looked(drafted, made.tokens, counts)
         total = int(counts.sum())
         price = state.prices
-        known = price.verify.get(width, verify_seconds)
-        price.verify[width] = known + SHARE * (min(verify_seconds, 2 * known) - known)
-        if drafted is not None:
-            known = price.draft or drafting_seconds
-            price.draft = known + SHARE * (min(drafting_seconds, 2 * known) - known)
+        price.verify[width] = _blend(price.verify.get(width, 0.0), verify_seconds)
+        whole = clock() - began
+        if source == "draft":
+            price.draft = _blend(price.draft, drafting_seconds)
+            tokens, seconds = price.drafted
+            price.drafted = [_blend(tokens, total / requests), _blend(seconds, whole)]
+        done.add(source, total, requests, whole)
         self.seconds["draft"] += drafting_seconds
         self.seconds["verify"] += verify_seconds
         self.seconds["other"] += clock() - start
-        return total
 
     def _survival(self, drafted: Drafted) -> Tensor:
-        state = self.state
+        """How likely the first k tokens stand ``[B, K]``."""
+        state, looked = self.state, drafted.lookup
+        if looked is not None and drafted.source == "lookup":
+            return looked.survival
         if drafted.confidence is not None:
-            return state.calibration.survival(drafted.confidence)
-        known = state.prices.conditional
-        if not known:
-            known[:] = [FIRST_GUESS] * state.rounds.count
-        guess = torch.tensor(known, device=drafted.tokens.device).cumprod(0)
-        return guess[: drafted.tokens.shape[1]] * (drafted.lengths > 0)[:, None]
+            own = state.calibration.survival(drafted.confidence)
+        else:
+            known = state.prices.conditional
+            if not known:
+                known[:] = [FIRST_GUESS] * state.rounds.count
+            most = drafted.tokens.shape[1] if looked is None else state.proposer.inner.count
+            guess = torch.tensor(known[:most], device=drafted.tokens.device).cumprod(0)
+            own = guess.expand(len(drafted.tokens), -1)
+        own = F.pad(own, (0, state.rounds.count - own.shape[1]))
+        if looked is not None:
+            own = torch.where(looked.point[:, None], looked.survival, own)
+        return own
 
     def _lengths(self, drafted: Drafted, survival: Tensor, live: Tensor) -> Tensor:
         state = self.state
@@ -119,7 +137,8 @@ class TorchEngine:
                 most = 0
             else:
                 table = state.prices.table(state.rounds.count)
-                most = verify_length(rows, table, state.prices.draft, min(most, len(rows[0])))
+                draft = state.prices.draft if drafted.source == "draft" else 0.0
+                most = verify_length(rows, table, draft, min(most, len(rows[0])))
                 # The rest of the width is paid for.
                 most = self._width(most) - 1
         return drafted.lengths.clamp(max=most)
@@ -174,12 +193,35 @@ class TorchEngine:
         if state.proposer is not None:
             state.proposer.committed(state, kept)
 
-    def _learn(self, accepted: Tensor, lengths: Tensor, live: Tensor) -> None:
+    def _learn(self, drafted: Drafted, accepted: Tensor, lengths: Tensor, live: Tensor) -> None:
+        """How often drafted tokens stand, where no head says so."""
+        if drafted.source != "draft" or drafted.confidence is not None:
+            return
         known = self.state.prices.conditional
         for row in range(len(accepted)):
-            if not live[row]:
+            if not live[row] or (drafted.lookup is not None and drafted.lookup.point[row]):
                 continue
             for k in range(int(lengths[row])):
                 if k > accepted[row]:
                     break
                 known[k] += SHARE * (float(accepted[row] > k) - known[k])
+
+    def _learn_looked(self, drafted: Drafted, tokens: Tensor, counts: Tensor) -> None:
+        """What was committed, ``counts [B]`` of ``tokens [B, M]``, says what look-ups are worth,
+        verified or not."""
+        looked = drafted.lookup
+        if looked is None:
+            return
+        for row in range(len(counts)):
+            match, count = int(looked.match[row]), int(counts[row])
+            known = self.state.prices.trust(looked.tokens.shape[1])[match - 1]
+            for k in range(min(count, len(known)) if match else 0):
+                stood = bool(looked.tokens[row, k] == tokens[row, k])
+                known[k] += SHARE * (float(stood) - known[k])
+                if not stood:
+                    break
+
+
+def _blend(known: float, seen: float) -> float:
+    """A running average that a hiccup does not throw."""
+    return known + SHARE * (min(seen, 2 * known) - known) if known else seen
