@@ -2,9 +2,9 @@
 
 Every measurement is a fresh process with its own Inductor cache folder: the cold one empty,
 the warm one what the cold run left. The processes take turns. What is timed is everything
-``torch.compile`` does (ours with ``inner="auto"``) for one prefill and two decode steps of the
-shipped model in float32, or
-with ``--shape qwen3-0.6b`` of a random one in bfloat16.
+``torch.compile`` does (ours with ``--inner``) for one prefill and two decode steps of the shipped
+model in float32, or with ``--shape qwen3-0.6b`` of a random one in bfloat16. Then the same process
+makes four tokens by `dspark_compile.generate`: the time of its compilation.
 
     python -m benchmarks.compile_time
     python -m benchmarks.compile_time --shape qwen3-0.6b --rounds 1 --name compile_time_qwen3
@@ -27,7 +27,7 @@ _CHILD = """
 import json, sys, time, torch
 from transformers import AutoModelForCausalLM, StaticCache
 from dspark_compile.models import DEMO_PATH
-backend, layers, shape = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+backend, layers, shape, inner = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 import dspark_compile.backend, torch._inductor.compile_fx  # imports are not compile time
 if shape == "shipped":
     model = AutoModelForCausalLM.from_pretrained(DEMO_PATH, dtype=torch.float32).eval()
@@ -38,7 +38,7 @@ if layers and shape == "shipped":
     del model.model.layers[layers:]
     model.config.num_hidden_layers = layers
     model.config.layer_types = model.config.layer_types[:layers]
-options = {"inner": "auto"} if backend == "dspark" else None
+options = {"inner": inner} if backend == "dspark" else None
 run = torch.compile(model, backend=backend, dynamic=False, options=options)
 ids = torch.arange(64).reshape(1, 64) + 5
 with torch.no_grad():
@@ -61,15 +61,20 @@ if backend == "dspark":
             out["stages"][stage] = out["stages"].get(stage, 0) + seconds
     out["sites"] = report.summary()
     out["fallbacks"] = len(report.fallbacks)
+    out["from_cache"] = [graph.from_cache for graph in report.graphs]
+    _, stats = dspark_compile.generate(
+        model, ids, max_new_tokens=4, do_sample=False, eos_token_id=None, return_stats=True
+    )
+    out["generate_compile_seconds"] = stats.seconds["compile"]
 print("RESULT", json.dumps(out))
 """
 
 
-def child(backend: str, cache: str, layers: int, shape: str) -> dict:
+def child(backend: str, cache: str, layers: int, shape: str, inner: str) -> dict:
     """One fresh process; its result."""
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "DSPARK_CACHE_DIR": cache + "/dspark"}
     done = subprocess.run(
-        [sys.executable, "-c", _CHILD, backend, str(layers), shape],
+        [sys.executable, "-c", _CHILD, backend, str(layers), shape, inner],
         env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     for line in done.stdout.splitlines():
@@ -84,6 +89,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=0, help="keep only the first N layers")
     parser.add_argument("--shape", choices=["shipped", *SHAPES], default="shipped")
+    parser.add_argument("--inner", choices=["inductor", "auto"], default="inductor")
     parser.add_argument("--name", default="compile_time")
     args = parser.parse_args()
     runs: dict[str, list[dict]] = {}
@@ -91,7 +97,7 @@ def main() -> None:
         for backend in ("inductor", "dspark"):
             with tempfile.TemporaryDirectory() as cache:
                 for state in ("cold", "warm"):
-                    result = child(backend, cache, args.layers, args.shape)
+                    result = child(backend, cache, args.layers, args.shape, args.inner)
                     runs.setdefault(f"{backend} {state}", []).append(result)
                     print(
                         f"{backend} {state} {result['seconds']:.1f} s, of which decode"
@@ -108,6 +114,7 @@ def main() -> None:
             "what": "one prefill of 64 tokens and two decode steps",
             "model": args.shape,
             "layers": args.layers or "all",
+            "inner": args.inner,
             "median_s": median,
             "decode_median_s": decode,
             "cold_ratio_to_inductor": median["dspark cold"] / median["inductor cold"],
