@@ -219,6 +219,35 @@ all_experts.run(team, memory);
     return source(spec.name, about, "moe_int.h", parameters, run, need=need, before=_gate(spec))
 
 
+@functools.lru_cache(maxsize=1024)
+def grouped_linear(dtype: torch.dtype, index: torch.dtype, rows: int, turned: bool) -> Source:
+    """One matrix an expert over sorted rows; see ``kernels/cpp/grouped.h``.
+
+    Args:
+        dtype: of rows, weights and the result.
+        index: of the experts' ends.
+        rows: of a pass, 1 … 16.
+        turned: whether weights lie ``[in, out]``.
+    """
+    t = CPP_TYPE[dtype]
+    kind = f"GroupedLinear<{t}, {_CPP[index]}, {rows}, {str(turned).lower()}>"
+    stacks = ", ".join(
+        f"{{(const {t}*){n}, (const {t}* const*){n}_list, {n}_step}}" for n in ("w", "bias")
+    )
+    run = f"""
+const {kind} all_rows{{(const {t}*)x, ldx, (const {_CPP[index]}*)ends, {stacks}, ldw, ({t}*)y,
+    rows, experts, K, N}};
+all_rows.run(team, memory);
+"""
+    parameters = ["p x", "i ldx", "p ends"]
+    for n in ("w", "bias"):
+        parameters += [f"p {n}", f"p {n}_list", f"i {n}_step"]
+    parameters += ["i ldw", "p y", "i rows", "i experts", "i K", "i N"]
+    name = f"grouped_linear_{SHORT[dtype]}_{_SHORT[index]}_m{rows}{'_turned' if turned else ''}"
+    need = f"{kind}::bytes(rows, experts, K, threads)"
+    return source(name, f"Rows by expert: {kind}", "grouped.h", parameters, run, need=need)
+
+
 @dataclass(frozen=True)
 class Router:
     """What decides a router's kernel: dtypes, and the rows of a pass.

@@ -25,6 +25,7 @@ from dspark_compile.codegen.cpp.program import PlanError, Program
 from dspark_compile.kernels import cpp
 from dspark_compile.kernels.cpp import attention as attention_kernels
 from dspark_compile.kernels.cpp import cache as cache_kernels
+from dspark_compile.kernels.cpp import grouped as grouped_kernels
 from dspark_compile.kernels.cpp import linear as linear_kernels
 from dspark_compile.kernels.cpp import moe as moe_kernels
 from dspark_compile.kernels.cpp import moe_quantized as int_experts
@@ -55,7 +56,7 @@ ANGLES = {"rope": (1, 2), "qk_norm_rope_append_": (5, 6), "qk_norm_rope_append_i
 QUANTIZED = ("linear_int8", "linear_int4", "gated_mlp_int8", "gated_mlp_int4")
 PRODUCTS = (*_LINEARS, *_MLPS, *QUANTIZED)
 INT_EXPERTS = ("moe_experts_int8", "moe_experts_int4")
-EXPERTS = ("moe_router", "moe_experts", *INT_EXPERTS)
+EXPERTS = ("moe_router", "moe_experts", "grouped_linear", *INT_EXPERTS)
 
 
 def reason(node: fx.Node) -> str | None:
@@ -480,6 +481,11 @@ class Planner:
             )  # fmt: skip
         elif name == "moe_experts":
             call, self.values[node] = self._experts(node, args)
+        elif name == "grouped_linear":
+            x, ends, weight, bias = args
+            rows, ends = self.rows(x, node.name), self.contiguous(ends, node.name)
+            bias = [self.contiguous(t, node.name) for t in bias]
+            call, self.values[node] = grouped_kernels.call_of(rows, ends, weight, bias)
         elif name in INT_EXPERTS:
             rows = self.rows(args[0], node.name)
             flat = [

@@ -13,6 +13,7 @@ It takes the op's own arguments, real or fake. The templates are the headers in 
     ``mlp`` ``gated_mlp``           `linear`; ``gated_mlp_merged`` too
     ``linear_int8`` ``linear_int4`` `quantized`; ``gated_mlp_int8``, ``gated_mlp_int4`` too
     ``moe_router`` ``moe_experts``  `moe`
+    ``grouped_linear``              `grouped`
     ``moe_experts_int8``            `moe_quantized`; ``moe_experts_int4`` too
     ``rms_norm`` ``layer_norm``     `norm`; with ``add_`` in front, behind a residual
     ``rope``                        `rope`
@@ -46,6 +47,7 @@ OPS: dict[str, str] = {
     "gated_mlp_int4": "quantized",
     "moe_router": "moe",
     "moe_experts": "moe",
+    "grouped_linear": "grouped",
     "moe_experts_int8": "moe_quantized",
     "moe_experts_int4": "moe_quantized",
     "rms_norm": "norm",

@@ -96,8 +96,8 @@ struct Load {
 
 // A thread's share of `rows` rows of every expert's weights, in whole blocks: body(h, first, last).
 // One more pass over a block costs as the first: `passes(h)` says how many an expert has.
-template <class Passes, class Body>
-inline void share_rows(Team team, const Routing& routing, int64_t rows, const Passes& passes,
+template <class Groups, class Passes, class Body>
+inline void share_rows(Team team, const Groups& routing, int64_t rows, const Passes& passes,
                        Body&& body) {
   const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
   int64_t all = 0;
