@@ -413,18 +413,19 @@ def test_widths():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["draft", "gated", "rnn", "ngram"])
+@pytest.mark.parametrize("kind", ["draft", "gated", "rnn", "ngram", "ngram+draft"])
 def test_sampled_text_is_distributed_as_the_models(kind):
     """Chi-square over the first three tokens behind a prompt, 20,000 requests."""
     wide = 4
     model = target(vocab_size=wide, hidden_size=16, num_hidden_layers=3, initializer_range=0.6)
     draft = kind
     if kind != "ngram":
-        head = "vanilla" if kind == "draft" else kind
+        head = kind if kind in ("gated", "rnn") else "vanilla"
         draft = draft_for(
             model, vocab_size=wide, hidden_size=16, mask_token_id=0, num_target_layers=3,
             target_layer_ids=(-1, 0, 1), markov_head_type=head,
         )  # fmt: skip
+        draft = ("ngram", draft) if kind == "ngram+draft" else draft
     # No 0 in it: that is the padding, which transformers would mask.
     prompt = torch.tensor([[1, 2, 3, 1, 1, 2, 3, 1, 1, 2]])
     joint = torch.ones(1)
