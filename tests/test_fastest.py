@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 
 import pytest
 import torch
@@ -22,8 +21,21 @@ MACHINE = {
 }  # fmt: skip
 
 
+class Clock:
+    """Time that only candidates take: nothing else on the machine has a say."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+CLOCK = Clock()
+
+
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
+    monkeypatch.setattr(fastest, "time", CLOCK)
     monkeypatch.setenv("DSPARK_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("DSPARK_MACHINE", json.dumps(MACHINE))
     monkeypatch.setattr(fastest, "_spent", 0.0)
@@ -53,7 +65,7 @@ class Candidate:
     def __call__(self, x, weight):
         assert x.shape == (1, 8, 512) and weight.shape == (512, 512) and type(x) is torch.Tensor
         self.calls += 1
-        time.sleep(self.seconds)
+        CLOCK.now += self.seconds + 1e-6
 
 
 def names(result):
