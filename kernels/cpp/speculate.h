@@ -291,6 +291,9 @@ inline void settle(Speculation& s, Shared& shared) {
   if (s.kind == 1) s.behind += most;
 }
 
+// How soon the price of an unused width returns to what it is beside the one used.
+constexpr double kForgotten = 0.02;
+
 // Where the time went, and what rounds cost from now on.
 inline void learn(Speculation& s, const Shared& shared, double tokens, double requests) {
   const int64_t K = s.count, *times = shared.times;
@@ -301,7 +304,13 @@ inline void learn(Speculation& s, const Shared& shared, double tokens, double re
   const auto blend = [](double& known, double seen) {
     known = known > 0 ? known + kLearned * (std::min(seen, 2 * known) - known) : seen;
   };
-  blend(s.verify_seconds[shared.width_index], 1e-9 * double(times[2] - times[1]));
+  const double* first = s.first_seconds;
+  const int64_t used = shared.width_index;
+  blend(s.verify_seconds[used], 1e-9 * double(times[2] - times[1]));
+  // What is not used is not measured: one slow moment would shut a width out for good.
+  for (int64_t i = 0; i < s.width_count; ++i)
+    s.verify_seconds[i] +=
+        kForgotten * (first[i] / first[used] * s.verify_seconds[used] - s.verify_seconds[i]);
   if (shared.source != kDraft) return;
   blend(*s.draft_seconds, 1e-9 * double(times[1] - times[0]));
   blend(s.drafted[0], tokens / requests);

@@ -77,7 +77,7 @@ class Speculation(ctypes.Structure):
         ("done", _P),
         ("limit", _I), ("seen", _P), ("eos", _P), ("eos_count", _I), ("how", Choice),
         ("greedy", _I), ("uniform", _P),
-        ("fixed", _I), ("table", _P), ("verify_seconds", _P), ("draft_seconds", _P),
+        ("fixed", _I), ("table", _P), ("verify_seconds", _P), ("first_seconds", _P), ("draft_seconds", _P),
         ("conditional", _P),
         ("propose", BoundStages), ("append", BoundStages), ("draft_ids", _P), ("draft_block", _I),
         ("states", _P), ("state_bytes", _I), ("drafts", _I), ("pending", _P), ("context_slot", _P),

@@ -63,7 +63,8 @@ struct Speculation {
   // the schedule
   int64_t fixed;
   const double* table;     // seconds by width, convex
-  double* verify_seconds;  // by index of width; measured as it goes
+  double* verify_seconds;       // by index of width; measured as it goes
+  const double* first_seconds;  // the same, each at its best before the first round
   double* draft_seconds;
   double* conditional;  // [K]: how often a drafted token stood, where no head says so
   // the draft model

@@ -403,6 +403,18 @@ def test_later_confidences_do_not_reach_back():
         assert verify_length(rows, table, 0.1, 3) == 3
 
 
+def test_a_slow_moment_does_not_shut_a_width_out():
+    """What is not verified is not measured: its price returns to what it was beside the others."""
+    prices = Prices(verify={1: 1.0, 8: 1.5, 16: 9.0}, first={1: 1.0, 8: 1.5, 16: 2.0})
+    rows = [[0.95**k for k in range(1, 16)]]
+    assert verify_length(rows, prices.table(15), 0.0, 15) == 7
+    prices.verify[8] = 3.0  # everything takes twice as long now
+    for _ in range(200):
+        prices.forget(8)
+    assert prices.verify[8] == 3.0 and prices.verify[16] == pytest.approx(4.0, rel=0.05)
+    assert verify_length(rows, prices.table(15), 0.0, 15) == 15
+
+
 def test_widths():
     assert widths_for(1, 5, 16) == [1, 6]
     assert widths_for(1, 7, 16) == [1, 4, 8]

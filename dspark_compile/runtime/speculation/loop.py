@@ -326,6 +326,7 @@ class SpeculativeLoop:
             state.widths.append(width)
             if width not in prices.verify:
                 prices.verify[width] = _seconds(lambda w=width: rounds.verify(w), rounds)  # type: ignore[misc]
+                prices.first[width] = prices.verify[width]
         if max(state.widths) > 1:
             self.proposer.ensure()
         engine, self.reason = engine_for(state, TorchEngine)

@@ -88,6 +88,8 @@ class NativeEngine:
         self._draft_seconds = self._doubles([state.prices.draft])
         self._widths = self._hold(torch.tensor(state.widths))
         self._verify_seconds = self._doubles([state.prices.verify[w] for w in state.widths])
+        first = state.prices.first
+        self._first_seconds = self._doubles([first[w] for w in state.widths])
         self._table = self._doubles(state.prices.table(count))
         self._visits = 0
         self._uniform: Tensor | None = None
@@ -173,6 +175,7 @@ class NativeEngine:
         s.greedy, s.fixed = int(state.greedy), int(state.fixed)
         s.table = ctypes.addressof(self._table)
         s.verify_seconds = ctypes.addressof(self._verify_seconds)
+        s.first_seconds = ctypes.addressof(self._first_seconds)
         s.draft_seconds = ctypes.addressof(self._draft_seconds)
         s.conditional = ctypes.addressof(self._conditional)
         s.counters = ctypes.addressof(self._counters)

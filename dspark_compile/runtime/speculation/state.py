@@ -61,7 +61,7 @@ class Prices:
     """Measured seconds of what a round consists of, kept from call to call.
 
     Attributes:
-        verify: by width.
+        verify: by width. first: each at its best, before the first round.
         draft: of drafting a round.
         conditional: how often a drafted token stood, where no head says so ``[K]``.
         matched: how often the k-th token behind a match stood, by the match's length ``[n][K]``.
@@ -69,6 +69,7 @@ class Prices:
     """
 
     verify: dict[int, float] = field(default_factory=dict)
+    first: dict[int, float] = field(default_factory=dict)
     draft: float = 0.0
     conditional: list[float] = field(default_factory=list)
     matched: list[list[float]] = field(default_factory=list)
@@ -79,6 +80,15 @@ class Prices:
         if not self.matched:
             self.matched = [[FIRST_GUESS] * count for _ in range(LONGEST)]
         return self.matched
+
+    def forget(self, used: int, share: float = 0.02) -> None:
+        """Bring prices nearer to what they were beside the one of width ``used``, which was
+        measured just now: what is not used is not measured, and one slow moment would shut a width
+        out for good."""
+        first = self.first
+        for width in first:
+            like = first[width] / first[used] * self.verify[used]
+            self.verify[width] += share * (like - self.verify[width])
 
     def table(self, count: int) -> list[float]:
         """Seconds of verifying 0, 1, ... ``count + 1`` tokens a row: convex, as the early stop

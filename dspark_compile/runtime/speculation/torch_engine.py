@@ -99,6 +99,8 @@ class TorchEngine:
         total = int(counts.sum())
         price = state.prices
         price.verify[width] = _blend(price.verify.get(width, 0.0), verify_seconds)
+        if width in price.first:
+            price.forget(width)
         whole = clock() - began
         if source == "draft":
             price.draft = _blend(price.draft, drafting_seconds)
