@@ -83,8 +83,8 @@ class Prices:
 
     def forget(self, used: int, share: float = 0.02) -> None:
         """Bring prices nearer to what they were beside the one of width ``used``, which was
-        measured just now (`kForgotten` of ``speculate.h``): what is not used is not measured, and one slow moment would shut a width
-        out for good."""
+        measured just now: what is not used is not measured, and one slow moment would shut a width
+        out for good. The native engine has the same share (``kForgotten`` of ``speculate.h``)."""
         first = self.first
         for width in first:
             like = first[width] / first[used] * self.verify[used]
