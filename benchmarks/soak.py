@@ -2,8 +2,8 @@
 
 No growth of memory, no compilation after the first of each batch bucket, and no wrong token against
 transformers on a sample of the requests (every ``--check``-th, greedy, float32). Where an earlier
-process has left its steps (``DSPARK_REUSE``, on unless it is set to off), they are found and nothing
-is compiled at all: what the second of two runs shows.
+process has left its steps (``DSPARK_REUSE``, on unless it is set to off), they are found and
+nothing is compiled at all: what the second of two runs shows.
 
     python -m benchmarks.soak --requests 100 --no-write
     python -m benchmarks.soak
