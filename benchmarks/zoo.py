@@ -4,6 +4,7 @@ eager mode.
     python benchmarks/zoo.py                                # the rewrites, without Inductor
     python benchmarks/zoo.py --dtype bfloat16 --modes prefill
     python benchmarks/zoo.py --families llama,qwen3 --force
+    python benchmarks/zoo.py --families experts --fullgraph --force
 
 Results gather in ``benchmarks/results/zoo.json``; a sweep that was stopped goes on where it was.
 ``docs/zoo.md`` is written from them after every sweep, or alone by ``--document``. Where a family
@@ -33,7 +34,14 @@ MODES = ("prefill", "static", "dynamic")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--families", help="comma-separated; default: all that are tested")
+    parser.add_argument(
+        "--families",
+        help="comma-separated; 'experts': those with mixtures of experts; default: all that are "
+        "tested",
+    )
+    parser.add_argument(
+        "--fullgraph", action="store_true", help="a graph break is an error, as users ask for it"
+    )
     parser.add_argument("--inner", default="eager", choices=["eager", "inductor"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--modes", default=",".join(MODES), help="static_prefill is another")
@@ -53,7 +61,11 @@ def sweep(arguments: argparse.Namespace) -> None:
     import transformers
     from zoo import families, runner
 
-    chosen = arguments.families.split(",") if arguments.families else families.tested()
+    chosen = families.tested()
+    if arguments.families == "experts":
+        chosen = [family for family in chosen if families.has_experts(family)]
+    elif arguments.families:
+        chosen = arguments.families.split(",")
     modes = tuple(arguments.modes.split(","))
     options = {"inner": arguments.inner}
     key = f"dspark-{arguments.inner}/{arguments.dtype}"
@@ -72,6 +84,7 @@ def sweep(arguments: argparse.Namespace) -> None:
             options=options,
             dtype=getattr(torch, arguments.dtype),
             modes=tuple(missing),
+            fullgraph=arguments.fullgraph,
         )
         for mode, entry in result.get("modes", {}).items():
             if entry["status"] == "ran":
@@ -246,6 +259,10 @@ def totals(ours: dict[str, Any], half: dict[str, Any]) -> list[str]:
         f"- {len(more)} with more graphs or recompiles than Dynamo alone"
         + (f": {', '.join(more)}" if more else "")
     )
+    whole = {f: [e for e in r["modes"].values() if e["status"] == "ran"] for f, r in ran.items()}
+    whole = {f: entries for f, entries in whole.items() if entries}
+    asked = [f for f, entries in whole.items() if all(e.get("fullgraph") for e in entries)]
+    lines.append(f"- {len(asked)} compiled with `fullgraph=True` in every mode that ran")
     fell = [f for f, r in ran.items() if any(e.get("fallbacks") for e in r["modes"].values())]
     lines.append(
         f"- {len(fell)} with a graph that was handed on unchanged"

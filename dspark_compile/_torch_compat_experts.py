@@ -31,6 +31,7 @@ from dspark_compile._torch_compat_numbers import (
     hit_list,
     item,
     node_of,
+    numpy,
     subscript,
     tolist,
 )
@@ -62,6 +63,7 @@ def watch_experts() -> None:
     _wrap(OutputGraph, "__init__", output_graph)
     _wrap(TensorVariable, "method_item", item)
     _wrap(TensorVariable, "method_tolist", tolist)
+    _wrap(TensorVariable, "method_numpy", numpy)
     for name in ("nb_index_impl", "nb_int_impl"):
         if hasattr(TensorVariable, name):
             _wrap(TensorVariable, name, item)

@@ -176,26 +176,73 @@ def _appended(tx: Any, name: str, old: Any, value: Any, behind: Any) -> list[fx.
 
 def _only_joined(tx: Any, name: str, behind: Any) -> bool:
     """Whether the code from ``behind`` on only concatenates the list ``name``, or asks whether it
-    is empty, as it is in no loop over experts that tokens chose."""
-    code = [i for i in tx.instructions[tx.indexof[behind] :] if i.opname not in _SILENT]
-    for at, item in enumerate(code):
-        value = item.argval if isinstance(item.argval, tuple) else (item.argval,)
-        if name not in value or not item.opname.startswith(("LOAD_", "STORE_", "DELETE_")):
+    is empty, as it is in no loop over experts that tokens chose.
+
+    All ways through the code are followed, each as far as the name stands for the list: behind
+    ``outs = torch.cat(outs)`` it is another thing's.
+    """
+    place, todo, seen = tx.indexof, [tx.indexof[behind]], set()
+    while todo:
+        at = todo.pop()
+        if at in seen:
             continue
-        before = code[at - 1] if at else None
-        after = [i.opname for i in code[at + 1 : at + 6]]
-        if item.opname not in ("LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_FAST_CHECK"):
-            return False
-        if after and "POP_JUMP" in after[0]:
-            continue
-        called = getattr(before, "argval", None)
-        if before is not None and before.opname.startswith("LOAD_") and called in _JOINS:
-            continue
-        if called == "len" and after and after[0].startswith("CALL"):
-            rest = after[1:]
-            while rest and rest[0] in ("LOAD_CONST", "LOAD_SMALL_INT", "COMPARE_OP"):
-                rest = rest[1:]
-            if rest and "POP_JUMP" in rest[0]:
+        seen.add(at)
+        item = tx.instructions[at]
+        for what, named in _locals(item):
+            if named != name:
                 continue
-        return False
+            if what != "LOAD":
+                break
+            if not _joined(tx.instructions, at):
+                return False
+        else:
+            todo += _next(tx.instructions, place, at)
     return True
+
+
+def _locals(item: Any) -> list[tuple[str, str]]:
+    """What an instruction does with locals, in order: ``LOAD``, ``STORE`` or ``DELETE``, and of
+    which. Newer versions of Python have instructions for two."""
+    if not any(part in item.opname for part in ("_FAST", "_DEREF", "_CLOSURE", "_NAME")):
+        return []
+    kinds = [part for part in item.opname.split("_") if part in ("LOAD", "STORE", "DELETE")]
+    names = item.argval if isinstance(item.argval, tuple) else (item.argval,)
+    return list(zip(kinds, names, strict=False))
+
+
+def _next(instructions: list[Any], place: dict[Any, int], at: int) -> list[int]:
+    """Where the code may go on behind instruction ``at``."""
+    item, following = instructions[at], []
+    if item.target is not None:
+        following.append(place[item.target])
+    handler = getattr(item, "exn_tab_entry", None)
+    if handler is not None:
+        following.append(place[handler.target])
+    leaves = item.opname.startswith(("RETURN_", "RAISE_", "RERAISE"))
+    jumps = item.opname.startswith("JUMP_") and "IF" not in item.opname
+    if not leaves and not jumps and at + 1 < len(instructions):
+        following.append(at + 1)
+    return following
+
+
+def _joined(instructions: list[Any], at: int) -> bool:
+    """Whether the list that instruction ``at`` loads is concatenated, or asked whether it is empty,
+    and nothing else."""
+    if instructions[at].opname not in ("LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_FAST_CHECK"):
+        return False
+    before = [i for i in instructions[:at] if i.opname not in _SILENT]
+    after = [i.opname for i in instructions[at + 1 : at + 16] if i.opname not in _SILENT]
+    if after and "POP_JUMP" in after[0]:
+        return True
+    if not before or not before[-1].opname.startswith("LOAD_"):
+        return False
+    called = before[-1].argval
+    called = called[-1] if isinstance(called, tuple) else called
+    if called in _JOINS:
+        return True
+    if called == "len" and after and after[0].startswith("CALL"):
+        rest = after[1:]
+        while rest and rest[0] in ("LOAD_CONST", "LOAD_SMALL_INT", "COMPARE_OP"):
+            rest = rest[1:]
+        return bool(rest) and "POP_JUMP" in rest[0]
+    return False

@@ -130,6 +130,54 @@ def hit_list() -> Any:
     return _HitList
 
 
+_NumbersArray: Any = None
+
+
+def numpy(original: Any) -> Any:
+    """``Tensor.numpy`` whose numbers are Python's where the array is gone through, as those of a
+    list are: to NumPy's own they are equal, and cut rows as well."""
+
+    def method_numpy(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+        if not active(tx):
+            return original(self, tx, *args, **kwargs)
+        numbers = _counts(self, tx)
+        array = original(numbers, tx, *args, **kwargs)
+        value = numbers.as_proxy().node.meta.get("example_value")
+        whole = isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32)
+        if not whole or value.dim() != 1 or not isinstance(value.shape[0], int):
+            return array
+        return numbers_array()(numbers, **array.__dict__)
+
+    method_numpy.__name__ = original.__name__
+    return method_numpy
+
+
+def numbers_array() -> Any:
+    """An array of whole numbers: going through it gives the items of ``tolist``."""
+    global _NumbersArray
+    if _NumbersArray is None:
+        from torch._dynamo.variables.tensor import NumpyNdarrayVariable
+
+        class NumbersArray(NumpyNdarrayVariable):
+            _nonvar_fields = {"numbers", "listed", *NumpyNdarrayVariable._nonvar_fields}
+
+            def __init__(self, numbers: Any, **kwargs: Any) -> None:
+                super().__init__(**kwargs)
+                self.numbers = numbers
+                self.listed: Any = None
+
+            def unpack_var_sequence(self, tx: Any, idxes: Any = None) -> Any:
+                if not active(tx):
+                    return super().unpack_var_sequence(tx, idxes)
+                if self.listed is None:
+                    self.listed = self.numbers.call_method(tx, "tolist", [], {})
+                items = self.listed.unpack_var_sequence(tx)
+                return items if idxes is None else [items[i] for i in idxes]
+
+        _NumbersArray = NumbersArray
+    return _NumbersArray
+
+
 _LENGTH_KEPT = ("cpu", "to", "long", "int", "cumsum", "detach")
 
 

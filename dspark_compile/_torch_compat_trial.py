@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from dspark_compile._torch_compat_loops import compilation_state
 
 log = logging.getLogger("dspark_compile")
 _refused: set[tuple[str, str]] = set()  # functions whose resumed parts are not tried either
+_written: dict[tuple[str, str], str] = {}  # those, and what they call, that hold a loop: why
+_RESUMED = re.compile(r"^torch_dynamo_resume_in_(.+)_at_\d+$")
 
 
 @dataclasses.dataclass
@@ -30,11 +34,13 @@ class Trial:
         refused: why the function is traced as it is written; None: it is not.
         said: the same, for the report; once.
         loops: how many loops were marked so far.
+        breaks: graph breaks that were noted so far; each with what takes the note back.
     """
 
     refused: str | None = None
     said: str | None = None
     loops: int = 0
+    breaks: dict[Any, Callable[[], None]] = dataclasses.field(default_factory=dict)
 
 
 def trial() -> Trial:
@@ -42,17 +48,31 @@ def trial() -> Trial:
     return compilation_state("dspark_experts", Trial)
 
 
-def refuse(reason: str) -> None:
-    """The function will be traced as it is written; Dynamo must be made to trace again."""
+def refuse(reason: str, *codes: Any) -> None:
+    """The function will be traced as it is written; Dynamo must be made to trace again. ``codes``
+    are those of functions it calls that ``reason`` is about."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     state = trial()
     state.refused = state.said = reason
+    while state.breaks:  # the function is traced anew
+        state.breaks.popitem()[1]()
     with contextlib.suppress(AttributeError, LookupError):
         code = InstructionTranslator.current_tx().f_code
         _refused.add((code.co_filename, code.co_name))
+        for known in (code, *codes):
+            _written[known.co_filename, known.co_name] = reason
     if reason:
         log.info("traced as it is written: %s", reason)
+
+
+def why_written(code: Any) -> str:
+    """Why loops over experts of the function under way, or of the one that ``code`` resumes, are
+    traced as they are written; empty where nothing was refused."""
+    if trial().refused:
+        return trial().refused or ""
+    name = _RESUMED.sub(r"\1", code.co_name)
+    return _written.get((code.co_filename, name), "")
 
 
 def said() -> list[str]:
@@ -154,6 +174,6 @@ def again(tx: Any, reason: str) -> None:
     """
     from torch._dynamo.exc import UnspecializeRestartAnalysis
 
-    refuse(reason)
+    refuse(reason, tx.f_code)
     tx.speculation_log.clear()
     raise UnspecializeRestartAnalysis(restart_reason=reason)

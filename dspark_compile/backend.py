@@ -19,10 +19,12 @@ import torch
 from torch import fx
 
 from . import _torch_compat as compat
+from . import _torch_compat_breaks as breaks
 from . import _torch_compat_experts as expert_turns
 from . import hf_experts
 from . import ops as _ops  # noqa: F401 - registers the dialect
 from .diagnostics import state
+from .diagnostics.breaks import note as note_break
 from .diagnostics.report import CompileReport, GraphReport
 from .loops import hook as loops
 from .loops.split import CannotSplit, SplitProgram, has_loops
@@ -43,6 +45,7 @@ log = logging.getLogger("dspark_compile")
 hf_experts.install()
 loops.install()
 expert_turns.watch_experts()
+breaks.watch_breaks(note_break)
 
 
 # Passes that prove what a graph with a turn for every expert computes.

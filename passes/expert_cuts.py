@@ -43,7 +43,10 @@ from dspark_compile.passes.graph import (
 
 _SORTS = (aten.sort.default, aten.sort.stable)
 _ARGSORTS = (aten.argsort.default, aten.argsort.stable)
-_BY_ROW = (aten._to_copy.default, aten.unsqueeze.default, aten.squeeze.dim, aten.clone.default)
+_BY_ROW = (
+    aten._to_copy.default, aten.unsqueeze.default, aten.squeeze.dim, aten.clone.default,
+    aten.floor_divide.default,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

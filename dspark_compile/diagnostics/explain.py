@@ -60,7 +60,8 @@ def explain(
     breaks_before = graph_breaks()
     with recording(report), _copied_buffers(target, copier), _same_random_state(), torch.no_grad():
         compiled(*args, **kwargs)
-    report.graph_breaks = list((graph_breaks() - breaks_before).elements())
+    if not report.graph_breaks:  # breaks that no line of code was found for
+        report.graph_breaks = list((graph_breaks() - breaks_before).elements())
     for graph in report.graphs[:1]:
         for name in copier.not_copied:
             graph.note(

@@ -250,7 +250,7 @@ class CompileReport:
 
     graphs: list[GraphReport] = field(default_factory=list)
     graph_breaks: list[str] = field(default_factory=list)
-    """Reasons, as Dynamo gives them."""
+    """Where, why, and what to write in its place (`diagnostics.breaks`)."""
     environment: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     owner: Any = field(default=None, repr=False, compare=False)

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import importlib
 import math
+import re
 import zlib
 from typing import Any
 
@@ -273,6 +274,9 @@ EXCLUDED: dict[str, str] = {
 # Families whose sdpa path raises: the eager spelling is what users run.
 ATTENTION: dict[str, str] = {}
 
+# In the name of a module's class, or of a parameter or what holds it.
+EXPERTS_NAME = re.compile(r"(^|_)experts?$|Experts$|MoE$|SparseMoe")
+
 # What differs from ``past_key_values`` in a model's forward.
 CACHE_ARGUMENT: dict[str, str] = {
     "mamba": "cache_params",
@@ -328,6 +332,15 @@ def tested() -> list[str]:
     """The families the zoo runs: neither excluded nor the same classes as another."""
     skip = aliases()
     return [family for family in all_families() if family not in EXCLUDED and family not in skip]
+
+
+def has_experts(family: str) -> bool:
+    """Whether the tiny model of a family has a mixture of experts."""
+    with torch.device("meta"):
+        model = model_class(family)._from_config(tiny_config(family))
+    names = {type(m).__name__ for m in model.modules()}
+    names |= {part for name, _ in model.named_parameters() for part in name.split(".")}
+    return any(EXPERTS_NAME.search(name) for name in names)
 
 
 def tiny_fields(

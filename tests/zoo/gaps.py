@@ -18,6 +18,10 @@ KNOWN_GAPS: dict[tuple[str, str], str] = {
     ("inkling2_text", "experts"): (
         "gate and up are soft-capped with tanh beside the sigmoid; the op has bounds, no soft caps"
     ),
+    ("inkling_text", "experts"): (
+        "its shared experts, stacked: all compute every token, with a weight for each; the routed "
+        "ones are raised"
+    ),
     ("openai-gpt", "attention"): (
         "the mask is multiplied with the scores, and that it holds only 0 and 1 is not known"
     ),

@@ -62,6 +62,7 @@ def run_family(
     options: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     modes: tuple[str, ...] = MODES,
+    fullgraph: bool = False,
 ) -> Result:
     """The results of one family, by mode; the exceptions of a mode are part of its result."""
     start = time.process_time()
@@ -75,7 +76,7 @@ def run_family(
     }
     prefill = None
     for mode in modes:
-        entry = run_mode(model, family, mode, backend, options, prefill)
+        entry = run_mode(model, family, mode, backend, options, prefill, fullgraph)
         got, reference = entry.pop("_got", None), entry.pop("_reference", None)
         if mode == "prefill":
             prefill = reference
@@ -96,6 +97,7 @@ def run_mode(
     backend: str,
     options: dict[str, Any] | None,
     prefill: torch.Tensor | None,
+    fullgraph: bool = False,
 ) -> Result:
     try:
         reference, calls = counted_drive(model, model, family, mode)
@@ -117,7 +119,11 @@ def run_mode(
     entry: Result = {"_reference": reference}
     if note:
         entry["note"] = note
-    compiled = torch.compile(model, backend=backend, **({"options": options} if options else {}))
+    if fullgraph:
+        entry["fullgraph"] = True
+    compiled = torch.compile(
+        model, backend=backend, fullgraph=fullgraph, **({"options": options} if options else {})
+    )
     expected: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
     index = 0
 
@@ -143,10 +149,12 @@ def run_mode(
     metrics = torch._dynamo.utils.get_compilation_metrics()
     entry["graphs"] = stats["unique_graphs"]
     entry["recompiles"] = sum(1 for m in metrics if m.recompile_reason)
-    breaks = torch._dynamo.utils.counters["graph_break"]
-    entry["graph_breaks"] = sum(breaks.values())
+    counted = torch._dynamo.utils.counters["graph_break"]
+    # Dynamo does not count those at a size that is data, where such sizes are allowed.
+    breaks = list(counted) or (report.graph_breaks if report is not None else [])
+    entry["graph_breaks"] = sum(counted.values()) or len(breaks)
     if breaks:
-        entry["break_reasons"] = [str(reason)[:200] for reason in list(breaks)[:3]]
+        entry["break_reasons"] = [str(reason)[:200] for reason in breaks[:3]]
     entry["expected"] = dict(expected)
     if report is not None:
         entry.update(site_summary(report))
