@@ -61,9 +61,10 @@ def generate(
             that has no mask takes none).
         draft: what proposes tokens that the model then verifies: a `DraftModel`, a causal language
             model with the same vocabulary, ``"ngram"`` (lookup in the text so far), ``("ngram",
-            DraftModel)`` (lookup, and the draft where that does not serve), or None. The text is
+            draft)`` (lookup, and one of these two where that does not serve), or None. The text is
             what it would be without.
-        num_drafted: tokens of a proposal, where the draft leaves it open (n-gram: 15, model: 5).
+        num_drafted: tokens of a proposal, where the draft leaves it open (n-gram: 15, model: 5, or
+            fewer where look-ups beside it give fewer).
         schedule: ``"auto"``: as many drafted tokens are verified as pays, by confidences and
             measured times, and drafting is parked where it does not; ``"fixed"``: always all of
             them, which makes sampled text depend on the seed alone.

@@ -9,8 +9,6 @@
 
 namespace dspark {
 
-enum Head : int64_t { kNone, kVanilla, kGated, kRnn };
-
 // Members of 8 bytes: a part of `Speculation`.
 struct Sequence {
   int64_t head, rank, width, vocabulary;
@@ -143,7 +141,7 @@ inline int64_t pick_residual(float* p, double all_, const float* q, double draft
     taken += std::min<double>(old, q[i] * scale);
   }
   const double rest = all_ - taken;
-  if (!(rest / all_ > 1e-8)) return pick(p, V, uniform * all_);
+  if (!(rest / all_ > kResidualMass)) return pick(p, V, uniform * all_);
   double mass = 0;
   for (int64_t i = 0; i < n; ++i) {
     float& old = p[map == nullptr ? i : map[i]];
@@ -165,8 +163,6 @@ inline float dot(const W* a, const float* b, int64_t n) {
 }
 
 inline float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
-
-constexpr int64_t kPanel = 64;
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 constexpr bool kPairs = true;

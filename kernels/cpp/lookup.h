@@ -8,9 +8,6 @@
 
 namespace dspark {
 
-// How much a new outcome counts.
-constexpr double kLearned = 0.1;
-
 // The longest match of the end of request b's text, of equals the latest: `match`, `looked`.
 inline void look_up(Speculation& s, int64_t b) {
   const int64_t* text = s.text + b * s.text_room;
@@ -63,7 +60,7 @@ inline Source look_up_all(Speculation& s, bool drafts) {
   if (!drafts || found == live) {
     // A draft may be better than look-ups that seldom stand.
     const bool known = drafts && !s.fixed && s.drafted[1] > 0;
-    if (!known || schedule(s, 0).value >= double(live) * s.drafted[0] / s.drafted[1])
+    if (!known || schedule(s, 0, true).value >= double(live) * s.drafted[0] / s.drafted[1])
       return kLookup;
   }
   for (int64_t b = 0; b < s.batch; ++b)

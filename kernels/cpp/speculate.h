@@ -40,21 +40,56 @@ inline bool append_context(Team team, Speculation& s, Shared& shared) {
   return well;
 }
 
+// What lies in the slots from `start` on, as many as there are or as fit, goes into the causal
+// model's block. In a hole, which the mask hides, there is anything.
+inline void lacking(const Speculation& s, int64_t start) {
+  const int64_t W = s.model_width;
+  for (int64_t b = 0; b < s.rows; ++b) {
+    const int64_t* text = b < s.batch ? s.text + b * s.text_room : nullptr;
+    int64_t at = b < s.batch ? s.lengths[b] - 2 : 0, place = s.positions[b] - 1;
+    for (int64_t j = *s.slot - 1; j >= start; --j) {
+      if (j < start + W) {
+        s.model_block[b * W + j - start] = text != nullptr && at >= 0 ? text[at] : 0;
+        s.model_places[b * W + j - start] = std::max<int64_t>(place, 0);
+      }
+      if (s.mask == nullptr || s.mask[b * s.room + j] != 0) --at, --place;
+    }
+  }
+}
+
+// The causal model reads what it did not draft: plain steps' tokens and look-ups. What the last slot
+// lacks comes with the anchor. Every thread calls it behind a meeting, as `append_context`.
+inline bool catch_up(Team team, Speculation& s, Shared& shared) {
+  for (int64_t left = s.behind; left > 1; left -= std::min(left, s.model_width)) {
+    if (team.thread == 0) {
+      lacking(s, *s.slot - left);
+      for (int64_t i = 0; i < s.model_held_count; ++i) *s.model_held[i] = *s.slot - left;
+    }
+    team.barrier();
+    if (!run(team, s, s.more, shared)) return false;
+    team.barrier();
+  }
+  return true;
+}
+
 template <class D>
 bool by_model(Team team, Speculation& s, Shared& shared) {
+  if (!catch_up(team, s, shared)) return false;
   const int64_t start = *s.slot, width = s.count + 1;
-  for (int64_t k = 0; k < s.count; ++k) {
+  for (int64_t k = 0; k < s.drafts; ++k) {
     if (team.thread == 0) {
       for (int64_t i = 0; i < s.model_held_count; ++i)
         *s.model_held[i] = k == 0 ? start - 1 : start + k;
       for (int64_t b = 0; b < s.rows; ++b) {
-        s.model_positions[b] = s.positions[b] + (k == 0 ? -1 : k);
-        int64_t* block = s.model_block + 2 * b;
+        int64_t* block = s.model_block + b * s.model_width;
+        int64_t* places = s.model_places + b * s.model_width;
         if (k == 0) {
+          places[0] = s.positions[b] - 1, places[1] = s.positions[b];
           const int64_t n = b < s.batch ? s.lengths[b] : 0;
           block[0] = n > 1 ? s.text[b * s.text_room + n - 2] : 0;
           block[1] = s.block[b * width];
         } else {
+          places[0] = s.positions[b] + k;
           block[0] = s.block[b * width + k];
         }
       }
@@ -81,8 +116,6 @@ bool by_model(Team team, Speculation& s, Shared& shared) {
     }
     team.barrier();
   }
-  if (team.thread == 0)
-    for (int64_t b = 0; b < s.batch; ++b) s.found[b] = s.count;
   return true;
 }
 
@@ -157,7 +190,7 @@ inline std::pair<int64_t, int64_t> judge(const Speculation& s, int64_t b) {
   if (n == length) return {n, pick(p, V, u * all)};
   if (point) {
     const double rest = all - p[tokens[n]];
-    if (rest / all > 1e-8) p[tokens[n]] = 0, all = rest;
+    if (rest / all > kResidualMass) p[tokens[n]] = 0, all = rest;
     return {n, pick(p, V, u * all)};
   }
   const int64_t own = b * K + n;
@@ -231,8 +264,9 @@ inline int64_t commit(Speculation& s, int64_t b, int64_t accepted, int64_t next)
 // What thread 0 does between drafting and verifying: the width, and how much of it each request has.
 inline void plan(Speculation& s, Shared& shared) {
   const double seconds = shared.source == kDraft ? *s.draft_seconds : 0;
-  shared.width_index = shared.source == kPlain ? 0 : schedule(s, seconds).width_index;
-  if (shared.source == kLookup && shared.width_index == 0) shared.source = kPlain;
+  const bool looked = shared.source == kLookup;
+  shared.width_index = shared.source == kPlain ? 0 : schedule(s, seconds, looked).width_index;
+  if (looked && shared.width_index == 0) shared.source = kPlain;
   const int64_t width = s.widths[shared.width_index];
   for (int64_t b = 0; b < s.batch; ++b) {
     const int64_t left = s.limit - (s.lengths[b] - s.prompts[b]);
@@ -260,11 +294,13 @@ inline void settle(Speculation& s, Shared& shared) {
   const bool guessed = shared.source == kDraft && (s.kind == 2 || !s.sequence.confidence);
   int64_t most = 0;
   int64_t kept[kMostRequests] = {};
+  bool replaced = false;
   double* sums = s.counters + 4 + 5 * s.count + s.count + 1 + 4 + 4 * shared.source;
   sums[0] += 1;
   for (int64_t b = 0; b < s.batch; ++b) {
     if (s.done[b]) continue;
     const auto [accepted, next] = judge(s, b);
+    replaced |= s.point[b] != 0;
     if (guessed && !s.point[b])
       for (int64_t k = 0; k < s.verified[b] && k <= accepted; ++k)
         s.conditional[k] += kLearned * (double(accepted > k) - s.conditional[k]);
@@ -289,10 +325,11 @@ inline void settle(Speculation& s, Shared& shared) {
   shared.appends = false;
   for (int64_t b = 0; b < s.batch; ++b) shared.appends |= kept[b] != most && !s.done[b];
   if (s.kind == 1) s.behind += most;
+  // The causal model read the anchor and what it drafted but the last, and not what was looked up.
+  if (s.kind == 2)
+    s.behind = shared.source != kDraft ? s.behind + most
+                                       : most - std::min(most, replaced ? 1 : s.drafts);
 }
-
-// How soon the price of an unused width returns to what it is beside the one used.
-constexpr double kForgotten = 0.02;
 
 // Where the time went, and what rounds cost from now on.
 inline void learn(Speculation& s, const Shared& shared, double tokens, double requests) {
@@ -302,7 +339,7 @@ inline void learn(Speculation& s, const Shared& shared, double tokens, double re
   const double whole = 1e-9 * double(times[3] - times[0]);
   seconds[4 + 4 * shared.source + 3] += whole;
   const auto blend = [](double& known, double seen) {
-    known = known > 0 ? known + kLearned * (std::min(seen, 2 * known) - known) : seen;
+    known = known > 0 ? known + kLearned * (std::min(seen, kHiccup * known) - known) : seen;
   };
   const double* first = s.first_seconds;
   const int64_t used = shared.width_index;
@@ -381,7 +418,7 @@ int speculate(Speculation& s, int64_t count, int64_t drafting, int64_t* made) {
   *made = 0;
   for (int64_t i = 0; i < s.width_count; ++i) patch(s.verify[i]);
   if (s.kind == 1) patch(s.propose), patch(s.append);
-  if (s.kind == 2) patch(s.two), patch(s.one);
+  if (s.kind == 2) patch(s.more), patch(s.two), patch(s.one);
   Shared shared;
   shared.outcome.failed = std::numeric_limits<int64_t>::max();
   parallel(int(s.threads), [&](Team team) {

@@ -1,12 +1,16 @@
 """Rounds of speculative decoding as one native call (``speculate.h``): its structures and function.
 
 `dspark_compile.runtime.speculation.native_engine` fills them in.
+
+What both this code and Python's has to know (names of an enumeration, a share, a bound) is Python's
+alone: it is written in front of the C++ (`function`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence as Sequence_
 from typing import Any
 
 import torch
@@ -17,10 +21,20 @@ from dspark_compile.kernels.cpp.choose import TYPE_NAMES
 
 # As many requests as one call keeps track of.
 MOST_REQUESTS = 64
+# Tokens of a panel of a Markov head's W2.
+PANEL = 64
+# Kinds of Markov heads, in the order of their numbers.
+HEADS = ("none", "vanilla", "gated", "rnn")
 
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 _SOURCE = """// Rounds of speculation: logits {target}, the draft's {base}, its weights {draft}.
+#include <cstdint>
+
+namespace dspark {{
+{known}
+}}  // namespace dspark
+
 #include "speculate.h"
 
 extern "C" __attribute__((visibility("default"))) int dspark_speculate(
@@ -61,9 +75,6 @@ class Sequence(ctypes.Structure):
     )  # fmt: skip
 
 
-HEADS = {"none": 0, "vanilla": 1, "gated": 2, "rnn": 3}
-
-
 class Speculation(ctypes.Structure):
     """State of the rounds (``speculation.h``)."""
 
@@ -84,9 +95,10 @@ class Speculation(ctypes.Structure):
         ("context_positions", _P), ("behind", _I), ("sequence", Sequence),
         ("looks_up", _I), ("shortest", _I), ("longest", _I), ("matched", _P), ("match", _P),
         ("looked", _P), ("point", _P), ("drafted", _P),
-        ("two", BoundStages), ("one", BoundStages), ("two_logits", _P), ("one_logits", _P),
-        ("model_requests_two", _I), ("model_requests_one", _I), ("model_block", _P),
-        ("model_positions", _P), ("model_held", _P), ("model_held_count", _I), ("model_mask", _P),
+        ("more", BoundStages), ("two", BoundStages), ("one", BoundStages), ("two_logits", _P),
+        ("one_logits", _P), ("model_requests_two", _I), ("model_requests_one", _I),
+        ("model_width", _I), ("model_block", _P), ("model_places", _P), ("model_held", _P),
+        ("model_held_count", _I), ("model_mask", _P),
         ("counters", _P),
         ("survival", _P), ("found", _P), ("verified", _P), ("choice", _P), ("draft_weights", _P),
         ("draft_totals", _P), ("target_weights", _P), ("target_totals", _P), ("drafted_ids", _P),
@@ -101,18 +113,40 @@ def takes_pairs(dtype: torch.dtype, rank: int) -> bool:
 
 
 @functools.cache
-def function(target: torch.dtype, base: torch.dtype, draft: torch.dtype) -> Any:
+def function(
+    target: torch.dtype,
+    base: torch.dtype,
+    draft: torch.dtype,
+    sources: tuple[str, ...],
+    constants: tuple[tuple[str, float], ...],
+) -> Any:
     """``f(Speculation*, rounds, drafting, made*) -> status`` for these dtypes of the target's
     logits, the draft's logits and its weights.
+
+    Args:
+        sources: what a round verifies comes from, in the order of their numbers.
+        constants: that rounds decide by, as ``(name in C++, value)``.
 
     Raises:
         build.BuildError: it cannot be built.
         KeyError: there is no kernel for a dtype.
     """
+    known = [
+        _enumeration("Source", sources),
+        _enumeration("Head", HEADS),
+        f"constexpr int64_t kMostRequests = {MOST_REQUESTS}, kPanel = {PANEL};",
+        *(f"constexpr double {name} = {value!r};" for name, value in constants),
+    ]
     source = _SOURCE.format(
-        target=TYPE_NAMES[target], base=TYPE_NAMES[base], draft=TYPE_NAMES[draft]
-    )
+        target=TYPE_NAMES[target], base=TYPE_NAMES[base], draft=TYPE_NAMES[draft],
+        known="\n".join(known),
+    )  # fmt: skip
     made = build.load("speculate", source, isa_levels.detect()).dspark_speculate
     made.argtypes = [_P, _I, _I, _P]
     made.restype = ctypes.c_int
     return made
+
+
+def _enumeration(kind: str, names: Sequence_[str]) -> str:
+    """``enum Kind : int64_t { kFirst, kSecond, ... };``"""
+    return f"enum {kind} : int64_t {{ {', '.join(f'k{n.capitalize()}' for n in names)} }};"

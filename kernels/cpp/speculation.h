@@ -4,13 +4,14 @@
 //   rows      of the programs, B <= rows requests of them
 //   K, M      drafted tokens of a round, tokens a program verifies (M = 1 + drafted)
 //   D         tokens that a draft gives, D <= K: look-ups may give more
+//
+// `Head`, `Source` and the constants (k...) that decide are Python's: `speculate.py` writes them in
+// front of this file.
 #pragma once
 #include "draft.h"
 #include "program.h"
 
 namespace dspark {
-
-constexpr int kMostRequests = 64;
 
 // Word `where` of a program's block becomes the address of buffer `which` plus `offset`.
 struct Patch {
@@ -77,7 +78,7 @@ struct Speculation {
   char* pending;   // [rows, K + 1, state_bytes]
   int64_t* context_slot;
   int64_t* context_positions;  // [rows]
-  int64_t behind;              // tokens whose states wait
+  int64_t behind;              // tokens whose states wait; of the causal model: slots it lacks
   Sequence sequence;
   // look-ups of n-grams; with a draft, rounds are of the one or the other
   int64_t looks_up, shortest, longest;
@@ -86,13 +87,14 @@ struct Speculation {
   int64_t* looked;  // [batch, K]: what came behind them
   uint8_t* point;   // [batch]: whether that is what is verified
   double* drafted;  // of a drafted round: tokens a request, seconds
-  // the causal model: two tokens first, then one at a time
-  BoundStages two, one;
+  // the causal model: what it lacks, model_width = W tokens at a time; two tokens, then one by one
+  BoundStages more, two, one;
   const void* two_logits;
   const void* one_logits;
   int64_t model_requests_two, model_requests_one;
-  int64_t* model_block;  // [rows, 2]
-  int64_t* model_positions;
+  int64_t model_width;
+  int64_t* model_block;   // [rows, W]
+  int64_t* model_places;  // [rows, W]: positions
   int64_t* const* model_held;
   int64_t model_held_count;
   int64_t* model_mask;
@@ -117,8 +119,5 @@ struct Speculation {
 inline const int64_t* drafted(const Speculation& s, int64_t b) {
   return s.block + b * (s.count + 1) + 1;
 }
-
-// What a round verifies comes from.
-enum Source : int64_t { kPlain, kLookup, kDraft };
 
 }  // namespace dspark

@@ -54,8 +54,7 @@ def speculate(model, prompt, new, draft, **more):
     )
 
 
-@pytest.fixture(scope="module")
-def drafts(model):
+def every_draft(model):
     return {
         "draft": draft_for(model),
         "gated": draft_for(model, markov_head_type="gated"),
@@ -65,11 +64,18 @@ def drafts(model):
         "model": target(seed=3, num_hidden_layers=2),
         "ngram+draft": ("ngram", draft_for(model)),
         "ngram+rnn": ("ngram", draft_for(model, markov_head_type="rnn")),
+        "ngram+model": ("ngram", target(seed=3, num_hidden_layers=2)),
     }
 
 
+@pytest.fixture(scope="module")
+def drafts(model):
+    return every_draft(model)
+
+
 @pytest.mark.parametrize(
-    "kind", ["draft", "ngram", "ngram+draft", pytest.param("model", marks=pytest.mark.slow)]
+    "kind",
+    ["draft", "ngram", "ngram+draft", pytest.param("model", marks=pytest.mark.slow), "ngram+model"],
 )
 def test_greedy_text_is_the_models(model, drafts, kind):
     new = 70
@@ -78,12 +84,13 @@ def test_greedy_text_is_the_models(model, drafts, kind):
     assert report.path == "native"
     assert report.speculation.proposer == kind
     assert report.speculation.committed == new - 1  # the first token is the prompt's
-    assert 1 <= report.speculation.tau <= (8 if kind == "ngram+draft" else 5)
+    assert 1 <= report.speculation.tau <= (8 if kind.startswith("ngram+") else 5)
 
 
 def _count(kind):
     # Look-ups of more tokens than the draft beside them has, 4.
-    return {"ngram": 3, "model": 3, "ngram+draft": 7, "ngram+rnn": 7}.get(kind)
+    more = {"ngram+draft": 7, "ngram+rnn": 7, "ngram+model": 7}
+    return {"ngram": 3, "model": 3, **more}.get(kind)
 
 
 def test_ragged_rows_and_holes(model, drafts, monkeypatch):
@@ -99,11 +106,22 @@ def test_ragged_rows_and_holes(model, drafts, monkeypatch):
     monkeypatch.setattr(loops, "FIRST_ROOM", 8)
     monkeypatch.setattr(rounds_module, "HOLES", 0.0)
     new = 150
-    for kind in ("draft", "ngram", "ngram+draft"):
+    for kind in ("draft", "ngram", "ngram+draft", "ngram+model"):
         out, report = speculate(model, TWO, new, drafts[kind], num_drafted=_count(kind))
         assert torch.equal(out, plain(model, TWO, new)), kind
         assert report.path == "native"
     assert any(moved)
+
+
+def forgetful(take):
+    """`loop.take` of speculators that have learned nothing."""
+
+    def taken(*args, **more):
+        speculator = take(*args, **more)
+        speculator.prices.matched, speculator.prices.conditional = [], []
+        return speculator
+
+    return taken
 
 
 def slow(*values):
@@ -121,19 +139,13 @@ def slow(*values):
         slow("model"),
         "ngram+draft",
         slow("ngram+rnn"),
+        "ngram+model",
     ],
 )
 @pytest.mark.parametrize("how", [{}, {"top_k": 9, "top_p": 0.8, "repetition_penalty": 1.3}])
 def test_native_rounds_are_the_torch_ones(model, drafts, kind, how, monkeypatch):
     """With the same random numbers, also where nothing is greedy."""
-    take = loops.take
-
-    def forgetful(*args, **more):
-        speculator = take(*args, **more)
-        speculator.prices.matched, speculator.prices.conditional = [], []
-        return speculator
-
-    monkeypatch.setattr(loops, "take", forgetful)
+    monkeypatch.setattr(loops, "take", forgetful(loops.take))
     new, prompt = 40, TWO[1:] if kind.startswith("ngram+") else ONE
     for sampled in (True, False):
         more = {"do_sample": sampled, "num_drafted": _count(kind), "top_k": 0} | how
@@ -152,7 +164,7 @@ def test_native_rounds_are_the_torch_ones(model, drafts, kind, how, monkeypatch)
         assert a.survival == pytest.approx(b.survival)
         if kind.startswith("ngram+"):
             assert 0 < a.lookup_rounds < a.rounds
-        if kind != "model":
+        if not kind.endswith("model"):
             assert a.predicted == pytest.approx(b.predicted, abs=1e-4)
 
 
@@ -356,6 +368,7 @@ def test_a_custom_generate_call_takes_it(model, drafts):
         ({"draft": "ngrams"}, "ngram"),
         ({"draft": ("ngram", "ngram")}, "DraftModel"),
         ({"draft": ["ngram"]}, "a pair is"),
+        ({"draft": ("ngram", torch.nn.Linear(2, 2))}, "Linear is neither"),
         ({"draft": "ngram", "schedule": "greedy"}, "schedule"),
         ({"draft": "ngram", "num_drafted": 0}, "num_drafted"),
         ({"num_drafted": 3}, "draft"),
@@ -370,6 +383,10 @@ def test_bad_arguments(model, given, words):
 def test_drafts_that_do_not_fit(model, drafts):
     with pytest.raises(ValueError, match="vocabulary"):
         speculate(model, ONE, 4, target(vocab_size=V + 3))
+    with pytest.raises(ValueError, match="vocabulary"):
+        speculate(model, ONE, 4, ("ngram", target(vocab_size=V + 3)))
+    with pytest.raises(ValueError, match="the model itself"):
+        speculate(model, ONE, 4, ("ngram", model))
     with pytest.raises(ValueError, match="trained to draft"):
         speculate(model, ONE, 4, drafts["draft"], num_drafted=2)
 
@@ -425,13 +442,20 @@ def test_widths():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["draft", "gated", "rnn", "ngram", "ngram+draft"])
+@pytest.mark.parametrize(
+    "kind", ["draft", "gated", "rnn", "ngram", "ngram+draft", "model", "ngram+model"]
+)
 def test_sampled_text_is_distributed_as_the_models(kind):
     """Chi-square over the first three tokens behind a prompt, 20,000 requests."""
     wide = 4
     model = target(vocab_size=wide, hidden_size=16, num_hidden_layers=3, initializer_range=0.6)
     draft = kind
-    if kind != "ngram":
+    if kind.endswith("model"):
+        draft = target(
+            seed=3, vocab_size=wide, hidden_size=16, num_hidden_layers=2, initializer_range=0.6
+        )
+        draft = ("ngram", draft) if kind == "ngram+model" else draft
+    elif kind != "ngram":
         head = kind if kind in ("gated", "rnn") else "vanilla"
         draft = draft_for(
             model, vocab_size=wide, hidden_size=16, mask_token_id=0, num_target_layers=3,

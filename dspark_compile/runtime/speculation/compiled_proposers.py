@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspark_compile.kernels.cpp.linear import most_rows
+from dspark_compile.kernels.cpp.speculate import PANEL
 from dspark_compile.models.draft import DraftModel
 from dspark_compile.ops.token import draw, penalised
 from dspark_compile.runtime.rounds import signature
@@ -116,6 +118,13 @@ class Proposals:
     def committed(self, state: State, kept: int) -> None:
         """``kept`` slots stay of what was verified."""
 
+    def replaced(self, rows: Tensor) -> None:
+        """For ``rows [B]`` bool other tokens are verified than it drafted this round."""
+
+    def before_moving(self, state: State) -> None:
+        """Slots are about to be moved."""
+        self.flush()
+
     def flush(self) -> None:
         """Bring the caches up to date."""
 
@@ -158,9 +167,9 @@ class DraftProposals(Proposals):
         if self._panels is None:
             weight = self.draft.markov_head.markov_w2.weight.detach()  # type: ignore[union-attr]
             tokens, rank = weight.shape
-            padded = weight.new_zeros(-(-tokens // 64) * 64, rank)
+            padded = weight.new_zeros(-(-tokens // PANEL) * PANEL, rank)
             padded[:tokens] = weight
-            cut = padded.view(-1, 64, rank // 2, 2) if pairs else padded.view(-1, 64, rank)
+            cut = padded.view(-1, PANEL, rank // 2, 2) if pairs else padded.view(-1, PANEL, rank)
             self._panels = cut.transpose(1, 2).contiguous()
         return self._panels
 
@@ -204,18 +213,43 @@ class DraftProposals(Proposals):
 class ModelProposals(Proposals):
     """An ordinary causal language model with the target's vocabulary, token by token.
 
-    Its cache lies on the target's slots. When all drafted tokens were accepted it lacks the last
-    of them, so the first step of a round always runs two: that one again, and the anchor.
+    Its cache lies on the target's slots. What it did not draft itself (plain steps, look-ups) its
+    cache lacks: it reads that, `width` tokens at a time, before it drafts again. When all drafted
+    tokens were accepted it lacks the last of them, so the first step of a round always runs two:
+    that one again, and the anchor.
+
+    Attributes:
+        count: tokens that it drafts. width: tokens of the program that catches up.
+        behind: slots before the target's that its cache lacks.
     """
 
     name = "model"
 
     def __init__(self, model: Any, count: int, rounds: SpeculativeRounds) -> None:
         self.count, self.rounds = count, rounds
+        self.behind = self._read = 0
+        self.width = rounds.count + 1
+        if model.device.type == "cpu":  # as many rows as its products take
+            self.width = min(self.width, most_rows(model.dtype) // rounds.rows)
+        self.width = max(self.width, 2)
         self.own = SpeculativeRounds(
-            model, rounds.rows, rounds.masked, rounds.scheme, rounds.options, count=1
-        )
-        rounds.growers.append(lambda replaced: self.own.reserve(rounds.cache.room))
+            model, rounds.rows, rounds.masked, rounds.scheme, rounds.options,
+            count=self.width - 1, placed=True,
+        )  # fmt: skip
+        rounds.growers.append(self._grow)
+
+    @property
+    def slack(self) -> int:  # type: ignore[override]
+        return self.width
+
+    @property
+    def widths(self) -> list[int]:
+        """Of its programs."""
+        return sorted({1, 2, self.width})
+
+    def _grow(self, replaced: dict[int, Tensor]) -> None:
+        self.own.set_length(self.rounds.length)  # so much is kept
+        self.own.reserve(self.rounds.cache.room)
 
     def fits(self) -> bool:
         return self.own.fits()
@@ -225,6 +259,7 @@ class ModelProposals(Proposals):
 
     def begin(self) -> None:
         self.own.begin()
+        self.behind = self._read = 0
 
     def prefill(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, n: int) -> None:
         """The prompt, ``n`` tokens at a time."""
@@ -232,26 +267,57 @@ class ModelProposals(Proposals):
 
     def ensure(self) -> None:
         """Compile what it runs. Nothing that is held changes."""
-        own, length = self.own, self.own.length
-        for width in (1, 2):
-            own.ensure(width)
+        own, length = self.own, self.rounds.length
+        for width in self.widths:
             own.set_length(length)
+            own.ensure(width)
+        own.set_length(length)
 
     def propose(self, state: State, uniform: Tensor | None, drafts: bool = True) -> Drafted:
         own, rounds, batch = self.own, self.rounds, state.batch
+        self._catch_up(state)
         start, positions = rounds.length, rounds.positions
-        own.mask.copy_(rounds.mask)
         before = state.text.gather(1, (state.lengths - 2).clamp(min=0)[:, None])
         own.block[:batch, :1] = before
-        own.block[:, 1:] = rounds.block[:, :1]
+        own.block[:, 1:2] = rounds.block[:, :1]
+        own.places[:, :2] = positions + torch.arange(-1, 1, device=positions.device)
         pick, tokens = _Picker(state, uniform), []
         for k in range(self.count):
-            width = 2 if k == 0 else 1
             own.set_length(start - 1 if k == 0 else start + k)
-            own.positions.copy_(positions + (k if k else -1))
-            logits = own.verify(width)[:batch, -1]
+            logits = own.verify(2 if k == 0 else 1)[:batch, -1]
             tokens.append(pick(logits.float(), k))
             own.block[:batch, 0] = tokens[-1]
+            own.places[:, :1] = positions + k + 1
+        self.behind, self._read = 0, self.count
         stacked = torch.stack(tokens, dim=1)
         lengths = torch.full((batch,), self.count, device=stacked.device)
         return Drafted(stacked, lengths, pick.all_probs())
+
+    def replaced(self, rows: Tensor) -> None:
+        """For ``rows [B]`` bool other tokens are verified than it drafted this round."""
+        if bool(rows.any()):
+            self._read = 1  # the anchor
+
+    def committed(self, state: State, kept: int) -> None:
+        """``kept`` slots stay of what was verified."""
+        self.behind += kept - min(kept, self._read)
+        self._read = 0
+
+    def before_moving(self, state: State) -> None:
+        self._catch_up(state)
+
+    def _catch_up(self, state: State) -> None:
+        """Read what lies in the slots that the cache lacks, but for the last one's."""
+        own, rounds, batch, end = self.own, self.rounds, state.batch, self.rounds.length
+        own.mask.copy_(rounds.mask)
+        while self.behind > 1:
+            start, count = end - self.behind, min(self.behind, self.width)
+            held = rounds.mask[:batch, start:end] > 0
+            # From here to the end each row has so many tokens; in a hole there is anything.
+            left = held.flip(1).cumsum(1).flip(1)[:, :count]
+            tokens = (state.lengths[:, None] - 1 - left).clamp(min=0)
+            own.block[:batch, :count] = state.text.gather(1, tokens)
+            own.places[:batch, :count] = (rounds.positions[:batch] - left).clamp(min=0)
+            own.set_length(start)
+            own.verify(self.width)
+            self.behind -= count

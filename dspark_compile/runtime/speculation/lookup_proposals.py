@@ -28,7 +28,8 @@ class NgramProposals(Proposals):
         count: K, tokens of a proposal.
         rounds: the target's.
         minimum: tokens that have to match.
-        inner: what drafts where nothing matches, or where that was worth more; at most K tokens.
+        inner: what drafts where nothing matches, or where that was worth more: a `DraftProposals`
+            or `ModelProposals` of at most K tokens.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class NgramProposals(Proposals):
         drafted: Drafted = self.inner.propose(state, uniform)
         if not state.fixed:
             looked.point = point & (1 + survival.sum(-1) > state.prices.drafted[0])
+        self.inner.replaced(looked.point)
         return self._joined(drafted, looked)
 
     def _instead(self, state: State, survival: Tensor, point: Tensor) -> bool:
@@ -65,7 +67,8 @@ class NgramProposals(Proposals):
             return True
         table, rows = state.prices.table(self.count), survival.tolist()
         most = min(max(state.widths) - 1, self.count)
-        return best_length(rows, table, 0.0, most)[1] >= len(rows) * tokens / seconds
+        worth = best_length(rows, table, 0.0, most, state.fair())[1]
+        return worth >= len(rows) * tokens / seconds
 
     def _joined(self, drafted: Drafted, looked: Lookup) -> Drafted:
         """Rows of the look-up where it is taken, the draft's elsewhere, with room for K tokens."""
@@ -108,6 +111,10 @@ class NgramProposals(Proposals):
     def committed(self, state: State, kept: int) -> None:
         if self.inner is not None:
             self.inner.committed(state, kept)
+
+    def before_moving(self, state: State) -> None:
+        if self.inner is not None:
+            self.inner.before_moving(state)
 
     def flush(self) -> None:
         if self.inner is not None:

@@ -71,7 +71,8 @@ class Speculator:
         if isinstance(own, DraftModel):
             self.proposer = DraftProposals(own, rounds)
         elif own is not None:
-            self.proposer = ModelProposals(own, count, rounds)
+            drafted = min(MODEL_TOKENS, count) if looks_up else count
+            self.proposer = ModelProposals(own, drafted, rounds)
         if looks_up:
             self.proposer = NgramProposals(count, rounds, inner=self.proposer)
         self.draft = draft
@@ -197,13 +198,15 @@ class SpeculativeLoop:
         self.shown = self.asked = 0
         self.reason: str | None = None
         self.before = speculator.policy.parked_rounds, speculator.policy.probes
-        # Look-ups go on where a draft beside them is parked, and one request's alone never are:
-        # they cost nothing where nothing matches, and what they are worth is known each round.
+        # Look-ups are never parked, alone or where a draft beside them is: they cost nothing where
+        # nothing matches, and each round knows what they are worth to the request that has most
+        # to go.
         drafting = drafting_part(self.proposer)
-        self.parks = not fixed and (drafting is not None or self.rounds.rows > 1)
+        self.parks = not fixed and drafting is not None
         self.hybrid = drafting not in (None, self.proposer)
         self.looked_up = 0
         self.drafted, self.others, self.inside = Visit(), 0, 0.0
+        self.verifying = 0.0  # seconds of rounds that left holes which are still open
         if speculator.note is not None:
             report.notes.append(speculator.note)
             speculator.note = None
@@ -230,8 +233,12 @@ class SpeculativeLoop:
         began = clock()
         while not state.finished() and not self._stopped(state):
             if not state.has_room():
-                state.make_room()
+                start = clock()
+                closed = state.make_room()
                 engine = engine.again()
+                if closed:
+                    state.prices.closed(clock() - start, self.verifying)
+                    self.verifying = 0.0
             self._visit(state, engine)
         seconds = clock() - began
         report.spend("decode", seconds)
@@ -354,6 +361,7 @@ class SpeculativeLoop:
         visit = engine.visit(count, drafting or ("lookup" if looks_up else False))
         if self.hybrid and "lookup" in visit.parts:
             self.looked_up += visit.parts["lookup"].rounds
+        self.verifying += sum(p.seconds for name, p in visit.parts.items() if name != "plain")
         if self.parks:
             self._judge(visit, drafting, max(state.widths) > 1)
         self.report.spend("decode", 0.0, visit.committed)

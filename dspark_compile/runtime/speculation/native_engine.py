@@ -17,7 +17,8 @@ from dspark_compile.codegen.cpp import build
 from dspark_compile.codegen.cpp.program import AHEAD_BYTES
 from dspark_compile.kernels.cpp import speculate as native
 from dspark_compile.runtime.captured import Captured
-from dspark_compile.runtime.speculation import ngram
+from dspark_compile.runtime.speculation import accept, ngram
+from dspark_compile.runtime.speculation import state as states
 from dspark_compile.runtime.speculation.compiled_proposers import (
     DraftProposals,
     ModelProposals,
@@ -28,6 +29,14 @@ from dspark_compile.runtime.speculation.state import FIRST_GUESS, SOURCES, State
 
 # Visits between two looks at the measured prices.
 REFRESH = 8
+
+
+def constants() -> tuple[tuple[str, float], ...]:
+    """What rounds decide by, which `torch_engine` has too, under the names that C++ has for it."""
+    return (
+        ("kLearned", states.SHARE), ("kHiccup", states.HICCUP), ("kForgotten", states.FORGOTTEN),
+        ("kAhead", states.AHEAD), ("kResidualMass", accept.RESIDUAL_MASS),
+    )  # fmt: skip
 
 
 def why_not(state: State) -> str | None:
@@ -41,7 +50,7 @@ def why_not(state: State) -> str | None:
     if isinstance(proposer, DraftProposals):
         programs += proposer.programs.programs.values()
     elif isinstance(proposer, ModelProposals):
-        programs += [proposer.own.programs.get(w) for w in (1, 2)]
+        programs += [proposer.own.programs.get(w) for w in proposer.widths]
     if not all(p is not None and p.native and p.result is not None for p in programs):
         return "not every program is one native call"
     if any(x.dtype != torch.int64 for x in _held(state.rounds)):
@@ -98,7 +107,7 @@ class NativeEngine:
         self._requests()
         self._proposer()
         self._working(batch, count)
-        self._function = native.function(*self._dtypes)
+        self._function = native.function(*self._dtypes, SOURCES, constants())
 
     def again(self) -> NativeEngine:
         """After tensors of the state were replaced."""
@@ -206,18 +215,19 @@ class NativeEngine:
         assert base is not None
         self._hold(base)
         q = s.sequence
-        q.head = native.HEADS[config.markov_head_type if config.markov_rank else "none"]
+        head = config.markov_head_type if config.markov_rank else "none"
+        q.head = native.HEADS.index(head)
         q.rank, q.width, q.vocabulary = config.markov_rank, config.hidden_size, base.shape[-1]
         q.base, q.base_row, q.base_request = base.data_ptr(), base.stride(1), base.stride(0)
         q.hidden = _address(programs.hidden)
         weight = draft.fc.weight
         self._dtypes[1:] = [base.dtype, weight.dtype]
-        head = draft.markov_head
-        if head is not None:
+        markov = draft.markov_head
+        if markov is not None:
             q.pairs = int(native.takes_pairs(weight.dtype, config.markov_rank))
             panels = proposer.panels(bool(q.pairs))
-            q.w1, q.w2 = _address(head.markov_w1.weight), _address(panels)
-            gate: Any = getattr(head, "gate_proj", None) or getattr(head, "joint_proj", None)
+            q.w1, q.w2 = _address(markov.markov_w1.weight), _address(panels)
+            gate: Any = getattr(markov, "gate_proj", None) or getattr(markov, "joint_proj", None)
             if gate is not None:
                 q.gate, q.gate_bias = _address(gate.weight), _address(gate.bias)
         if draft.confidence_head is not None:
@@ -239,15 +249,16 @@ class NativeEngine:
 
     def _model(self, proposer: ModelProposals) -> None:
         s, own = self._s, proposer.own
-        two, one = own.programs[2], own.programs[1]
-        assert two is not None and one is not None
-        s.two, s.one = self._stages(two), self._stages(one)
+        two, one, more = own.programs[2], own.programs[1], own.programs[proposer.width]
+        assert two is not None and one is not None and more is not None
+        s.more, s.two, s.one = self._stages(more), self._stages(two), self._stages(one)
+        s.behind, s.model_width = proposer.behind, proposer.width
         for name, program in (("two", two), ("one", one)):
             logits = self._hold(program.result)
             setattr(s, f"{name}_logits", logits[:, -1].data_ptr())
             setattr(s, f"model_requests_{name}", logits.stride(0))
             self._dtypes[1] = logits.dtype
-        s.model_block, s.model_positions = _address(own.block), _address(own.positions)
+        s.model_block, s.model_places = _address(own.block), _address(own.places)
         held = _held(own)
         s.model_held, s.model_held_count = self._pointers(held), len(held)
         s.model_mask = _address(own.mask) if own.masked else None
@@ -329,7 +340,7 @@ class NativeEngine:
         for layer in rounds.cache.layers:
             layer.known = rounds.length
         own = drafting_part(state.proposer)
-        if isinstance(own, DraftProposals):
+        if own is not None and self._s.kind:
             own.behind = self._s.behind
         prices.conditional, prices.drafted = list(self._conditional), list(self._drafted)
         count = rounds.count

@@ -31,12 +31,20 @@ def check_draft(model: Any, draft: Any, num_drafted: int | None, schedule: str) 
         return
     if num_drafted is not None and not 1 <= num_drafted <= 64:
         raise ValueError(f"num_drafted={num_drafted}: give 1 to 64")
-    if isinstance(draft, (tuple, list)):
-        from dspark_compile.models.draft import DraftModel
+    from dspark_compile.models.draft import DraftModel
 
-        if len(draft) != 2 or draft[0] != "ngram" or not isinstance(draft[1], DraftModel):
+    if isinstance(draft, (tuple, list)):
+        if len(draft) != 2 or draft[0] != "ngram" or not isinstance(draft[1], torch.nn.Module):
             names = ", ".join(repr(d) if isinstance(d, str) else type(d).__name__ for d in draft)
-            raise ValueError(f'draft=({names}): a pair is ("ngram", DraftModel)')
+            raise ValueError(
+                f'draft=({names}): a pair is ("ngram", DraftModel) or ("ngram", causal language '
+                "model)"
+            )
+        if not hasattr(model, "get_input_embeddings"):
+            return  # as below
+        if not isinstance(draft[1], DraftModel):
+            _check_causal_model(model, draft[1])
+            return
         if num_drafted is not None and num_drafted < draft[1].config.num_drafted:
             raise ValueError(
                 f"num_drafted={num_drafted}: look-ups beside this draft give as many tokens as it "
@@ -50,18 +58,20 @@ def check_draft(model: Any, draft: Any, num_drafted: int | None, schedule: str) 
                 f'draft={draft!r}: give "ngram", or load it: DraftModel.from_pretrained({draft!r})'
             )
         return
-    from dspark_compile.models.draft import DraftModel
-
     if not isinstance(draft, torch.nn.Module) or not hasattr(model, "get_input_embeddings"):
         if isinstance(draft, torch.nn.Module):
             return  # not a Hugging Face model: it is decoded without, and the report says so
         raise ValueError(
-            f'draft={type(draft).__name__}: give "ngram", a DraftModel, ("ngram", DraftModel), a '
-            "causal language model or None"
+            f'draft={type(draft).__name__}: give "ngram", a DraftModel, a causal language model, '
+            '("ngram", one of these two) or None'
         )
     if isinstance(draft, DraftModel):
         _check_draft_model(model, draft, num_drafted)
-        return
+    else:
+        _check_causal_model(model, draft)
+
+
+def _check_causal_model(model: Any, draft: Any) -> None:
     if not (hasattr(draft, "generate") and hasattr(draft, "get_output_embeddings")):
         raise ValueError(
             f"draft={type(draft).__name__} is neither a DraftModel nor a causal language model of "

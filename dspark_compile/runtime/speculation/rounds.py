@@ -41,8 +41,11 @@ class SpeculativeRounds(Rounds):
         model, rows, masked, scheme, options: as `Rounds` has them.
         count: K, drafted tokens of a round, at most.
         taps: layers whose output the draft wants, -1 for the embedding.
+        placed: the block's tokens have positions of their own, `places`, rather than following the
+            anchor: holes may lie between them.
 
     Attributes:
+        places: positions of the block's tokens ``[R, K + 1]``.
         states: by width M, tapped states ``[R, M, m * width]`` of the tokens verified last.
         programs: by width; None where the model is run eagerly.
         reasons: why a width has no program.
@@ -58,6 +61,7 @@ class SpeculativeRounds(Rounds):
         *,
         count: int,
         taps: Sequence[int] = (),
+        placed: bool = False,
     ) -> None:
         super().__init__(model, rows, masked, scheme, options)
         if rows > 1 and not self._positioned:
@@ -66,6 +70,7 @@ class SpeculativeRounds(Rounds):
         self.speculator: Any = None  # what they belong to, in the pool
         device = self.tokens.device
         self.block = torch.zeros(rows, count + 1, dtype=torch.long, device=device)
+        self.placed, self.places = placed, torch.zeros_like(self.block)
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
         self.states: dict[int, Tensor] = {}
         self.programs: dict[int, Captured | None] = {}
@@ -150,7 +155,9 @@ class SpeculativeRounds(Rounds):
         given: dict[str, Any] = {"input_ids": self.block[:, :width]}
         if self._positioned:
             steps = torch.arange(width, device=self.positions.device)
-            given["position_ids"] = self.positions + steps
+            given["position_ids"] = (
+                self.places[:, :width] if self.placed else self.positions + steps
+            )
         return given
 
     def _eager(self, width: int) -> Tensor:
@@ -206,11 +213,14 @@ class SpeculativeRounds(Rounds):
         """The step as a function of nothing."""
         model, cache, block, positions = self.model, self.cache, self.block, self.positions
         positioned, states = self._positioned, self.states.get(width)
+        places = self.places if self.placed and positioned else None
         given: dict[str, Any] = {"attention_mask": self.mask} if self.masked else {}
 
         def step() -> Tensor:
             more = dict(given)
-            if positioned:
+            if places is not None:
+                more["position_ids"] = places[:, :width]
+            elif positioned:
                 more["position_ids"] = positions + torch.arange(width, device=positions.device)
             ids = block[:, :width]
             logits = model(input_ids=ids, past_key_values=cache, use_cache=True, **more).logits

@@ -6,6 +6,7 @@ commit, crop. B requests, K drafted tokens of a round, V the vocabulary, T token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,15 @@ from dspark_compile.runtime.token_choice import TokenChoice
 
 # What a round is thought to accept before anything was seen.
 FIRST_GUESS = 0.7
+# How much a new outcome or time counts, and how many times what is known a time counts at most.
+SHARE, HICCUP = 0.1, 2.0
+# How much nearer the price of an unused width comes, a round, to what it was beside the one used.
+FORGOTTEN = 0.02
+# How far ahead of the slowest a request is whose tokens count 1 / e: a share of what that one has
+# to go.
+AHEAD = 1 / 16
+# How much a new measurement of what closing holes costs counts, and the most it may cost.
+HOLES_SHARE, MOST_BESIDE = 0.3, 3.0
 
 
 # What a round verifies: nothing, what was looked up, or what was drafted.
@@ -66,6 +76,8 @@ class Prices:
         conditional: how often a drafted token stood, where no head says so ``[K]``.
         matched: how often the k-th token behind a match stood, by the match's length ``[n][K]``.
         drafted: tokens of a request, and seconds, of a drafted round; 0 before there was one.
+        beside: how many times its own time a round of a batch costs that verifies: rows that commit
+            different numbers of tokens leave holes, which are closed outside of rounds.
     """
 
     verify: dict[int, float] = field(default_factory=dict)
@@ -74,6 +86,7 @@ class Prices:
     conditional: list[float] = field(default_factory=list)
     matched: list[list[float]] = field(default_factory=list)
     drafted: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    beside: float = 1.0
 
     def trust(self, count: int) -> list[list[float]]:
         """`matched`, of ``count`` tokens behind matches of 1, 2, ... `ngram.LONGEST`."""
@@ -81,19 +94,25 @@ class Prices:
             self.matched = [[FIRST_GUESS] * count for _ in range(LONGEST)]
         return self.matched
 
-    def forget(self, used: int, share: float = 0.02) -> None:
+    def forget(self, used: int, share: float = FORGOTTEN) -> None:
         """Bring prices nearer to what they were beside the one of width ``used``, which was
         measured just now: what is not used is not measured, and one slow moment would shut a width
-        out for good. The native engine has the same share (``kForgotten`` of ``speculate.h``)."""
+        out for good."""
         first = self.first
         for width in first:
             like = first[width] / first[used] * self.verify[used]
             self.verify[width] += share * (like - self.verify[width])
 
+    def closed(self, holes: float, rounds: float) -> None:
+        """Closing the holes of rounds that took ``rounds`` seconds took ``holes``."""
+        if rounds > 0:
+            seen = min(1 + holes / rounds, MOST_BESIDE)
+            self.beside += HOLES_SHARE * (seen - self.beside)
+
     def table(self, count: int) -> list[float]:
         """Seconds of verifying 0, 1, ... ``count + 1`` tokens a row: convex, as the early stop
         wants it."""
-        known = self.verify or {1: 1.0}
+        known = {w: s * (self.beside if w > 1 else 1) for w, s in self.verify.items()} or {1: 1.0}
         return SPSCurve.from_points(known, count + 1).table().tolist()
 
 
@@ -144,6 +163,11 @@ class State:
         more = 0 if self.proposer is None else self.proposer.slack
         return max(self.rounds.count + 1, more)
 
+    def fair(self) -> list[float]:
+        """What a token of each live request counts (`fair`)."""
+        left = self.limit - (self.lengths - self.prompts)
+        return fair(left[~self.done].tolist())
+
     def finished(self) -> bool:
         """Whether all requests have ended."""
         return bool(self.done.all())
@@ -154,20 +178,21 @@ class State:
         fits = rounds.length + self.slack <= rounds.cache.room
         return fits and int(self.lengths.max()) + rounds.count + 1 <= self.text.shape[1]
 
-    def make_room(self) -> None:
-        """Close holes, or grow."""
+    def make_room(self) -> bool:
+        """Close holes, or grow; whether there were holes."""
         rounds = self.rounds
         caches = []
         if self.proposer is not None:
-            self.proposer.flush()
+            self.proposer.before_moving(self)
             caches = self.proposer.caches()
         rounds.live[: self.batch] = ~self.done
-        rounds.compact(caches)
+        moved = rounds.compact(caches)
         rounds.reserve(rounds.length + self.slack)
         need = int(self.lengths.max()) + rounds.count + 1
         if need > self.text.shape[1]:
             more = self.text.new_zeros(self.batch, max(need, self.text.shape[1]))
             self.text = torch.cat((self.text, more), dim=1)
+        return moved
 
 
 def widths_for(rows: int, count: int, limit: int | None = None) -> list[int]:
@@ -185,8 +210,22 @@ def widths_for(rows: int, count: int, limit: int | None = None) -> list[int]:
     return sorted(widths)
 
 
+def fair(left: Sequence[int]) -> list[float]:
+    """What a token of each request counts, 1 on average, where they have ``left`` tokens to go, at
+    most: a batch is ready when the slowest is, so tokens of those that are ahead of it count less,
+    and what brings only them on is not verified for long."""
+    most = max(left)
+    scale = max(AHEAD * most, 1.0)
+    weights = [math.exp((n - most) / scale) for n in left]
+    return [w * len(left) / sum(weights) for w in weights]
+
+
 def verify_length(
-    survival: Sequence[Sequence[float]], table: Sequence[float], draft: float, most: int
+    survival: Sequence[Sequence[float]],
+    table: Sequence[float],
+    draft: float,
+    most: int,
+    weights: Sequence[float] | None = None,
 ) -> int:
     """How many drafted tokens of every request to verify: Algorithm 1 by columns.
 
@@ -197,19 +236,25 @@ def verify_length(
 
     Args:
         survival: ``[R][K]`` of the live requests. table: seconds by width (`Prices.table`).
-        draft: seconds of drafting. most: at most so many.
+        draft: seconds of drafting. most: at most so many. weights: what a token of each request
+            counts, 1 on average (`fair`); without them all count alike.
     """
-    return best_length(survival, table, draft, most)[0]
+    return best_length(survival, table, draft, most, weights)[0]
 
 
 def best_length(
-    survival: Sequence[Sequence[float]], table: Sequence[float], draft: float, most: int
+    survival: Sequence[Sequence[float]],
+    table: Sequence[float],
+    draft: float,
+    most: int,
+    weights: Sequence[float] | None = None,
 ) -> tuple[int, float]:
     """`verify_length`, and the expected tokens a second there."""
     tau = float(len(survival))
+    weights = weights or [1.0] * len(survival)
     best = tau / (draft + table[1])
     for k in range(most):
-        tau += sum(row[k] for row in survival)
+        tau += sum(w * row[k] for w, row in zip(weights, survival, strict=True))
         value = tau / (draft + table[k + 2])
         if not value > best:
             return k, best

@@ -21,10 +21,14 @@ from dspark_compile.runtime.speculation.accept import (
     seen_along,
 )
 from dspark_compile.runtime.speculation.compiled_proposers import Drafted
-from dspark_compile.runtime.speculation.state import FIRST_GUESS, State, Visit, verify_length
-
-# How much a new measurement counts.
-SHARE = 0.1
+from dspark_compile.runtime.speculation.state import (
+    FIRST_GUESS,
+    HICCUP,
+    SHARE,
+    State,
+    Visit,
+    verify_length,
+)
 
 
 class TorchEngine:
@@ -139,8 +143,9 @@ class TorchEngine:
                 most = 0
             else:
                 table = state.prices.table(state.rounds.count)
-                draft = state.prices.draft if drafted.source == "draft" else 0.0
-                most = verify_length(rows, table, draft, min(most, len(rows[0])))
+                drafts = drafted.source == "draft"
+                draft, weights = (state.prices.draft, None) if drafts else (0.0, state.fair())
+                most = verify_length(rows, table, draft, min(most, len(rows[0])), weights)
                 # The rest of the width is paid for.
                 most = self._width(most) - 1
         return drafted.lengths.clamp(max=most)
@@ -226,4 +231,4 @@ class TorchEngine:
 
 def _blend(known: float, seen: float) -> float:
     """A running average that a hiccup does not throw."""
-    return known + SHARE * (min(seen, 2 * known) - known) if known else seen
+    return known + SHARE * (min(seen, HICCUP * known) - known) if known else seen
