@@ -265,10 +265,19 @@ def traced_backend() -> str | None:
     return getattr(_inside(function)[-1], "__name__", None)
 
 
-def hands_graphs_to(function: Any, module: str) -> bool:
-    """Whether a back end is a function of ``module``, in wrappers of torch only."""
-    *outer, last = (getattr(f, "__module__", None) or "" for f in _inside(function))
-    return last == module and all(m == module or m.split(".")[0] == "torch" for m in outer)
+def hands_graphs_to(function: Any, module: str, handed_on: bool = False) -> bool:
+    """Whether a back end is a function of ``module``, in wrappers of torch only; with ``handed_on``
+    also in those that say of themselves (``_dspark_hands_on``) that they hand graphs on as they
+    are, while they are traced."""
+    *outer, last = _inside(function)
+    if getattr(last, "__module__", None) != module:
+        return False
+    return all(
+        (m := getattr(f, "__module__", None) or "") == module
+        or m.split(".")[0] == "torch"
+        or (handed_on and getattr(f, "_dspark_hands_on", False))
+        for f in outer
+    )
 
 
 def graph_breaks() -> Counter[str]:

@@ -126,7 +126,9 @@ def output_graph(original: Any) -> Any:
         if getattr(self, "export", False) or trial().refused is not None:
             return
         try:
-            self._dspark_watched = hands_graphs_to(self.compiler_fn, "dspark_compile.backend")
+            self._dspark_watched = hands_graphs_to(
+                self.compiler_fn, "dspark_compile.backend", handed_on=True
+            )
         except AttributeError:
             return
         code = self.tracing_context.traced_code[-1]

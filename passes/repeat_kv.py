@@ -7,12 +7,17 @@ attention knows groups, so the copies go: ``G`` times less K/V traffic.
     key = view(expand(unsqueeze(k, d + 1), G), heads * G)     -> k
     key = expand(k, heads) of a single head                    -> k
     key = repeat(k, [1, G, 1, 1]) of a single head             -> k
+    key = repeat(k, [1, R, 1, 1]) or cat([k] * R, 1)           -> k, query heads in another order
+
+Of several heads, ``repeat`` gives query head h the head h % H in place of h // G (JetMoE). Then the
+query's heads are put into the order of the groups, and those of the result back: some numbers for
+each new token, where the copy is of all that are past. It is not done where a mask or sinks tell
+heads apart.
 
 Permutations, rotations and norms between the copy and attention are carried over to the
 tensor before it: they treat every head alike, so they come to the same on fewer heads
-(Falcon copies its key heads before it rotates them). Both key and value must be copied by the
-same factor; tiling (``repeat``) of several heads maps query heads otherwise than grouping does
-and stays.
+(Falcon copies its key heads before it rotates them). Both key and value must be copied in the same
+way, by the same factor.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from torch import fx
 from dspark_compile.passes.base import Match, Pass, PassContext, Problem
 from dspark_compile.passes.graph import (
     VIEWS,
+    argument,
     aten,
     emit,
     is_dialect_op,
@@ -45,6 +51,7 @@ class Copied:
         dim: the dimension of the heads there.
         heads: how many they were.
         steps: what stands between the copy and attention, the last first.
+        tiled: whether the heads as a whole are repeated, not each of them.
     """
 
     node: fx.Node
@@ -52,6 +59,7 @@ class Copied:
     dim: int
     heads: Any
     steps: tuple[fx.Node, ...]
+    tiled: bool = False
 
 
 def _copied(node: fx.Node) -> Copied | None:
@@ -62,6 +70,9 @@ def _copied(node: fx.Node) -> Copied | None:
         found = _source(node, dim)
         if found is not None:
             return Copied(node, found[0], dim, found[1], tuple(steps))
+        tiled = _tiled(node, dim)
+        if tiled is not None:
+            return Copied(node, tiled, dim, shape(tiled)[dim], tuple(steps), tiled=True)
         if is_op(node, aten.permute.default):
             dim = int(list(node.args[1])[dim]) % len(shape(node))  # type: ignore[arg-type]
         elif not _same_for_every_head(node, dim):
@@ -133,6 +144,23 @@ def _source(node: fx.Node, head_dim: int) -> tuple[fx.Node, Any] | None:
     return lifted, a[head_dim]
 
 
+def _tiled(node: fx.Node, head_dim: int) -> fx.Node | None:
+    """What ``node`` repeats as a whole along ``head_dim``."""
+    if is_op(node, aten.repeat.default):
+        before = node.args[0]
+        times = list(node.args[1])  # type: ignore[arg-type]
+        if len(times) != len(shape(before)):  # type: ignore[arg-type]
+            return None
+        rest = all(t == 1 for i, t in enumerate(times) if i != head_dim)
+        return before if rest and isinstance(times[head_dim], int) else None  # type: ignore[return-value]
+    if is_op(node, aten.cat.default):
+        parts = list(node.args[0])  # type: ignore[arg-type]
+        dim = int(argument(node, 1, "dim", 0)) % len(shape(node))
+        if dim == head_dim and len(parts) > 1 and all(p is parts[0] for p in parts):
+            return parts[0]
+    return None
+
+
 class RepeatKV(Pass):
     """See the module's docstring."""
 
@@ -164,6 +192,19 @@ class RepeatKV(Pass):
         heads = shape(match.anchor.args[0])[1]  # type: ignore[arg-type]
         if not (isinstance(heads, int) and isinstance(key.heads, int) and heads % key.heads == 0):
             return Problem("the number of heads is not a known multiple")
+        if key.tiled != value.tiled:
+            return Problem("key and value heads are repeated in different ways")
+        if key.tiled:
+            bias, sinks = (argument(match.anchor, i, n) for i, n in ((3, "bias"), (4, "sinks")))
+            told = bias is not None and not _alike(shape(bias), -3)
+            if told or sinks is not None:
+                what = "sinks tell" if sinks is not None else "the mask tells"
+                return Problem(
+                    f"heads are repeated as a whole, and {what} them apart",
+                    "repeat each head (repeat_interleave)",
+                )
+            if match.anchor.kwargs.get("mask"):
+                return Problem("heads are repeated as a whole behind a printed mask")
         return None
 
     def rewrite(self, match: Match, graph: fx.Graph, ctx: PassContext) -> None:
@@ -180,7 +221,44 @@ class RepeatKV(Pass):
                 if is_dialect_op(like):
                     ctx.moved(like, source)
             args[index] = source
+        if not match["key"].tiled:
+            node.args = tuple(args)
+            return
+        heads, copied = match["key"].heads, shape(match["key"].node)[match["key"].dim]
+        times, rest = copied // heads, shape(node.args[0])[1] // copied  # type: ignore[arg-type]
+        # In front of what does the same to every head, so that rotation stays beside attention.
+        query, steps = args[0], []
+        while len(query.users) == 1 and _same_for_every_head(query, 1):  # type: ignore[union-attr,arg-type]
+            steps.append(query)
+            query = query.args[0]  # type: ignore[union-attr]
+        with graph.inserting_before(node):
+            args[0] = _turned(query, times, heads, rest, ctx)  # type: ignore[arg-type]
+            for step in reversed(steps):
+                args[0] = emit(
+                    graph, step.target, (args[0], *step.args[1:]), dict(step.kwargs), like=step,
+                    fake_mode=ctx.fake_mode,
+                )  # fmt: skip
+                ctx.moved(step, args[0])
         node.args = tuple(args)
+        users = list(node.users)
+        with graph.inserting_before(node.next):
+            result = _turned(node, heads, times, rest, ctx)
+        for user in users:
+            user.replace_input_with(node, result)
+
+
+def _turned(x: fx.Node, outer: int, inner: int, rest: int, ctx: PassContext) -> fx.Node:
+    """``x [B, outer * inner * rest, M, D]`` with outer and inner changing places."""
+
+    def make(target: Any, *args: Any) -> fx.Node:
+        return emit(x.graph, target, args, like=x, fake_mode=ctx.fake_mode)
+
+    batch, heads, rows, features = (
+        n if isinstance(n, int) else make(aten.sym_size.int, x, i) for i, n in enumerate(shape(x))
+    )
+    parts = make(aten.view.default, x, [batch, outer, inner, rest, rows, features])
+    parts = make(aten.permute.default, parts, [0, 2, 1, 3, 4, 5])
+    return make(aten.view.default, parts, [batch, heads, rows, features])
 
 
 def _replay(copied: Copied) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any], fx.Node]]:

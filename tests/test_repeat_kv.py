@@ -111,12 +111,54 @@ def test_repeat_interleave():
     assert record(graph).rewritten == 1
 
 
-def test_tiled_heads_stay():
+TILES = {
+    "repeat": lambda x: x.repeat(1, G, 1, 1),
+    "cat": lambda x: torch.cat([x] * G, 1),
+}
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_tiled_heads(tile, dynamic):
     """``repeat`` of several heads gives query head h the head h % H, not h // G."""
-    tile = lambda x: x.repeat(1, G, 1, 1)  # noqa: E731
-    graph = compiled(lambda q, k, v: attend(q, tile(k), tile(v)), *qkv())
+    args, mask = qkv(heads=H * G * 2), torch.ones(M, N, dtype=torch.bool).tril(2)
+    if dynamic:
+        for x in args:
+            torch._dynamo.mark_dynamic(x, 2)
+
+    def f(q, k, v):
+        k, v = TILES[tile](k), TILES[tile](v)
+        return attend(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
+
+    def masked(q, k, v, mask):
+        return F.scaled_dot_product_attention(q, TILES[tile](k), TILES[tile](v), attn_mask=mask)
+
+    graph = compiled(lambda q, k, v: attend(q, TILES[tile](k), TILES[tile](v)), *qkv())
+    assert record(graph).rewritten == 1
+    assert copies(graph) == 0 and "aten.cat" not in graph.programs["after repeat_kv"]
+    assert record(compiled(f, *args)).rewritten >= 1
+    if not dynamic:
+        assert record(compiled(masked, *qkv(), mask)).rewritten == 1
+
+
+def test_tiled_heads_that_a_mask_tells_apart_stay():
+    mask = torch.randn(1, H * G, M, N)
+
+    def f(q, k, v, mask):
+        k, v = (TILES["repeat"](x) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    graph = compiled(f, *qkv(), mask)
     assert record(graph).rewritten == 0
     assert copies(graph) == 2
+    assert any("repeated as a whole" in r.condition for r in graph.rejections)
+
+
+def test_heads_repeated_in_two_ways_stay():
+    def f(q, k, v):
+        return attend(q, TILES["repeat"](k), v.repeat_interleave(G, 1))
+
+    assert record(compiled(f, *qkv())).rewritten == 0
 
 
 def test_groups_tiled_by_a_view_stay():

@@ -41,7 +41,9 @@ class Captured:
         for x, dimension in growing:
             torch._dynamo.mark_dynamic(x, dimension)
         whole = trace_whole(
-            function, lambda gm, inputs: dspark(gm, inputs, options=dict(options or {}))
+            function,
+            lambda gm, inputs: dspark(gm, inputs, options=dict(options or {})),
+            hands_on=True,
         )
         if any(whole.args[i] not in sizes for i in whole.symbols):
             raise CaptureError("a size that is not the cache's is a symbol")

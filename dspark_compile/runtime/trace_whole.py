@@ -48,10 +48,13 @@ class Whole:
 def trace_whole(
     function: Callable[[], Tensor],
     compiler: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]],
+    hands_on: bool = False,
 ) -> Whole:
     """Run ``function()``, which returns one tensor, through ``compiler``.
 
-    Sizes are numbers but for dimensions that were marked as dynamic.
+    Sizes are numbers but for dimensions that were marked as dynamic. ``hands_on``: the compiler
+    gives the graph to the back end as it is, which may then ask for another (loops over experts
+    are traced on trust, and once more where that is not proved).
 
     Raises:
         CaptureError: it cannot be traced as one graph, or its result is not of the graph.
@@ -75,6 +78,7 @@ def trace_whole(
 
     # For what asks which back end traces.
     backend._torchdynamo_orig_backend = dspark  # type: ignore[attr-defined]
+    backend._dspark_hands_on = hands_on  # type: ignore[attr-defined]
     # Dynamo keeps what it compiled with the code object: this one is ours alone.
     code = function.__code__.replace()
     own = types.FunctionType(
