@@ -284,7 +284,7 @@ def test_a_step_of_another_model_is_seen_by_its_logits(monkeypatch):
     model.model.layers[0].self_attn.scaling *= 3
     begin_anew(model)
     traced, trace = [], captured.trace_whole
-    monkeypatch.setattr(captured, "trace_whole", lambda *a: traced.append(1) or trace(*a))
+    monkeypatch.setattr(captured, "trace_whole", lambda *a, **k: traced.append(1) or trace(*a, **k))
     assert text(model, ids, 4).path == "native"
     assert traced
     free()

@@ -1,23 +1,25 @@
-"""A decode step that an earlier process traced, found without tracing the model again.
+"""Programs of decode loops that an earlier process traced, found without tracing the model again:
+decode steps, and what verifies drafted tokens.
 
 `reuse.steps` keeps a graph's native call under a hash of the graph, and to have the graph Dynamo
-must trace the model: seconds for a model of 28 layers. Here a step is found by the model itself
+must trace the model: seconds for a model of 28 layers. Here a program is found by the model itself
 (`reuse.model_key`): its code, attributes and configuration, and the shapes of its parameters. What
-is kept beside the step is where its inputs are found: which parameter, buffer or tensor of the
-cache each is.
+is kept beside it is where its inputs are found: which parameter, buffer or tensor of the cache each
+is.
 
-The step that is found is compared with an eager one before it is used, as one that was traced is.
+Who finds a program compares it with an eager run before it is used, as one that was traced is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import sympy
+import torch
 from torch import Tensor
 
 from dspark_compile.codegen.cpp.build import BuildError
@@ -47,49 +49,56 @@ _RELATIONS = {
 }  # fmt: skip
 
 
-class KeptRounds:
-    """The place of a decode step among what is kept.
+class KeptProgram:
+    """The place of a `Captured` among what is kept.
 
     Args:
-        rounds: whose step it is; prefilled, so that its cache is allocated.
-        growing: tensors and a dimension of each that the step takes of any size.
+        model: whose code the program runs.
+        about: what else it depends on, in words and numbers.
+        names: gives every tensor that it may read or write, by a name that it has in every process.
+            The model's parameters and buffers need none.
+        growing: tensors and a dimension of each that the program takes of any size.
+        room: that size now.
+        options: of the back end.
     """
 
-    def __init__(self, rounds: Rounds, growing: Sequence[tuple[Tensor, int]]) -> None:
-        self._rounds = rounds
+    def __init__(
+        self,
+        model: Any,
+        about: Sequence[Any],
+        names: Callable[[], Iterable[tuple[str, Tensor]]],
+        growing: Sequence[tuple[Tensor, int]],
+        room: int,
+        options: Mapping[str, Any],
+    ) -> None:
+        self._model, self._given, self._room = model, names, room
         self._growing = {id(x): dimension for x, dimension in growing}
+        self._options = Options.parse(options)
         self._key: str | None = None
-        options = Options.parse(rounds.options)
         if (
-            options.reuse == "off" or options.verify or options.keep_programs
-            or rounds.tokens.device.type != "cpu"
+            self._options.reuse == "off" or self._options.verify or self._options.keep_programs
+            or any(x.device.type != "cpu" for _, x in names())
         ):  # fmt: skip
             return
         try:
-            self._key = self._hash(options)
+            self._key = self._hash(about)
         except (NoKey, OSError) as error:
-            log.info("the step is not kept by its model: %s", error)
+            log.info("the program is not kept by its model: %s", error)
 
-    def _hash(self, options: Options) -> str:
+    def _hash(self, about: Sequence[Any]) -> str:
         from dspark_compile import backend  # as it is when a model is traced
 
         backend.hf_experts.install()
-        rounds, digest = self._rounds, hashlib.sha256()
-        for part in surroundings(options):
+        digest = hashlib.sha256()
+        for part in surroundings(self._options):
             digest.update(part.encode() + b"\0")
-        about = (
-            "rounds", model_key(rounds.model), rounds.rows, rounds.masked, rounds.scheme,
-            type(rounds.cache).__qualname__,
-            [(type(x).__qualname__, x.is_sliding if hasattr(x, "is_sliding") else None)
-             for x in rounds.cache.layers],
-        )  # fmt: skip
-        digest.update(repr(about).encode())
+        digest.update(repr((model_key(self._model), *about)).encode())
         return digest.hexdigest()[:40]
 
     # ------------------------------------------------------------------------------- finding
 
     def load(self) -> Captured | None:
-        """The step, run once; None where there is none that fits."""
+        """The program, run once; None where there is none that fits."""
         if self._key is None:
             return None
         try:
@@ -98,31 +107,30 @@ class KeptRounds:
                 return None
             named = dict(self._names())
             args = [named[x["name"]] if isinstance(x, dict) else x for x in data["args"]]
-            room = self._rounds.cache.room
             for i in data["symbols"]:
-                args[i] = room
+                args[i] = self._room
             if [x for x in data["args"] if isinstance(x, dict)] != self._described(args):
                 return None
             size = sympy.Symbol("size", integer=True)
             whole = Whole(
                 compiled=lambda *_: None, args=args, symbols=list(data["symbols"]),
-                result=self._rounds.tokens, place=int(data["place"]),
+                result=torch.empty(0), place=int(data["place"]),
                 conditions=[
                     _RELATIONS[name](polynomial(left, {0: size}), polynomial(right, {0: size}))
                     for name, left, right in data["conditions"]
                 ],
                 expressions=[size],
             )  # fmt: skip
-            if not whole.holds(room):
+            if not whole.holds(self._room):
                 return None
             return self._program(whole, data["step"])
         except (BuildError, KeyError, IndexError, TypeError, ValueError) as error:
-            log.info("a kept step is left out: %s", error)
+            log.info("a kept program is left out: %s", error)
             return None
 
     def _program(self, whole: Whole, step: str) -> Captured | None:
         group = state.start_report()
-        group.options = Options.parse(self._rounds.options).to_dict()
+        group.options = self._options.to_dict()
         group.environment = environment()
         run = KeptStep.of_key(step, group.add_graph()).load()
         if run is None:
@@ -156,21 +164,14 @@ class KeptRounds:
                 },
             )  # fmt: skip
         except (CannotKeep, BuildError, OSError) as error:
-            log.info("the step is not kept by its model: %s", error)
+            log.info("the program is not kept by its model: %s", error)
 
     def _names(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor that a step may read, by a name that it has in every process."""
-        rounds, model = self._rounds, self._rounds.model
-        yield "tokens", rounds.tokens
-        yield "positions", rounds.positions
-        yield "mask", rounds.mask
-        for i, (layer, name, x) in enumerate(rounds.cache.tensors()):
-            yield f"cache {i} {type(layer).__qualname__} {name}", x
-        for key, x in rounds.cache.fixed():
-            yield f"fixed {key!r}", x
-        for name, x in model.named_parameters(remove_duplicate=False):
+        """Every tensor that the program may read, by a name that it has in every process."""
+        yield from self._given()
+        for name, x in self._model.named_parameters(remove_duplicate=False):
             yield f"parameter {name}", x
-        for name, x in model.named_buffers(remove_duplicate=False):
+        for name, x in self._model.named_buffers(remove_duplicate=False):
             yield f"buffer {name}", x
 
     def _described(self, args: Sequence[Any]) -> list[dict[str, Any]]:
@@ -199,6 +200,37 @@ class KeptRounds:
                 }
             )  # fmt: skip
         return found
+
+
+def kept_rounds(
+    rounds: Rounds,
+    growing: Sequence[tuple[Tensor, int]],
+    what: Sequence[Any] = ("step",),
+    more: Mapping[str, Tensor] | None = None,
+) -> KeptProgram:
+    """The place of ``what`` of ``rounds``, which is prefilled, so that its cache is allocated.
+
+    ``growing``: as `KeptProgram` has it. ``more``: tensors that it reads or writes beside those of
+    any rounds.
+    """
+
+    def names() -> Iterator[tuple[str, Tensor]]:
+        yield "tokens", rounds.tokens
+        yield "positions", rounds.positions
+        yield "mask", rounds.mask
+        for i, (layer, name, x) in enumerate(rounds.cache.tensors()):
+            yield f"cache {i} {type(layer).__qualname__} {name}", x
+        for key, x in rounds.cache.fixed():
+            yield f"fixed {key!r}", x
+        yield from (more or {}).items()
+
+    about = (
+        "rounds", *what, rounds.rows, rounds.masked, rounds.scheme,
+        type(rounds.cache).__qualname__,
+        [(type(x).__qualname__, x.is_sliding if hasattr(x, "is_sliding") else None)
+         for x in rounds.cache.layers],
+    )  # fmt: skip
+    return KeptProgram(rounds.model, about, names, growing, rounds.cache.room, rounds.options)
 
 
 def _condition(condition: Any, inputs: dict[Any, int]) -> list[list[Any]]:

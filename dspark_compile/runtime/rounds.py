@@ -23,7 +23,7 @@ from .captured import Captured
 from .device_graph import graphs_for
 from .device_rounds import DeviceRounds
 from .errors import KVCacheError
-from .kept_rounds import KeptRounds
+from .kept_rounds import kept_rounds
 from .token_choice import Chooser
 from .trace_whole import CaptureError
 
@@ -351,7 +351,7 @@ class Rounds:
         cache.set_length(self.length)
         step, growing = self._step()
         before, held = positions.clone(), cache.snapshot()
-        kept = KeptRounds(self, growing) if type(self) is Rounds else None
+        kept = kept_rounds(self, growing) if type(self) is Rounds else None
         found = kept.load() if kept is not None and trusted else None
         try:
             program = found or Captured(step, growing, self.options)

@@ -10,7 +10,7 @@ appended next. Shapes as in `dspark_compile.models.draft`; N slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from torch import Tensor
 from dspark_compile.models.draft import DraftModel
 from dspark_compile.models.draft_config import DraftError
 from dspark_compile.runtime.captured import Captured
+from dspark_compile.runtime.kept_rounds import KeptProgram
+from dspark_compile.runtime.rounds import COARSE, TOLERANCE
 from dspark_compile.runtime.speculation.rounds import SpeculativeRounds
 from dspark_compile.runtime.trace_whole import CaptureError
 
@@ -68,6 +70,7 @@ class DraftRounds:
         self.hidden = torch.zeros(rows, self.count, config.hidden_size, dtype=dtype, device=device)
         self.programs: dict[str, Captured | None] = {}
         self.reasons: dict[str, str] = {}
+        self._output: tuple[Tensor, Tensor | None] | None = None
         rounds.growers.append(self.grow)
         self.grow({})
 
@@ -137,11 +140,64 @@ class DraftRounds:
         growing = [(x, 2) for x in self.caches()]
         if self.rounds.masked:
             growing.append((self.rounds.mask, 1))
+        kept = self._kept(name, growing)
+        program = kept.load()
+        if program is not None and self._agree(program, function):
+            return program
         try:
-            return Captured(function, growing, self.rounds.options)
+            program = Captured(function, growing, self.rounds.options)
         except CaptureError as error:
             self.reasons[name] = str(error)
             return None
+        kept.save(program)
+        return program
+
+    def _kept(self, name: str, growing: Sequence[tuple[Tensor, int]]) -> KeptProgram:
+        """The place of a program among what earlier processes left."""
+        rounds = self.rounds
+
+        def names() -> Iterator[tuple[str, Tensor]]:
+            for part in ("ids", "pending", "context_slot", "context_positions", "hidden"):
+                yield part, getattr(self, part)
+            for i, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+                yield f"keys {i}", key
+                yield f"values {i}", value
+            yield "slot", rounds.slot
+            yield "positions", rounds.positions
+            yield "mask", rounds.mask
+            weight, bias = self._head()
+            yield "head", weight
+            if bias is not None:
+                yield "head's bias", bias
+            if (borrowed := self.draft.borrowed.embedding) is not None:
+                for part, x in (*borrowed.named_parameters(), *borrowed.named_buffers()):
+                    yield f"embedding {part}", x
+
+        about = ("draft", name, rounds.rows, rounds.masked)
+        return KeptProgram(self.draft, about, names, growing, rounds.cache.room, rounds.options)
+
+    def _agree(self, program: Captured, function: Callable[[], Tensor]) -> bool:
+        """Whether ``program``, which was found, does what ``function`` does, on states that are not
+        all zero. What is written behind the context is of no meaning."""
+        held = self.pending.clone()
+        self.pending.normal_()
+        try:
+            mine, eager = self._outcome(program), self._outcome(function)
+        finally:
+            self.pending.copy_(held)
+        for got, want in zip(mine, eager, strict=True):
+            allowed = TOLERANCE.get(want.dtype, COARSE) * want.float().norm()
+            if not (got.float() - want.float()).norm() <= allowed:
+                return False
+        return True
+
+    def _outcome(self, run: Callable[[], Tensor]) -> list[Tensor]:
+        """All that ``run`` gives and writes."""
+        first = min(int(self.context_slot), int(self.rounds.slot))
+        with torch.no_grad():
+            result = run().clone()
+        written = [x[:, :, first : first + 2 * self.slack].clone() for x in self.caches()]
+        return [result, self.hidden.clone(), *written]
 
     def _append(self) -> Callable[[], Tensor]:
         draft, keys, values, pending = self.draft, self.keys, self.values, self.pending
@@ -165,11 +221,15 @@ class DraftRounds:
     def _head(self) -> tuple[Tensor, Tensor | None]:
         """The output layer in the draft's own dtype: a target in float32 lends a draft in bfloat16
         a copy of half the size, since the draft's share of a round is mostly reading it."""
+        if self._output is not None:
+            return self._output
         head = self.draft.lm_head or self.draft.borrowed.head
         if head is None:
             raise DraftError("this draft has no lm_head of its own: call bind(model)")
         dtype, bias = self.draft.fc.weight.dtype, getattr(head, "bias", None)
-        return head.weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+        weight = head.weight.detach().to(dtype)
+        self._output = weight, None if bias is None else bias.detach().to(dtype)
+        return self._output
 
     def _propose(self) -> Callable[[], Tensor]:
         draft, keys, values, hidden, ids = (
