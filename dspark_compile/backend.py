@@ -39,6 +39,7 @@ from .passes.pipeline import run_pipeline
 from .passes.subclasses import CannotDesugar, desugar, naming
 from .passes.trace import trace
 from .passes.verifier import VerifyError
+from .reuse.inputs import Inputs, with_inputs
 from .reuse.steps import KeptStep
 
 log = logging.getLogger("dspark_compile")
@@ -249,8 +250,9 @@ def _compile(
     if options.keep_programs:
         report.programs["lowered"] = str(traced.graph)
     if native is not None:
-        kept.save(native, ctx)
-        return wrap(_wrapped(native, inputs, ctx))
+        run = wrap(_wrapped(native, inputs, ctx))
+        kept.save(native, run, ctx, Inputs.of(ctx, wrap, len(inputs)))
+        return run
     if as_it_is:
         return wrap(_inner(traced, inputs, options, config, None, report, ctx, compiled=False))
     return wrap(_inner(traced, inputs, options, config, decompositions, report, ctx))
@@ -302,17 +304,4 @@ def _wrapped(
     run: Callable[..., Any], inputs: Sequence[Any], ctx: PassContext
 ) -> Callable[..., Any]:
     """``run`` behind what gives it the inputs that passes added, without those they dropped."""
-    extra = ctx.extra_inputs
-    if not extra:
-        return run
-    kept = _kept(inputs, ctx)
-
-    def given(args: Sequence[Any]) -> list[Any]:
-        return [*(args[i] for i in kept), *(item.value(args) for item in extra)]
-
-    def call(*args: Any) -> Any:
-        return run(*given(args))
-
-    if hasattr(run, "bind"):
-        call.bind = lambda args: run.bind(given(args))  # type: ignore[attr-defined]
-    return call
+    return with_inputs(run, _kept(inputs, ctx), ctx.extra_inputs)

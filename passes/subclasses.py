@@ -89,15 +89,16 @@ def desugar(
 ) -> tuple[fx.GraphModule, list[Any], Callable[[Callable[..., Any]], Callable[..., Any]]]:
     """``(module, inputs, wrap)`` without subclasses among the inputs.
 
-    ``wrap`` makes a callable on the new inputs one on the old. Where there is no subclass,
-    everything is returned as it was. The inner tensors among the new inputs are fake.
+    ``wrap`` makes a callable on the new inputs one on the old; where each of the new ones comes
+    from is ``wrap.paths``, for `take_apart`. Where there is no subclass, everything is returned as
+    it was. The inner tensors among the new inputs are fake.
 
     Raises:
         CannotDesugar: see the module's docstring.
     """
     found = [i for i, x in enumerate(inputs) if compat.is_subclass(x)]
     if not found:
-        return module, list(inputs), lambda run: run
+        return module, list(inputs), take_apart(None)
     for i in found:
         _check(inputs[i])
     fakes, _ = compat.fake_inputs(inputs)
@@ -134,7 +135,7 @@ def desugar(
             values[old] = graph.node_copy(old, values.__getitem__)
     made = fx.GraphModule(module, graph)
     made.meta.update(module.meta)
-    return made, flat, _wrapper(paths)
+    return made, flat, take_apart(paths)
 
 
 @contextlib.contextmanager
@@ -158,10 +159,16 @@ def naming(inputs: Sequence[Any]) -> Iterator[None]:
         raise CannotDesugar(f"{what}: {type(error).__name__}: {text}") from error
 
 
-def _wrapper(
-    paths: list[tuple[int, tuple[str, ...]]],
+def take_apart(
+    paths: Sequence[tuple[int, Sequence[str]]] | None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What makes a callable on inner tensors one on subclasses: tensor n is found in the caller's
+    input ``paths[n][0]`` by the attribute names ``paths[n][1]``. None: as it is."""
+
     def wrap(run: Callable[..., Any]) -> Callable[..., Any]:
+        if paths is None:
+            return run
+
         def given(args: Sequence[Any]) -> list[Any]:
             return [_follow(args[i], path) if path else args[i] for i, path in paths]
 
@@ -172,10 +179,11 @@ def _wrapper(
             call.bind = lambda args: run.bind(given(args))  # type: ignore[attr-defined]
         return call
 
+    wrap.paths = paths  # type: ignore[attr-defined]
     return wrap
 
 
-def _follow(value: Any, path: tuple[str, ...]) -> Any:
+def _follow(value: Any, path: Sequence[str]) -> Any:
     for name in path:
         value = getattr(value, name)
     return value

@@ -14,8 +14,10 @@ than the code that runs.
 
 from __future__ import annotations
 
+import enum
 import functools
 import hashlib
+import importlib.metadata
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 
+from dspark_compile import _torch_compat as compat
 from dspark_compile.diagnostics.environment import environment
 from dspark_compile.options import Options
 from dspark_compile.passes.pipeline import pipeline
@@ -109,11 +112,14 @@ def _inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> Iterator[str]:
             continue
         if not isinstance(value, Tensor) or not isinstance(given, Tensor):
             raise NoKey(f"an input is a {type(given).__name__}")
-        if type(given) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor):
+        inside = ""
+        if compat.is_subclass(given):
+            inside = inner(given)
+        elif type(given) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor):
             raise NoKey(f"an input is a {type(given).__name__}")
         if value.layout is not torch.strided:
             raise NoKey(f"an input's layout is {value.layout}")
-        shared = memory.setdefault(given.untyped_storage()._cdata, i)
+        shared = [memory.setdefault(x, i) for x in storages(given)]
         static = node.meta.get("tensor_dict") or {}
         source = getattr(getattr(node, "_dynamo_source", None), "name", None)
         source = source() if callable(source) else source  # a method before torch 2.12
@@ -124,9 +130,43 @@ def _inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> Iterator[str]:
                 value.requires_grad, value.is_conj(), value.is_neg(), given.is_inference(),
                 isinstance(given, torch.nn.Parameter),
                 str(static.get("_dynamo_static_input_type")),
-                node.meta.get("dspark_bits"), source,
+                node.meta.get("dspark_bits"), source, inside,
             )
         )  # fmt: skip
+
+
+def inner(tensor: Tensor) -> str:
+    """A tensor of tensors (torchao's quantised weights) as text: its type, and the version of the
+    package that has its rules; what it says of itself; the tensors inside, but not their values.
+
+    Raises:
+        NoKey: its package has no version, or it says something that has no form in text.
+    """
+    kind = type(tensor)
+    package = kind.__module__.split(".")[0]
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise NoKey(f"an input is a {kind.__name__}, of a package without a version") from None
+    names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    found = [f"{kind.__module__}.{kind.__qualname__} {version}", _word(context)]
+    found.append(repr((tuple(tensor.shape), tensor.stride(), str(tensor.dtype))))
+    for name in names:
+        x = getattr(tensor, name)
+        if compat.is_subclass(x):
+            found.append(f"{name} {inner(x)}")
+            continue
+        about = (str(x.dtype), str(x.device), tuple(x.shape), x.stride(), x.storage_offset())
+        found.append(f"{name} {about!r}")
+    return repr(found)
+
+
+def storages(tensor: Tensor) -> list[int]:
+    """What stands for the memory of a tensor, or of those inside of it."""
+    if not compat.is_subclass(tensor):
+        return [tensor.untyped_storage()._cdata]
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    return [at for name in names for at in storages(getattr(tensor, name))]
 
 
 def _nodes(gm: fx.GraphModule) -> Iterator[str]:
@@ -168,6 +208,8 @@ def _word(value: Any) -> str:
         return f"%{value.name}"
     if value is None or value is Ellipsis or isinstance(value, (bool, int, float, complex, str)):
         return f"{type(value).__name__}:{value!r}"
+    if isinstance(value, enum.Enum):
+        return f"{type(value).__module__}.{type(value).__qualname__}:{value.name}"
     if isinstance(value, _WORDS):
         return f"{type(value).__name__}:{value}"
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dspark_compile.reuse.key import NoKey
+from dspark_compile import _torch_compat as compat
+from dspark_compile.reuse.key import NoKey, inner
 
 # Packages whose code their version stands for; this one's sources are hashed as files.
 _BY_VERSION = {*sys.stdlib_module_names, "torch", "numpy", "sympy", "dspark_compile"}
@@ -53,6 +54,8 @@ def model_key(model: nn.Module) -> str:
         *model.named_buffers(remove_duplicate=False),
     ):
         walk.say(name, type(x), x.dtype, x.device, tuple(x.shape), x.stride())
+        if compat.is_subclass(x):
+            walk.say(inner(x))
     walk.code()
     return walk.digest.hexdigest()[:40]
 

@@ -5,8 +5,9 @@ to the graph (functional tracing, passes, planning) is a function of what `key.g
 and what comes of it is a layout and a report: both are kept, and a graph whose key is found becomes
 its native call at once. Kernels are found as always, by their source.
 
-Kept is what has no part outside of the layout: no inputs that passes make (packed weights, an int8
-cache), no subclasses, no assumption about a symbolic size beyond those Dynamo made.
+Kept is what has no part outside of the layout but recipes for inputs (`inputs`: the tensors inside
+of a quantised weight, int4 weights packed, an int8 cache): no merged weights, and no assumption
+about a symbolic size beyond those Dynamo made.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from dspark_compile.passes import expert_loops
 from dspark_compile.passes.base import PassContext
 from dspark_compile.passes.native_step import assemble, report_kernels
 from dspark_compile.reuse import files, layout
+from dspark_compile.reuse.inputs import Inputs
 from dspark_compile.reuse.key import NoKey, graph_key
 
 _LISTS = ("passes", "rejections", "sites", "kv_plan", "kernels", "fallbacks")
@@ -48,7 +50,7 @@ class KeptStep:
     def __init__(
         self, gm: fx.GraphModule, inputs: Sequence[Any], options: Options, report: GraphReport
     ) -> None:
-        self.report, self.began = report, time.perf_counter()
+        self.report, self.began, self._inputs = report, time.perf_counter(), inputs
         self.key: str | None = None
         self.reason = _refusal(gm, inputs, options)
         self._notes = len(report.notes)
@@ -61,10 +63,11 @@ class KeptStep:
             self.reason = str(error)
 
     @classmethod
-    def of_key(cls, key: str, report: GraphReport) -> KeptStep:
-        """What is kept under ``key``, of a graph that nobody traced."""
+    def of_key(cls, key: str, inputs: Sequence[Any], report: GraphReport) -> KeptStep:
+        """What is kept under ``key``, of a graph of ``inputs`` that nobody traced."""
         self = cls.__new__(cls)
         self.report, self.began, self.key = report, time.perf_counter(), key
+        self._inputs = inputs
         self.reason, self._notes = None, len(report.notes)
         return self
 
@@ -77,7 +80,10 @@ class KeptStep:
             if data is None:
                 return None
             native = NativeProgram(layout.from_data(data["layout"]))
-            run = assemble(native, [(kind, value) for kind, value in data["form"]])
+            made = Inputs.from_data(data["inputs"])
+            if not made.fit(self._inputs):
+                return None
+            run = made.around(assemble(native, [(kind, value) for kind, value in data["form"]]))
             then = graph_from_dict(data["report"])
         except build.UnsafeCacheError as error:
             self.report.note(f"kept steps are not read: {error}")
@@ -97,23 +103,28 @@ class KeptStep:
         run.kept = self.key  # type: ignore[attr-defined]
         return run
 
-    def save(self, run: Callable[..., Any], ctx: PassContext) -> None:
-        """Keep ``run``, what `assemble` made; where it cannot be, the report says why."""
+    def save(
+        self,
+        native: Callable[..., Any],
+        run: Callable[..., Any],
+        ctx: PassContext,
+        inputs: Inputs,
+    ) -> None:
+        """Keep ``native``, what `assemble` made, which is ``run`` behind ``inputs``; where it
+        cannot be, the report says why."""
         if self.key is None:
             if self.reason:
                 self.report.note(f"not kept for the next process: {self.reason}")
             return
         try:
-            if ctx.extra_inputs or ctx.dropped_inputs:
-                raise layout.CannotKeep("passes changed what goes into the graph")
             if compat.assumptions() != self._assumed:
                 raise layout.CannotKeep("passes assumed something of a symbolic size")
-            files.write(self.key, self._data(run))
+            files.write(self.key, self._data(native, inputs))
             run.kept = self.key  # type: ignore[attr-defined]
         except (layout.CannotKeep, build.BuildError, OSError) as error:
             self.report.note(f"not kept for the next process: {error}")
 
-    def _data(self, run: Callable[..., Any]) -> dict[str, Any]:
+    def _data(self, run: Callable[..., Any], inputs: Inputs) -> dict[str, Any]:
         form = run.form  # type: ignore[attr-defined]
         if not all(v is None or isinstance(v, (bool, int, float)) for _, v in form):
             raise layout.CannotKeep("an output of the graph is no number")
@@ -122,7 +133,10 @@ class KeptStep:
         # These are made again: their paths are those of the process that reads.
         then["kernels"] = [k for k in then["kernels"] if k["impl"] != "native"]
         native: NativeProgram = run.native  # type: ignore[attr-defined]
-        return {"layout": layout.to_data(native.layout), "form": form, "report": then}
+        return {
+            "layout": layout.to_data(native.layout), "form": form, "inputs": inputs.to_data(),
+            "report": then,
+        }  # fmt: skip
 
 
 def _refusal(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> str | None:

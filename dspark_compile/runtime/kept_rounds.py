@@ -22,12 +22,13 @@ import sympy
 import torch
 from torch import Tensor
 
+from dspark_compile import _torch_compat as compat
 from dspark_compile.codegen.cpp.build import BuildError
 from dspark_compile.diagnostics import state
 from dspark_compile.diagnostics.environment import environment
 from dspark_compile.options import Options
 from dspark_compile.reuse import files
-from dspark_compile.reuse.key import NoKey, surroundings
+from dspark_compile.reuse.key import NoKey, inner, storages, surroundings
 from dspark_compile.reuse.layout import CannotKeep, polynomial, terms
 from dspark_compile.reuse.model_key import model_key
 from dspark_compile.reuse.steps import KeptStep
@@ -132,7 +133,7 @@ class KeptProgram:
         group = state.start_report()
         group.options = self._options.to_dict()
         group.environment = environment()
-        run = KeptStep.of_key(step, group.add_graph()).load()
+        run = KeptStep.of_key(step, whole.args, group.add_graph()).load()
         if run is None:
             return None
         return Captured.again(replace(whole, compiled=run))
@@ -196,7 +197,8 @@ class KeptProgram:
                     "name": names[id(x)], "type": type(x).__qualname__, "dtype": str(x.dtype),
                     "device": str(x.device), "shape": shape, "offset": x.storage_offset(),
                     "stride": None if dimension is not None else list(x.stride()),
-                    "memory": memory.setdefault(x.untyped_storage()._cdata, len(memory)),
+                    "memory": [memory.setdefault(at, len(memory)) for at in storages(x)],
+                    "inner": inner(x) if compat.is_subclass(x) else None,
                 }
             )  # fmt: skip
         return found
