@@ -17,25 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dspark_compile.codegen.cpp import emit
+from dspark_compile.codegen.cpp import emit, scatter
+from dspark_compile.codegen.cpp.scatter import read as _read
+from dspark_compile.codegen.cpp.scatter import store as _store
 from dspark_compile.passes.graph import aten
 
-SMALL = 8192  # elements that one thread does alone
+SMALL = scatter.MOST  # elements that one thread does alone
 LARGE = 1 << 22  # above, the inner compiler's vectorised loops are wanted
 LARGEST_INDEX = 4096  # numbers, each of which every thread checks
 
-_TYPES = {
-    torch.bool: "bool",
-    torch.float32: "float",
-    torch.float64: "double",
-    torch.bfloat16: "bf16",
-    torch.float16: "half",
-    torch.int64: "int64_t",
-    torch.int32: "int32_t",
-    torch.int16: "int16_t",
-    torch.int8: "int8_t",
-    torch.uint8: "uint8_t",
-}
+_TYPES = scatter.TYPES
 
 _UNARY: dict[Any, str] = {
     aten.neg.default: "-{0}",
@@ -51,12 +42,17 @@ _UNARY: dict[Any, str] = {
     aten.sigmoid.default: "C(1) / (C(1) + std::exp(-{0}))",
     aten.silu.default: "{0} / (C(1) + std::exp(-{0}))",
     aten.relu.default: "({0} > C(0) ? {0} : C(0))",
+    aten.round.default: "std::nearbyint({0})",
+    aten.floor.default: "std::floor({0})",
+    aten.ceil.default: "std::ceil({0})",
+    aten.trunc.default: "std::trunc({0})",
     aten.logical_not.default: "!({0})",
     aten._to_copy.default: "{0}",
     aten.clone.default: "{0}",
     aten.copy.default: "{1}",
     aten.copy_.default: "{1}",
 }
+_ROUNDED = (aten.round.default, aten.floor.default, aten.ceil.default, aten.trunc.default)
 _BINARY: dict[Any, str] = {
     aten.add.Tensor: "{0} + {1}",
     aten.sub.Tensor: "{0} - {1}",
@@ -70,7 +66,14 @@ _BINARY: dict[Any, str] = {
     aten.pow.Scalar: "std::pow({0}, {1})",
     aten.logical_and.default: "({0} && {1})",
     aten.logical_or.default: "({0} || {1})",
+    aten.bitwise_right_shift.Tensor_Scalar: "{0} >> {1}",
+    aten.__rshift__.Scalar: "{0} >> {1}",
 }
+# Whole numbers; others in `glue.h`. By nothing but a number that is not 0: there torch raises.
+_DIVISIONS: dict[Any, str] = {
+    aten.div.Tensor_mode: "", aten.floor_divide.default: "floor_div", aten.remainder.Scalar: "mod",
+    aten.remainder.Tensor: "mod", aten.fmod.Scalar: "fmod", aten.fmod.Tensor: "fmod",
+}  # fmt: skip
 for _name, _sign in {
     "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
 }.items():  # fmt: skip
@@ -82,10 +85,19 @@ _COMPARISONS = frozenset(
 _LOGICAL = {aten.bitwise_and.Tensor: "&", aten.bitwise_or.Tensor: "|"}
 _CONSTANTS = {
     aten.zeros.default: 0, aten.ones.default: 1, aten.full.default: None,
-    aten.scalar_tensor.default: None,
+    aten.scalar_tensor.default: None, aten.zeros_like.default: 0, aten.ones_like.default: 1,
+    aten.full_like.default: None, aten.new_zeros.default: 0, aten.new_ones.default: 1,
+    aten.new_full.default: None,
 }  # fmt: skip
+# What somebody else fills.
+_EMPTY = (
+    aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default,
+    aten.empty_permuted.default,
+)  # fmt: skip
 _FILLS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
-_MAKERS = (aten.arange.default, aten.arange.start, aten.arange.start_step, *_CONSTANTS)
+_MAKERS = (
+    aten.arange.default, aten.arange.start, aten.arange.start_step, *_CONSTANTS, *_EMPTY,
+)  # fmt: skip
 
 
 class NotGlue(Exception):
@@ -126,22 +138,23 @@ class Glue:
             f"glue_{digest}", "What stands between kernels.", "glue.h", parameters, run
         )
 
-    def add(self, node: fx.Node, values: Callable[[Any], Any], out: Tensor) -> None:
-        """Print ``node``, whose arguments ``values`` gives, into ``out``.
+    def add(self, node: fx.Node, values: Callable[[Any], Any], out: Any) -> None:
+        """Print ``node``, whose arguments ``values`` gives, into ``out``, a tensor or several.
 
         Raises:
             NotGlue: it cannot be printed; nothing has been added then.
         """
         lines = _print(node, values, out, self.pointer)
         self.lines += ["{", f"  // {node.name}", *(f"  {line}" for line in lines), "}"]
-        self.outs.append(out)
-        self.elements = max(self.elements, out.numel())
+        outs = [out] if isinstance(out, Tensor) else list(out)
+        self.outs += outs
+        self.elements = max(self.elements, *(x.numel() for x in outs))
 
 
 def reason(node: fx.Node) -> str | None:
     """Why ``node`` is not glue; None if it is."""
     out = node.meta.get("val")
-    if not isinstance(out, Tensor):
+    if not isinstance(out, Tensor) and node.target not in scatter.SORTS:
         return f"{node.target} gives no tensor"
     try:
         _print(node, lambda x: x.meta["val"] if isinstance(x, fx.Node) else x, out, lambda x: "p")
@@ -151,26 +164,35 @@ def reason(node: fx.Node) -> str | None:
 
 
 def _print(
-    node: fx.Node, values: Callable[[Any], Any], out: Tensor, pointer: Callable[[Tensor], str]
+    node: fx.Node, values: Callable[[Any], Any], out: Any, pointer: Callable[[Tensor], str]
 ) -> list[str]:
     target = node.target
+    outs = [out] if isinstance(out, Tensor) else list(out)
     args = [
         [values(y) for y in x] if isinstance(x, (list, tuple)) else values(x) for x in node.args
     ]
     tensors = [x for x in args if isinstance(x, Tensor)]
-    for x in (out, *tensors):
+    for x in (*outs, *tensors):
         if x.device.type != "cpu":
             raise NotGlue(f"{target} on {x.device.type}")
         if x.dtype not in _TYPES:
             raise NotGlue(f"{target} of {x.dtype}")
         if not all(isinstance(n, int) for n in (*x.shape, *x.stride())):
             raise NotGlue(f"{target} of a dynamic size, {list(x.shape)}")
-    if out.numel() > LARGE:
-        raise NotGlue(f"{target} of {out.numel()} elements")
+    if outs[0].numel() > LARGE:
+        raise NotGlue(f"{target} of {outs[0].numel()} elements")
+    if target in scatter.SORTS or (target in scatter.PRINTED and not _by_mask(target, args)):
+        try:
+            return scatter.printed(node, args, out, pointer)
+        except scatter.NotPrinted as error:
+            raise NotGlue(str(error)) from None
     if target is aten.embedding.default:
         return _embedding(args, out, pointer)
     if target is aten.cat.default:
         return _cat(args, out, pointer)
+    if target is aten.stack.default:
+        axis = (args[1] if len(args) > 1 else 0) % out.dim()
+        return _cat([[x.unsqueeze(axis) for x in args[0]], axis], out, pointer)
     if target is aten.roll.default:
         return _roll(args, out, pointer)
     if target is aten.index.Tensor:
@@ -205,6 +227,13 @@ def _print(
     return lines + _loops(out, views, body)
 
 
+def _by_mask(target: Any, args: list[Any]) -> bool:
+    """Whether it is ``x[mask] = number``, which is a choice of each element's."""
+    if target is not aten.index_put.default:
+        return False
+    return any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1])
+
+
 def _masked_put(args: list[Any], kwargs: dict[str, Any]) -> list[Any]:
     """The operands of ``where`` for ``x[mask] = number``."""
     x, given, value = args[:3]
@@ -215,17 +244,6 @@ def _masked_put(args: list[Any], kwargs: dict[str, Any]) -> list[Any]:
     if mask.dtype != torch.bool or mask.shape != x.shape or value.numel() != 1:
         raise NotGlue("an index_put that is not one number by a mask of the same shape")
     return [mask, value, x]
-
-
-def _read(name: str, dtype: torch.dtype, at: str) -> str:
-    text = f"((const {_TYPES[dtype]}*){name})[{at}]"
-    return f"to_float({text})" if dtype in (torch.bfloat16, torch.float16) else text
-
-
-def _store(name: str, dtype: torch.dtype, at: str, value: str) -> str:
-    if dtype in (torch.bfloat16, torch.float16):
-        return f"from_float((({_TYPES[dtype]}*){name})[{at}], float({value}));"
-    return f"(({_TYPES[dtype]}*){name})[{at}] = {_TYPES[dtype]}({value});"
 
 
 def _constant(value: Any, compute: str) -> str:
@@ -271,7 +289,9 @@ def _expression(node: fx.Node, args: list[Any], out: Tensor) -> tuple[str, str]:
     if target in (aten.copy_.default, aten.copy.default):
         return _compute(args[1:2]), "{1}"
     if target in _UNARY and len(args) == 1:
-        return _compute(args, out.dtype if out.dtype != torch.bool else None), _UNARY[target]
+        compute = _compute(args, out.dtype if out.dtype != torch.bool else None)
+        whole = target in _ROUNDED and compute == "int64_t"
+        return compute, "{0}" if whole else _UNARY[target]
     if target is aten.pow.Scalar:
         return _compute(args[1:], out.dtype), _BINARY[target]
     if target in _BINARY:
@@ -282,6 +302,8 @@ def _expression(node: fx.Node, args: list[Any], out: Tensor) -> tuple[str, str]:
         if alpha != 1:
             text = text.replace("{1}", f"{_constant(alpha, '')} * {{1}}")
         return _compute(args[:2], out.dtype if out.dtype != torch.bool else None), text
+    if target in _DIVISIONS:
+        return _division(node, args, out)
     if target in _LOGICAL:
         if all(x.dtype == torch.bool for x in args if isinstance(x, Tensor)):
             return "int64_t", f"{{0}} {_LOGICAL[target]} {{1}}"
@@ -303,6 +325,20 @@ def _expression(node: fx.Node, args: list[Any], out: Tensor) -> tuple[str, str]:
             text = f"({text} > {{2}} ? {{2}} : {text})"
         return _compute(args, out.dtype), text
     raise NotGlue(f"{target} is not among the printed ones")
+
+
+def _division(node: fx.Node, args: list[Any], out: Tensor) -> tuple[str, str]:
+    """(type to compute in, expression) of a division that is rounded, or of what it leaves."""
+    target, function = node.target, _DIVISIONS[node.target]
+    mode = node.kwargs.get("rounding_mode", args[2] if len(args) > 2 else None)
+    if target is aten.div.Tensor_mode:
+        if mode is None:
+            return _compute(args[:2], out.dtype), "{0} / {1}"
+        function = {"trunc": "trunc_div", "floor": "floor_div"}[mode]
+    compute = _compute(args[:2], out.dtype)
+    if compute == "int64_t" and (not isinstance(args[1], int) or args[1] == 0):
+        raise NotGlue(f"{target} of whole numbers by what may be 0")
+    return compute, f"{function}({{0}}, {{1}})" if function != "fmod" else "rest({0}, {1})"
 
 
 def _loops(
@@ -476,15 +512,18 @@ def _pieces(
 def _made(
     node: fx.Node, args: list[Any], out: Tensor, pointer: Callable[[Tensor], str]
 ) -> list[str]:
-    if not all(isinstance(x, (int, float, bool)) for x in args if not isinstance(x, list)):
+    if node.target in _EMPTY:
+        return []
+    args = [
+        x for x in args if not isinstance(x, (list, Tensor))
+    ]  # but the size, or what it is like
+    if not all(isinstance(x, (int, float, bool)) for x in args):
         raise NotGlue(f"{node.target} of a dynamic value")
     kind = _TYPES[out.dtype]
-    if node.target is aten.scalar_tensor.default:
-        args = [[], *args]
     if node.target in _CONSTANTS:
         constant = _CONSTANTS[node.target]
         compute = "double" if out.dtype.is_floating_point else "int64_t"
-        value = _constant(args[1] if constant is None else constant, compute)
+        value = _constant(args[0] if constant is None else constant, compute)
         value = value.replace("C(", f"{compute}(")
     else:
         start, step = 0, 1

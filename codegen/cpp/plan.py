@@ -275,11 +275,14 @@ class Planner:
 
     def _loops(self, node: fx.Node) -> None:
         value = node.meta["val"]
+        out: Any
         if is_op(node, aten.copy_.default):
             out = self.get(node.args[0])
-        else:
+        elif isinstance(value, Tensor):
             out = _like(value)
-        large = out.numel() > glue.SMALL
+        else:
+            out = tuple(_like(x) for x in value)
+        large = (out if isinstance(out, Tensor) else out[0]).numel() > glue.SMALL
         if self._glue is not None and (large or self._glue.elements > glue.SMALL):
             self.flush()
         self._glue = self._glue or glue.Glue()

@@ -1,0 +1,378 @@
+"""Rows sorted, counted and put where numbers say: what a mixture of experts does around its
+products, printed as loops of the native step (`glue`).
+
+    sort                                   stable, as torch's on a CPU; NaN is the largest
+    sum, mean, amax, amin, any, all        over some dimensions
+    cumsum                                 over one
+    index_add, index_put, index_copy       rows to the places that a tensor of numbers says
+    scatter, scatter_add, gather           elements
+
+Numbers are checked before anything is written, by every thread, so that all leave together. Where
+there is much to write, threads share a dimension that no number chooses: what meets in one place is
+added by one thread, in the order of the rows, and rounded after each addition, as in torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dspark_compile.passes.graph import aten
+
+Pointer = Callable[[Tensor], str]
+MOST = 8192  # elements that one thread sorts, counts or sums up alone
+MOST_NUMBERS = 4096  # each of which every thread checks
+
+TYPES = {
+    torch.bool: "bool", torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16",
+    torch.float16: "half", torch.int64: "int64_t", torch.int32: "int32_t", torch.int16: "int16_t",
+    torch.int8: "int8_t", torch.uint8: "uint8_t",
+}  # fmt: skip
+SORTS = (aten.sort.default, aten.sort.stable)
+_REDUCTIONS = {
+    aten.sum.default: "sum", aten.sum.dim_IntList: "sum", aten.mean.default: "mean",
+    aten.mean.dim: "mean", aten.amax.default: "amax", aten.amin.default: "amin",
+    aten.any.default: "any", aten.any.dim: "any", aten.any.dims: "any", aten.all.default: "all",
+    aten.all.dim: "all", aten.all.dims: "all",
+}  # fmt: skip
+_SCATTERS = {
+    aten.scatter.src: False, aten.scatter.value: False, aten.scatter_add.default: True,
+}  # fmt: skip
+PRINTED = (
+    *_REDUCTIONS, *_SCATTERS, aten.cumsum.default, aten.gather.default, aten.index_add.default,
+    aten.index_copy.default, aten.index_put.default,
+)  # fmt: skip
+
+
+class NotPrinted(Exception):
+    """A node that cannot be printed; the message says why."""
+
+
+def printed(node: fx.Node, args: list[Any], out: Any, pointer: Pointer) -> list[str]:
+    """The statements of a node of `PRINTED` or `SORTS` with these arguments into ``out``.
+
+    Raises:
+        NotPrinted: it has none.
+    """
+    given, target = _Given(node, args), node.target
+    if target in SORTS:
+        return _sort(given, out, pointer)
+    if target in _REDUCTIONS:
+        return _reduced(_REDUCTIONS[target], given, out, pointer)
+    if target is aten.cumsum.default:
+        return _cumsum(given, out, pointer)
+    if target is aten.gather.default:
+        return _gather(given, out, pointer)
+    if target in _SCATTERS:
+        return _scatter(given, out, pointer, adds=_SCATTERS[target])
+    return _put(given, out, pointer)
+
+
+class _Given:
+    """A call's arguments by position or name."""
+
+    def __init__(self, node: fx.Node, args: list[Any]):
+        self.node, self.args, self.kwargs = node, args, dict(node.kwargs)
+
+    def __call__(self, position: int, name: str, default: Any = None) -> Any:
+        if position < len(self.args):
+            return self.args[position]
+        return self.kwargs.get(name, default)
+
+    @property
+    def op(self) -> str:
+        return str(self.node.target).removeprefix("aten.")
+
+
+def read(name: str, dtype: torch.dtype, at: str) -> str:
+    """The text of element ``at`` of a tensor; half types as float."""
+    text = f"((const {TYPES[dtype]}*){name})[{at}]"
+    return f"to_float({text})" if dtype in (torch.bfloat16, torch.float16) else text
+
+
+def store(name: str, dtype: torch.dtype, at: str, value: str) -> str:
+    """The statement that writes element ``at`` of a tensor."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return f"from_float((({TYPES[dtype]}*){name})[{at}], float({value}));"
+    return f"(({TYPES[dtype]}*){name})[{at}] = {TYPES[dtype]}({value});"
+
+
+@dataclass
+class _Nest:
+    """Loops ``i0``, ``i1`` … over some sizes, one of which the team may share."""
+
+    sizes: Sequence[int]
+    shared: int | None = None
+    prefix: str = "i"
+    lines: list[str] = field(default_factory=list)
+
+    def at(self, strides: Sequence[int]) -> str:
+        """Where an element lies of which these are the strides; 0 for loops that do not count."""
+        terms = [
+            f"{self.prefix}{i} * {s}" for i, s in enumerate(strides) if s and self.sizes[i] != 1
+        ]
+        return " + ".join(terms) or "0"
+
+    def around(self, body: Sequence[str]) -> list[str]:
+        """The loops with ``body`` inside."""
+        if 0 in self.sizes:
+            return []
+        lines = ["{"]
+        if self.shared is not None:
+            lines.append(f"const auto [begin, end] = team.share({self.sizes[self.shared]}, 16);")
+        for i, size in enumerate(self.sizes):
+            v = f"{self.prefix}{i}"
+            if i == self.shared:
+                lines.append(f"for (int64_t {v} = begin; {v} < end; ++{v})")
+            elif size != 1:
+                lines.append(f"for (int64_t {v} = 0; {v} < {size}; ++{v})")
+        return [*lines, "{", *body, "}", "}"]
+
+
+def _shared(out: Tensor, free: Sequence[int]) -> int | None:
+    """The dimension of ``out`` that the team shares: of ``free``, the largest; None where one
+    thread does it.
+
+    Raises:
+        NotPrinted: there is much to do and none to share.
+    """
+    if out.numel() <= MOST:
+        return None
+    best = max(free, key=lambda a: out.shape[a], default=None)
+    if best is None or out.shape[best] < 32:
+        raise NotPrinted(f"{out.numel()} elements, none of whose dimensions can be shared out")
+    return best
+
+
+def _small(what: str, *tensors: Tensor) -> None:
+    most = max(x.numel() for x in tensors)
+    if most > MOST:
+        raise NotPrinted(f"{what} of {most} elements, more than {MOST}")
+
+
+def _numbers(index: Any) -> Tensor:
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+        raise NotPrinted("an index that is no tensor of whole numbers")
+    if index.numel() > MOST_NUMBERS:
+        raise NotPrinted(f"an index of {index.numel()} numbers, more than {MOST_NUMBERS}")
+    return index
+
+
+def _checked(index: Tensor, size: int, from_end: bool, pointer: Pointer) -> list[str]:
+    """Every number of ``index`` is one of a dimension of ``size``."""
+    nest = _Nest(index.shape, prefix="c")
+    least = -size if from_end else 0
+    return nest.around(
+        [
+            f"const int64_t row = {read(pointer(index), index.dtype, nest.at(index.stride()))};",
+            f"if (row < {least}LL || row >= {size}LL) return 3;",
+        ]
+    )
+
+
+# -- sorting --------------------------------------------------------------------------------------
+
+
+def _sort(given: _Given, out: Any, pointer: Pointer) -> list[str]:
+    x, (values, indices) = given.args[0], out
+    axis, descending = given(1, "dim", -1), given(2, "descending", False)
+    if x.dim() == 0:
+        raise NotPrinted("a sort of one number")
+    _small("a sort", x)
+    axis = axis % x.dim()
+    sizes = [1 if a == axis else n for a, n in enumerate(x.shape)]
+    nest = _Nest(sizes)
+    px, pv, pi = pointer(x), pointer(values), pointer(indices)
+    kind = TYPES[x.dtype]
+    call = (
+        f"sort_row((const {kind}*){px} + {nest.at(x.stride())}, {x.stride(axis)},"
+        f" {x.shape[axis]}, {str(bool(descending)).lower()},"
+        f" ({kind}*){pv} + {nest.at(values.stride())}, {values.stride(axis)},"
+        f" (int64_t*){pi} + {nest.at(indices.stride())}, {indices.stride(axis)});"
+    )
+    return nest.around([call])
+
+
+# -- sums -----------------------------------------------------------------------------------------
+
+
+def _reduced(kind: str, given: _Given, out: Tensor, pointer: Pointer) -> list[str]:
+    x = given.args[0]
+    axes = given(1, "dim")
+    if given.node.target in (aten.sum.default, aten.mean.default):
+        axes = None
+    if axes is None or axes == []:
+        axes = list(range(x.dim()))
+    axes = sorted({a % x.dim() for a in ([axes] if isinstance(axes, int) else axes)})
+    over = 1
+    for a in axes:
+        over *= x.shape[a]
+    kept = [a for a in range(x.dim()) if a not in axes]
+    keeps = out.dim() == x.dim()
+    if over == 0 and kind in ("mean", "amax", "amin"):
+        raise NotPrinted(f"{given.op} over nothing")
+    _small(given.op, x)
+    floating = x.dtype.is_floating_point or out.dtype.is_floating_point
+    compute = "double" if floating else "int64_t"
+    outer = _Nest([x.shape[a] for a in kept])
+    inner = _Nest([x.shape[a] for a in axes], prefix="j")
+    places = [out.stride(a if keeps else i) for i, a in enumerate(kept)]
+    at = f"{outer.at([x.stride(a) for a in kept])} + {inner.at([x.stride(a) for a in axes])}"
+    value = f"const {compute} value = {compute}({read(pointer(x), x.dtype, at)});"
+    step, start, end = {
+        "sum": ("total += value;", "0", "total"),
+        "mean": ("total += value;", "0", f"total / {over}"),
+        "amax": ("if (first || value != value || value > total) total = value;", "0", "total"),
+        "amin": ("if (first || value != value || value < total) total = value;", "0", "total"),
+        "any": ("total = total != 0 || value != 0;", "0", "total"),
+        "all": ("total = total != 0 && value != 0;", "1", "total"),
+    }[kind]
+    if kind in ("amax", "amin"):  # a NaN stays
+        step = f"if (total == total || first) {{ {step} }} first = false;"
+    body = [
+        f"{compute} total = {start};",
+        *(["bool first = true;"] if kind in ("amax", "amin") else []),
+        *inner.around([value, step]),
+        store(pointer(out), out.dtype, outer.at(places), end),
+    ]
+    return outer.around(body)
+
+
+def _cumsum(given: _Given, out: Tensor, pointer: Pointer) -> list[str]:
+    x, axis = given.args[0], given(1, "dim", 0)
+    if x.dim() == 0:
+        raise NotPrinted("a cumsum of one number")
+    _small("a cumsum", x)
+    axis = axis % x.dim()
+    floating = x.dtype.is_floating_point or out.dtype.is_floating_point
+    compute = "double" if floating else "int64_t"
+    nest = _Nest([1 if a == axis else n for a, n in enumerate(x.shape)])
+    source = read(pointer(x), x.dtype, f"{nest.at(x.stride())} + n * {x.stride(axis)}")
+    to = f"{nest.at(out.stride())} + n * {out.stride(axis)}"
+    return nest.around(
+        [
+            f"{compute} total = 0;",
+            f"for (int64_t n = 0; n < {x.shape[axis]}; ++n) {{",
+            f"  total += {compute}({source});",
+            f"  {store(pointer(out), out.dtype, to, 'total')}",
+            "}",
+        ]
+    )
+
+
+# -- places ---------------------------------------------------------------------------------------
+
+
+def _put(given: _Given, out: Tensor, pointer: Pointer) -> list[str]:
+    """``out = x`` with rows of ``values`` added at, or put to, the places that indices say."""
+    x, target = given.args[0], given.node.target
+    if target is aten.index_put.default:
+        places, values = given.args[1], given.args[2]
+        indices = {axis: _numbers(i) for axis, i in enumerate(places) if i is not None}
+        adds, from_end = bool(given(3, "accumulate", False)), True
+    else:
+        axis, index, values = given.args[1] % max(x.dim(), 1), given.args[2], given.args[3]
+        if index.dim() != 1:
+            raise NotPrinted(f"{given.op} by an index of {index.dim()} dimensions")
+        indices, from_end = {axis: _numbers(index)}, False
+        adds = target is aten.index_add.default
+        if given(4, "alpha", 1) != 1:
+            raise NotPrinted(f"{given.op} with alpha")
+        if list(values.shape) != [
+            index.shape[0] if a == axis else n for a, n in enumerate(x.shape)
+        ]:
+            raise NotPrinted(f"{given.op} of rows of another shape")
+    if values.dtype != x.dtype or not indices:
+        raise NotPrinted(f"{given.op} of several dtypes")
+    # The shape of x[indices], as in `glue._index`: the indices' dimensions stand together, where
+    # the first of them does, or in front.
+    shape = torch.broadcast_shapes(*(i.shape for i in indices.values()))
+    axes = sorted(indices)
+    together = axes == list(range(axes[0], axes[-1] + 1))
+    front = axes[0] if together else 0
+    kept = [a for a in range(x.dim()) if a not in indices]
+    order: list[int | None] = [*kept[:front], *[None] * len(shape), *kept[front:]]
+    sizes = [*(x.shape[a] for a in kept[:front]), *shape, *(x.shape[a] for a in kept[front:])]
+    spread = values.expand(sizes)
+    share = _shared(out, kept)
+    if share is None:
+        _small(given.op, values.new_empty(sizes))
+    nest = _Nest(sizes, None if share is None else order.index(share))
+    terms = [nest.at([0 if a is None else out.stride(a) for a in order])]
+    body, checks = [], []
+    for n, (axis, index) in enumerate(indices.items()):
+        checks += _checked(index, x.shape[axis], from_end, pointer)
+        steps = [0] * len(sizes)
+        steps[front : front + len(shape)] = index.expand(shape).stride()
+        body.append(f"int64_t n{n} = {read(pointer(index), index.dtype, nest.at(steps))};")
+        if from_end:
+            body.append(f"if (n{n} < 0) n{n} += {x.shape[axis]};")
+        terms.append(f"n{n} * {out.stride(axis)}")
+    body += _written(pointer(out), out.dtype, " + ".join(terms), adds,
+                     read(pointer(values), values.dtype, nest.at(spread.stride())))  # fmt: skip
+    return [*checks, *_copied(x, out, share, pointer), *nest.around(body)]
+
+
+def _written(to: str, dtype: torch.dtype, at: str, adds: bool, value: str) -> list[str]:
+    if not adds:
+        return [store(to, dtype, at, value)]
+    if dtype == torch.bool:
+        raise NotPrinted("an addition of truths")
+    return [
+        f"const int64_t to = {at};",
+        store(to, dtype, "to", f"{read(to, dtype, 'to')} + {value}"),
+    ]
+
+
+def _copied(x: Tensor, out: Tensor, share: int | None, pointer: Pointer) -> list[str]:
+    if x.dtype != out.dtype:
+        raise NotPrinted("rows of several dtypes")
+    nest = _Nest(out.shape, share)
+    kind = TYPES[out.dtype]
+    to = f"(({kind}*){pointer(out)})[{nest.at(out.stride())}]"
+    source = f"((const {kind}*){pointer(x)})[{nest.at(x.stride())}]"
+    return nest.around([f"{to} = {source};"])
+
+
+def _scatter(given: _Given, out: Tensor, pointer: Pointer, adds: bool) -> list[str]:
+    """``out = x`` with ``out[.., index[i], ..] = source[i]``, or added."""
+    x, axis, index, source = given.args[:4]
+    if given.kwargs.get("reduce") or x.dim() == 0 or index.dim() != x.dim():
+        raise NotPrinted(f"{given.op} of this form")
+    _numbers(index)
+    _small(given.op, out)
+    axis, nest = axis % x.dim(), _Nest(index.shape)
+    if isinstance(source, Tensor):
+        if source.dtype != out.dtype:
+            raise NotPrinted(f"{given.op} of several dtypes")
+        value = read(pointer(source), source.dtype, nest.at(source.stride()))
+    elif isinstance(source, (bool, int)) or math.isfinite(source):
+        value = f"({source!r})" if not isinstance(source, bool) else str(int(source))
+    else:
+        raise NotPrinted(f"{given.op} of {source!r}")
+    rest = nest.at([0 if a == axis else s for a, s in enumerate(out.stride())])
+    number = read(pointer(index), index.dtype, nest.at(index.stride()))
+    at = f"{rest} + {number} * {out.stride(axis)}"
+    return [
+        *_checked(index, x.shape[axis], False, pointer),
+        *_copied(x, out, None, pointer),
+        *nest.around(_written(pointer(out), out.dtype, at, adds, value)),
+    ]
+
+
+def _gather(given: _Given, out: Tensor, pointer: Pointer) -> list[str]:
+    x, axis, index = given.args[:3]
+    if x.dim() == 0 or index.dim() != x.dim():
+        raise NotPrinted("a gather of one number")
+    _numbers(index)
+    axis, nest, kind = axis % x.dim(), _Nest(index.shape), TYPES[x.dtype]
+    rest = nest.at([0 if a == axis else s for a, s in enumerate(x.stride())])
+    number = read(pointer(index), index.dtype, nest.at(index.stride()))
+    source = f"((const {kind}*){pointer(x)})[{rest} + {number} * {x.stride(axis)}]"
+    to = f"(({kind}*){pointer(out)})[{nest.at(out.stride())}]"
+    return [*_checked(index, x.shape[axis], False, pointer), *nest.around([f"{to} = {source};"])]
