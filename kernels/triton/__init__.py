@@ -14,6 +14,7 @@ Triton; a kernel's module, and Triton with it, load at the first call.
     ``linear`` ``merged_linear``      `linear`: at most 16 rows
     ``gated_mlp`` ``mlp``             `mlp`, and ``gated_mlp_merged``: at most 16 rows
     ``moe_experts`` ``moe_router``    `moe`, `router`: any number of tokens
+    ``grouped_linear``                `grouped`: any number of rows
     ``cache_append_``                 `cache`, and ``cache_append_int8_``
     ``qk_norm_rope_append_``          `cache`, and ``qk_norm_rope_append_int8_``: in place
     ``attention``                     `attention`, and ``attention_int8``
@@ -46,6 +47,7 @@ OPS: dict[str, str] = {
     "mlp": "mlp",
     "moe_experts": "moe",
     "moe_router": "router",
+    "grouped_linear": "grouped",
     "cache_append_": "cache",
     "cache_append_int8_": "cache",
     "qk_norm_rope_append_": "cache",

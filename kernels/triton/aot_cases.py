@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dspark_compile.kernels.triton import attention, cache, linear, moe, norm, rope, router
+from dspark_compile.kernels.triton import attention, cache, grouped, linear, moe, norm, rope, router
 from dspark_compile.kernels.triton._launch import Launch, Target
 from dspark_compile.kernels.triton.linear_tiles import Shape, Tiles, candidates
 
@@ -270,6 +270,26 @@ def moe_cases(target: Target) -> Iterator[Case]:
                 yield Case(f"experts down {name}", launches[1])
 
 
+def grouped_cases(target: Target) -> Iterator[Case]:
+    """JetMoE's products in attention, and many experts: one row, few, and a prompt's."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for rows in (1, 16, 8192):
+            for label, count, size, outputs in (
+                ("jetmoe", 8, 2048, 4096),
+                ("many", 256, 2880, 1000),
+            ):
+                turned = label == "many"
+                weight = _meta(count, outputs, size, dtype=dtype)
+                if turned:
+                    weight = _meta(count, size, outputs, dtype=dtype).transpose(1, 2)
+                launch, _ = grouped.plan(
+                    _meta(rows, size, dtype=dtype), _meta(count, dtype=torch.int64), weight,
+                    _meta(count, outputs, dtype=dtype) if turned else None, target=target,
+                )  # fmt: skip
+                kind = str(dtype).removeprefix("torch.")
+                yield Case(f"grouped linear {label} S={rows} {kind}", launch)
+
+
 ROUTERS: dict[str, tuple[tuple[int, int, int], str, str, torch.dtype, dict[str, object]]] = {
     # (experts, features, k), scoring, normalise, dtype of the logits, the rest
     "qwen3": ((128, 2048, 8), "softmax", "sum", torch.bfloat16, {}),
@@ -309,5 +329,6 @@ def cases(target: Target) -> list[Case]:
         *linear_cases(target),
         *linear_tile_cases(target),
         *moe_cases(target),
+        *grouped_cases(target),
         *router_cases(target),
     ]
