@@ -503,3 +503,24 @@ def test_compiled_code_reports_its_breaks_too_and_others_get_no_remedy():
     torch._dynamo.reset()
     report = dspark_compile.explain(SplitAgain().eval(), torch.randn(7, HIDDEN), options=OPTIONS)
     assert report.graph_breaks == []
+
+
+def test_generate_compiles_a_step_with_such_a_loop():
+    """DBRX's experts are a loop over those that are hit."""
+    tf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = tf.DbrxConfig(
+        d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=96,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 10000.0},
+        ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    model = tf.DbrxForCausalLM(config).eval()
+    ids = torch.randint(0, 96, (2, 7))
+    given = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    want = model.generate(ids, **given)
+    got, stats = dspark_compile.generate(
+        model, ids, return_stats=True, options={"kernels": "aten", "inner": "eager"}, **given
+    )
+    assert stats.path == "compiled", stats.notes
+    assert torch.equal(got, want)
