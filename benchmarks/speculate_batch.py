@@ -13,6 +13,15 @@ The verification budget is how many drafted tokens of a request a round verifies
 the JSON has both over the batch.
 
     python -m benchmarks.speculate_batch --dtype bfloat16
+    python -m benchmarks.speculate_batch --dtype bfloat16 --lookups
+
+With ``--lookups`` it is n-grams (``ngram``) against plain decoding, over texts that look-ups live
+on and others:
+
+    copies      prompts that hold their continuation
+    one copies  the first request of a batch does, the others continue what they never saw
+    repeats     held-out prompts, greedy: a small model repeats itself
+    new         the same, sampled at temperature 1: little is copied
 """
 
 from __future__ import annotations
@@ -139,6 +148,44 @@ def plot(results: dict[str, dict[str, Any]]) -> str:
     return Template(SVG).render(plots=plots, xs=xs)
 
 
+def lookups(model: Any, prompts: list[torch.Tensor], args: argparse.Namespace) -> dict[str, Any]:
+    """N-grams against plain decoding by kind of text and number of requests."""
+
+    def call(**given: Any) -> Callable[[dict[str, Any]], Any]:
+        return lambda batch: dspark_compile.generate(
+            model, **batch, max_new_tokens=args.new, return_stats=True, **given
+        )
+
+    sampled = {"do_sample": True, "temperature": 1.0, "top_k": 0, "eos_token_id": None}
+    copies = [torch.cat((call(**GREEDY)({"input_ids": p[None]})[0][0], p)) for p in prompts[:24]]
+    results: dict[str, Any] = {}
+    for kind in ("copies", "one copies", "repeats", "new"):
+        how = sampled if kind == "new" else GREEDY
+        ways = {"plain": call(**how), "ngram": call(draft="ngram", **how)}
+        for count in map(int, args.batches.split(",")):
+            if kind == "one copies" and count == 1:
+                continue
+            batches = []
+            for t in range(args.turns):
+                rows = [prompts[(t * count + i) % len(prompts)] for i in range(count)]
+                if kind == "copies":
+                    rows = [copies[(t * count + i) % len(copies)] for i in range(count)]
+                if kind == "one copies":
+                    rows[0] = copies[t % len(copies)]
+                batches.append(batch_of(rows))
+            found = measure(ways, batches, args.new)
+            results.setdefault(kind, {})[str(count)] = found
+            row = found["ngram"]
+            print(
+                f"{kind:10} {count:3} {row['tokens_per_s_per_user']:7.0f} tok/s a user"
+                f"  {row['ratio_to_plain']:.3f} x  tau {row['tau']:.2f}"
+                f"  budget {row['budget']:.2f}  equal {row['rows_equal_to_plain']:.2f}"
+                f"  {row['paths']} {row['notes']}",
+                flush=True,
+            )
+    return results
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -148,6 +195,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--draft", default="", help="a folder; the shipped draft if left out")
+    parser.add_argument("--lookups", action="store_true")
     parser.add_argument("--name", default="")
     parser.add_argument("--no-write", action="store_true")
     args = parser.parse_args()
@@ -158,6 +206,12 @@ def main() -> None:
     cut = held_out(tokenizer, 200, 150)
     # Ragged: 90 ... 150 tokens.
     prompts = [p[: 90 + 37 * i % 61] for i, p in enumerate(cut)]
+    if args.lookups:
+        results = lookups(model, prompts, args)
+        if not args.no_write:
+            name = args.name or f"speculate_lookups_{args.dtype}"
+            write(name, {"arguments": vars(args), "results": results})
+        return
 
     def call(**given: Any) -> Callable[[dict[str, Any]], Any]:
         return lambda batch: dspark_compile.generate(

@@ -27,7 +27,8 @@ inline void fair(const Speculation& s, double (&weight)[kMostRequests]) {
 }
 
 // By `found` and `survival`, where drafting took `draft_seconds`. What is left of the width that is
-// stopped in is filled. `even`: tokens count as `fair` has it; else alike.
+// stopped in is filled. `even`, of look-ups: tokens count as `fair` has it, and the first has to be
+// worth more by a margin; else all count alike.
 inline Schedule schedule(const Speculation& s, double draft_seconds, bool even) {
   const int64_t most = s.widths[s.width_count - 1] - 1;
   int64_t length = 0, wanted = 0;
@@ -40,6 +41,7 @@ inline Schedule schedule(const Speculation& s, double draft_seconds, bool even) 
     wanted = std::max(wanted, s.found[b]);
   }
   double best = tau / (draft_seconds + s.table[1]);
+  double least = even ? (1 + kMargin) * best : best;
   if (s.fixed) {
     length = std::min(most, wanted);
   } else if (wanted > 0) {
@@ -47,8 +49,8 @@ inline Schedule schedule(const Speculation& s, double draft_seconds, bool even) 
       for (int64_t b = 0; b < s.batch; ++b)
         if (!s.done[b]) tau += weight[b] * s.survival[b * s.count + length];
       const double value = tau / (draft_seconds + s.table[length + 2]);
-      if (!(value > best)) break;
-      best = value;
+      if (!(value > least)) break;
+      best = least = value;
     }
   }
   int64_t i = 0;

@@ -443,10 +443,23 @@ def test_widths():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["draft", "gated", "rnn", "ngram", "ngram+draft", "model", "ngram+model"]
+    ("kind", "schedule", "rows"),
+    [
+        *(
+            (kind, schedule, 1)
+            for kind in ("draft", "gated", "rnn", "ngram", "ngram+draft", "model", "ngram+model")
+            for schedule in ("fixed", "auto")
+        ),
+        ("draft", "auto", 4),
+        ("ngram+draft", "auto", 4),
+        ("ngram+model", "auto", 4),
+    ],
 )
-def test_sampled_text_is_distributed_as_the_models(kind):
-    """Chi-square over the first three tokens behind a prompt, 20,000 requests."""
+def test_sampled_text_is_distributed_as_the_models(kind, schedule, rows, monkeypatch):
+    """Chi-square over the first three tokens behind a prompt, 20,000 requests, one by one or four
+    together; with the scheduler (never parked, or there would be nothing to see) and without."""
+    monkeypatch.setattr(ParkPolicy, "drafts", lambda self: True)
+    monkeypatch.setattr(ParkPolicy, "rests", lambda self: False)
     wide = 4
     model = target(vocab_size=wide, hidden_size=16, num_hidden_layers=3, initializer_range=0.6)
     draft = kind
@@ -471,15 +484,17 @@ def test_sampled_text_is_distributed_as_the_models(kind):
             p = model(torch.tensor(texts)).logits[:, -1].softmax(-1)
         joint = (joint[:, None] * p).flatten()
         texts = [t + [x] for t in texts for x in range(wide)]
-    counts = torch.zeros(wide**3)
+    counts, verified, place = torch.zeros(wide**3), 0, torch.tensor([wide**2, wide, 1])
+    prompts = prompt.expand(rows, -1)
     torch.manual_seed(0)
-    for _ in range(20_000):
-        out = dspark_compile.generate(
-            model, prompt, max_new_tokens=3, do_sample=True, top_k=0, draft=draft,
-            schedule="fixed",
+    for _ in range(20_000 // rows):
+        out, report = dspark_compile.generate(
+            model, prompts, max_new_tokens=3, do_sample=True, top_k=0, draft=draft,
+            schedule=schedule, return_stats=True,
         )  # fmt: skip
-        a, b, c = out[0, -3:].tolist()
-        counts[(a * wide + b) * wide + c] += 1
+        counts += torch.bincount(out[:, -3:] @ place, minlength=wide**3)
+        verified += report.speculation.drafted
+    assert verified > 5_000 and counts.sum() == 20_000
     expected = joint * counts.sum()
     rare = expected < 6
     kept = torch.cat((counts[~rare], counts[rare].sum()[None]))

@@ -15,7 +15,7 @@ from dspark_compile.runtime.speculation import native_engine as native_module
 from dspark_compile.runtime.speculation import rounds as rounds_module
 from dspark_compile.runtime.speculation import state as states
 from dspark_compile.runtime.speculation.park import ParkPolicy
-from dspark_compile.runtime.speculation.state import Prices, fair, verify_length
+from dspark_compile.runtime.speculation.state import Prices, best_length, fair, verify_length
 from dspark_compile.runtime.speculation.torch_engine import TorchEngine
 from tests.speculation.test_compiled import (
     ONE,
@@ -58,6 +58,14 @@ def test_a_batch_waits_for_the_slowest():
     assert verify_length(rows, table, 0.0, 3, fair([100, 100])) > 0
     assert verify_length(rows, table, 0.0, 3, fair([60, 100])) == 0  # only brings on who is ahead
     assert verify_length(rows, table, 0.0, 3, fair([100, 60])) == 3
+    # What looks hardly better is not taken; nor does the margin make plain steps look dear.
+    table = [1.0, 1.0, 1.47, 2.4, 3.5]
+    assert best_length([[0.5] * 4] * 2, table, 0.0, 3) == (1, pytest.approx(3 / 1.47))
+    assert best_length([[0.5] * 4] * 2, table, 0.0, 3, fair([9, 9])) == (0, 2.0)
+    assert best_length([[0.6] * 4] * 2, table, 0.0, 3, fair([9, 9])) == (
+        1,
+        pytest.approx(3.2 / 1.47),
+    )
 
 
 def play(copies, left, table):
@@ -102,6 +110,12 @@ def test_what_closing_holes_costs_is_a_part_of_the_price():
 def test_native_look_ups_are_decided_as_torch_would(model, drafts, kind, prompt, monkeypatch):
     """Before each native round the torch engine is asked, at the same prices, what it would do."""
     monkeypatch.setattr(native_module, "REFRESH", 1)
+    # Measured prices would decide whether anything is verified.
+    monkeypatch.setattr(
+        Prices,
+        "table",
+        lambda self, count: [1e-4 * (1 + 0.1 * max(k - 1, 0)) for k in range(count + 2)],
+    )
     asked_, visit = [], native_module.NativeEngine.visit
 
     def checked(self, count, drafting):

@@ -35,7 +35,8 @@ def constants() -> tuple[tuple[str, float], ...]:
     """What rounds decide by, which `torch_engine` has too, under the names that C++ has for it."""
     return (
         ("kLearned", states.SHARE), ("kHiccup", states.HICCUP), ("kForgotten", states.FORGOTTEN),
-        ("kAhead", states.AHEAD), ("kResidualMass", accept.RESIDUAL_MASS),
+        ("kAhead", states.AHEAD), ("kMargin", states.MARGIN),
+        ("kResidualMass", accept.RESIDUAL_MASS),
     )  # fmt: skip
 
 

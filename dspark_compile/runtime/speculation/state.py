@@ -31,6 +31,8 @@ FORGOTTEN = 0.02
 # How far ahead of the slowest a request is whose tokens count 1 / e: a share of what that one has
 # to go.
 AHEAD = 1 / 16
+# How much better verifying look-ups has to look than a plain step, as a share.
+MARGIN = 0.05
 # How much a new measurement of what closing holes costs counts, and the most it may cost.
 HOLES_SHARE, MOST_BESIDE = 0.3, 3.0
 
@@ -236,8 +238,9 @@ def verify_length(
 
     Args:
         survival: ``[R][K]`` of the live requests. table: seconds by width (`Prices.table`).
-        draft: seconds of drafting. most: at most so many. weights: what a token of each request
-            counts, 1 on average (`fair`); without them all count alike.
+        draft: seconds of drafting. most: at most so many. weights: of look-ups, what a token of
+            each request counts, 1 on average (`fair`), and the first position has to be worth more
+            by a margin; without them all count alike.
     """
     return best_length(survival, table, draft, most, weights)[0]
 
@@ -251,12 +254,13 @@ def best_length(
 ) -> tuple[int, float]:
     """`verify_length`, and the expected tokens a second there."""
     tau = float(len(survival))
-    weights = weights or [1.0] * len(survival)
     best = tau / (draft + table[1])
+    least = best if weights is None else (1 + MARGIN) * best
+    weights = weights or [1.0] * len(survival)
     for k in range(most):
         tau += sum(w * row[k] for w, row in zip(weights, survival, strict=True))
         value = tau / (draft + table[k + 2])
-        if not value > best:
+        if not value > least:
             return k, best
-        best = value
+        best = least = value
     return most, best
