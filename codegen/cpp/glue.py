@@ -51,6 +51,8 @@ _UNARY: dict[Any, str] = {
     aten.clone.default: "{0}",
     aten.copy.default: "{1}",
     aten.copy_.default: "{1}",
+    aten.fill.Tensor: "{1}",
+    aten.fill.Scalar: "{1}",
 }
 _ROUNDED = (aten.round.default, aten.floor.default, aten.ceil.default, aten.trunc.default)
 _BINARY: dict[Any, str] = {
@@ -190,6 +192,8 @@ def _print(
         return _embedding(args, out, pointer)
     if target is aten.cat.default:
         return _cat(args, out, pointer)
+    if target in (aten.slice_scatter.default, aten.select_scatter.default):
+        return _in_place_of(node, args, out, pointer)
     if target is aten.stack.default:
         axis = (args[1] if len(args) > 1 else 0) % out.dim()
         return _cat([[x.unsqueeze(axis) for x in args[0]], axis], out, pointer)
@@ -286,7 +290,7 @@ def _expression(node: fx.Node, args: list[Any], out: Tensor) -> tuple[str, str]:
         if extra:
             raise NotGlue(f"{target} with {sorted(extra)}")
         return _compute(args[:1]), "{0}"
-    if target in (aten.copy_.default, aten.copy.default):
+    if target in (aten.copy_.default, aten.copy.default, aten.fill.Tensor, aten.fill.Scalar):
         return _compute(args[1:2]), "{1}"
     if target in _UNARY and len(args) == 1:
         compute = _compute(args, out.dtype if out.dtype != torch.bool else None)
@@ -477,6 +481,28 @@ def _cat(args: list[Any], out: Tensor, pointer: Callable[[Tensor], str]) -> list
             raise NotGlue("a cat of a dynamic size")
         pieces.append((part, start, 0, part.shape[axis]))
         start += part.shape[axis]
+    return _pieces(pieces, axis, out, pointer)
+
+
+def _in_place_of(
+    node: fx.Node, args: list[Any], out: Tensor, pointer: Callable[[Tensor], str]
+) -> list[str]:
+    """A tensor with some of its slices replaced, which lie side by side."""
+    x, part, rest = args[0], args[1], args[3:]
+    axis = (args[2] if len(args) > 2 else 0) % out.dim()
+    size = out.shape[axis]
+    if node.target is aten.select_scatter.default:
+        begin, part = rest[0] % size, part.unsqueeze(axis)
+    else:
+        begin, step = rest[0] if rest else None, rest[2] if len(rest) > 2 else 1
+        if step != 1 or not isinstance(begin, (int, type(None))):
+            raise NotGlue(f"{node.target} of slices apart")
+        begin = min(max((begin or 0) + (size if (begin or 0) < 0 else 0), 0), size)
+    if part.dtype != out.dtype or x.dtype != out.dtype:
+        raise NotGlue(f"{node.target} of several dtypes")
+    count = part.shape[axis]
+    pieces = [(x, 0, 0, begin), (part, begin, 0, count)]
+    pieces.append((x, begin + count, begin + count, size - begin - count))
     return _pieces(pieces, axis, out, pointer)
 
 

@@ -1,22 +1,23 @@
 """Rows sorted, counted and put where numbers say: what a mixture of experts does around its
 products, printed as loops of the native step (`glue`).
 
-    sort                                   stable, as torch's on a CPU; NaN is the largest
+    sort, flip                             stable; NaN is the largest
     sum, mean, amax, amin, any, all        over some dimensions
     cumsum                                 over one
     index_add, index_put, index_copy       rows to the places that a tensor of numbers says
     scatter, scatter_add, gather           elements
 
 Numbers are checked before anything is written, by every thread, so that all leave together. Where
-there is much to write, threads share a dimension that no number chooses: what meets in one place is
-added by one thread, in the order of the rows, and rounded after each addition, as in torch.
+there is much to write, threads share a dimension that no number chooses, or take a row each: what
+meets in one place is added by one thread, in the order of the rows, and rounded after each
+addition, as in torch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ from torch import Tensor, fx
 from dspark_compile.passes.graph import aten
 
 Pointer = Callable[[Tensor], str]
-MOST = 8192  # elements that one thread sorts, counts or sums up alone
-MOST_NUMBERS = 4096  # each of which every thread checks
+MOST = 8192  # elements of a result that one thread makes alone
+LONGEST = 1 << 18  # elements of what one thread sorts, sums up or checks
 
 TYPES = {
     torch.bool: "bool", torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16",
@@ -44,8 +45,8 @@ _SCATTERS = {
     aten.scatter.src: False, aten.scatter.value: False, aten.scatter_add.default: True,
 }  # fmt: skip
 PRINTED = (
-    *_REDUCTIONS, *_SCATTERS, aten.cumsum.default, aten.gather.default, aten.index_add.default,
-    aten.index_copy.default, aten.index_put.default,
+    *_REDUCTIONS, *_SCATTERS, aten.cumsum.default, aten.flip.default, aten.gather.default,
+    aten.index_add.default, aten.index_copy.default, aten.index_put.default,
 )  # fmt: skip
 
 
@@ -66,6 +67,8 @@ def printed(node: fx.Node, args: list[Any], out: Any, pointer: Pointer) -> list[
         return _reduced(_REDUCTIONS[target], given, out, pointer)
     if target is aten.cumsum.default:
         return _cumsum(given, out, pointer)
+    if target is aten.flip.default:
+        return _flip(given, out, pointer)
     if target is aten.gather.default:
         return _gather(given, out, pointer)
     if target in _SCATTERS:
@@ -109,7 +112,6 @@ class _Nest:
     sizes: Sequence[int]
     shared: int | None = None
     prefix: str = "i"
-    lines: list[str] = field(default_factory=list)
 
     def at(self, strides: Sequence[int]) -> str:
         """Where an element lies of which these are the strides; 0 for loops that do not count."""
@@ -149,17 +151,45 @@ def _shared(out: Tensor, free: Sequence[int]) -> int | None:
     return best
 
 
-def _small(what: str, *tensors: Tensor) -> None:
-    most = max(x.numel() for x in tensors)
-    if most > MOST:
-        raise NotPrinted(f"{what} of {most} elements, more than {MOST}")
+def _longest(out: Tensor) -> int | None:
+    """The dimension of ``out`` that the team shares where no number chooses any."""
+    return max(range(out.dim()), key=lambda a: out.shape[a]) if out.numel() > MOST else None
+
+
+def _no_longer(what: str, count: int) -> None:
+    if count > LONGEST:
+        raise NotPrinted(f"{what} of {count} elements, more than {LONGEST}")
+
+
+def _small(what: str, count: int) -> None:
+    if count > MOST:
+        raise NotPrinted(f"{what} of {count} elements, more than {MOST}")
+
+
+def _axis(what: str, x: Tensor, dim: int) -> int:
+    if x.dim() == 0:
+        raise NotPrinted(f"{what} of one number")
+    return dim % x.dim()
+
+
+def _by_row(sizes: Sequence[int], whole: Tensor, axis: int, body: Sequence[str]) -> list[str]:
+    """``body`` for each row along ``axis`` of ``whole``, of which the loops go over ``sizes``;
+    where there is much to do, the team takes them in turns."""
+    nest = _Nest([1 if a == axis else n for a, n in enumerate(sizes)])
+    if whole.numel() > MOST:
+        strides, step = [0] * whole.dim(), 1
+        for a in reversed(range(whole.dim())):
+            if a != axis:
+                strides[a], step = step, step * whole.shape[a]
+        body = [f"if (({nest.at(strides)}) % team.threads == team.thread) {{", *body, "}"]
+    return nest.around(body)
 
 
 def _numbers(index: Any) -> Tensor:
     if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
         raise NotPrinted("an index that is no tensor of whole numbers")
-    if index.numel() > MOST_NUMBERS:
-        raise NotPrinted(f"an index of {index.numel()} numbers, more than {MOST_NUMBERS}")
+    if index.numel() > LONGEST:
+        raise NotPrinted(f"an index of {index.numel()} numbers, more than {LONGEST}")
     return index
 
 
@@ -180,22 +210,18 @@ def _checked(index: Tensor, size: int, from_end: bool, pointer: Pointer) -> list
 
 def _sort(given: _Given, out: Any, pointer: Pointer) -> list[str]:
     x, (values, indices) = given.args[0], out
-    axis, descending = given(1, "dim", -1), given(2, "descending", False)
-    if x.dim() == 0:
-        raise NotPrinted("a sort of one number")
-    _small("a sort", x)
-    axis = axis % x.dim()
-    sizes = [1 if a == axis else n for a, n in enumerate(x.shape)]
-    nest = _Nest(sizes)
+    axis = _axis("a sort", x, given(1, "dim", -1))
+    _no_longer("a sort", x.shape[axis])
+    places = _Nest([1 if a == axis else n for a, n in enumerate(x.shape)])
     px, pv, pi = pointer(x), pointer(values), pointer(indices)
-    kind = TYPES[x.dtype]
+    kind, descending = TYPES[x.dtype], str(bool(given(2, "descending", False))).lower()
     call = (
-        f"sort_row((const {kind}*){px} + {nest.at(x.stride())}, {x.stride(axis)},"
-        f" {x.shape[axis]}, {str(bool(descending)).lower()},"
-        f" ({kind}*){pv} + {nest.at(values.stride())}, {values.stride(axis)},"
-        f" (int64_t*){pi} + {nest.at(indices.stride())}, {indices.stride(axis)});"
+        f"sort_row((const {kind}*){px} + {places.at(x.stride())}, {x.stride(axis)},"
+        f" {x.shape[axis]}, {descending},"
+        f" ({kind}*){pv} + {places.at(values.stride())}, {values.stride(axis)},"
+        f" (int64_t*){pi} + {places.at(indices.stride())}, {indices.stride(axis)});"
     )
-    return nest.around([call])
+    return _by_row(x.shape, x, axis, [call])
 
 
 # -- sums -----------------------------------------------------------------------------------------
@@ -216,10 +242,12 @@ def _reduced(kind: str, given: _Given, out: Tensor, pointer: Pointer) -> list[st
     keeps = out.dim() == x.dim()
     if over == 0 and kind in ("mean", "amax", "amin"):
         raise NotPrinted(f"{given.op} over nothing")
-    _small(given.op, x)
+    _no_longer(given.op, x.numel())
     floating = x.dtype.is_floating_point or out.dtype.is_floating_point
     compute = "double" if floating else "int64_t"
-    outer = _Nest([x.shape[a] for a in kept])
+    sizes = [x.shape[a] for a in kept]
+    share = max(range(len(sizes)), key=sizes.__getitem__) if out.numel() > MOST else None
+    outer = _Nest(sizes, share)
     inner = _Nest([x.shape[a] for a in axes], prefix="j")
     places = [out.stride(a if keeps else i) for i, a in enumerate(kept)]
     at = f"{outer.at([x.stride(a) for a in kept])} + {inner.at([x.stride(a) for a in axes])}"
@@ -244,25 +272,32 @@ def _reduced(kind: str, given: _Given, out: Tensor, pointer: Pointer) -> list[st
 
 
 def _cumsum(given: _Given, out: Tensor, pointer: Pointer) -> list[str]:
-    x, axis = given.args[0], given(1, "dim", 0)
-    if x.dim() == 0:
-        raise NotPrinted("a cumsum of one number")
-    _small("a cumsum", x)
-    axis = axis % x.dim()
+    x = given.args[0]
+    axis = _axis("a cumsum", x, given(1, "dim", 0))
+    _no_longer("a cumsum", x.shape[axis])
     floating = x.dtype.is_floating_point or out.dtype.is_floating_point
     compute = "double" if floating else "int64_t"
-    nest = _Nest([1 if a == axis else n for a, n in enumerate(x.shape)])
-    source = read(pointer(x), x.dtype, f"{nest.at(x.stride())} + n * {x.stride(axis)}")
-    to = f"{nest.at(out.stride())} + n * {out.stride(axis)}"
-    return nest.around(
-        [
-            f"{compute} total = 0;",
-            f"for (int64_t n = 0; n < {x.shape[axis]}; ++n) {{",
-            f"  total += {compute}({source});",
-            f"  {store(pointer(out), out.dtype, to, 'total')}",
-            "}",
-        ]
-    )
+    places = _Nest([1 if a == axis else n for a, n in enumerate(x.shape)])
+    source = read(pointer(x), x.dtype, f"{places.at(x.stride())} + n * {x.stride(axis)}")
+    to = f"{places.at(out.stride())} + n * {out.stride(axis)}"
+    body = [
+        f"{compute} total = 0;",
+        f"for (int64_t n = 0; n < {x.shape[axis]}; ++n) {{",
+        f"  total += {compute}({source});",
+        f"  {store(pointer(out), out.dtype, to, 'total')}",
+        "}",
+    ]
+    return _by_row(x.shape, x, axis, body)
+
+
+def _flip(given: _Given, out: Tensor, pointer: Pointer) -> list[str]:
+    x, kind = given.args[0], TYPES[out.dtype]
+    axes = {a % x.dim() for a in given.args[1]}
+    nest = _Nest(out.shape, _longest(out))
+    last = sum((x.shape[a] - 1) * x.stride(a) for a in axes)
+    steps = [-s if a in axes else s for a, s in enumerate(x.stride())]
+    source = f"((const {kind}*){pointer(x)})[{last} + {nest.at(steps)}]"
+    return nest.around([f"(({kind}*){pointer(out)})[{nest.at(out.stride())}] = {source};"])
 
 
 # -- places ---------------------------------------------------------------------------------------
@@ -301,7 +336,7 @@ def _put(given: _Given, out: Tensor, pointer: Pointer) -> list[str]:
     spread = values.expand(sizes)
     share = _shared(out, kept)
     if share is None:
-        _small(given.op, values.new_empty(sizes))
+        _small(given.op, math.prod(sizes))
     nest = _Nest(sizes, None if share is None else order.index(share))
     terms = [nest.at([0 if a is None else out.stride(a) for a in order])]
     body, checks = [], []
@@ -341,36 +376,51 @@ def _copied(x: Tensor, out: Tensor, share: int | None, pointer: Pointer) -> list
 
 def _scatter(given: _Given, out: Tensor, pointer: Pointer, adds: bool) -> list[str]:
     """``out = x`` with ``out[.., index[i], ..] = source[i]``, or added."""
-    x, axis, index, source = given.args[:4]
-    if given.kwargs.get("reduce") or x.dim() == 0 or index.dim() != x.dim():
+    x, dim, index, source = given.args[:4]
+    axis = _axis(given.op, x, dim)
+    if given.kwargs.get("reduce") or index.dim() != x.dim() or x.dtype != out.dtype:
         raise NotPrinted(f"{given.op} of this form")
     _numbers(index)
-    _small(given.op, out)
-    axis, nest = axis % x.dim(), _Nest(index.shape)
+    row = _Nest([n if a == axis else 1 for a, n in enumerate(index.shape)], prefix="n")
+    lead = _Nest([1 if a == axis else n for a, n in enumerate(index.shape)])
+    kind = TYPES[out.dtype]
+
+    def at(strides: Sequence[int]) -> str:
+        return f"{lead.at(strides)} + {row.at(strides)}"
+
     if isinstance(source, Tensor):
         if source.dtype != out.dtype:
             raise NotPrinted(f"{given.op} of several dtypes")
-        value = read(pointer(source), source.dtype, nest.at(source.stride()))
+        value = read(pointer(source), source.dtype, at(source.stride()))
     elif isinstance(source, (bool, int)) or math.isfinite(source):
         value = f"({source!r})" if not isinstance(source, bool) else str(int(source))
     else:
         raise NotPrinted(f"{given.op} of {source!r}")
-    rest = nest.at([0 if a == axis else s for a, s in enumerate(out.stride())])
-    number = read(pointer(index), index.dtype, nest.at(index.stride()))
-    at = f"{rest} + {number} * {out.stride(axis)}"
+    number = read(pointer(index), index.dtype, at(index.stride()))
+    rest = lead.at([0 if a == axis else s for a, s in enumerate(out.stride())])
+    place = f"{rest} + {number} * {out.stride(axis)}"
+    whole = _Nest([n if a == axis else 1 for a, n in enumerate(x.shape)], prefix="n")
+    every = _Nest([1 if a == axis else n for a, n in enumerate(x.shape)])
+    to, source_at = (f"{every.at(t.stride())} + {whole.at(t.stride())}" for t in (out, x))
+    copy = f"(({kind}*){pointer(out)})[{to}] = ((const {kind}*){pointer(x)})[{source_at}];"
     return [
         *_checked(index, x.shape[axis], False, pointer),
-        *_copied(x, out, None, pointer),
-        *nest.around(_written(pointer(out), out.dtype, at, adds, value)),
-    ]
+        *_by_row(x.shape, out, axis, whole.around([copy])),
+        *_by_row(
+            index.shape, out, axis,
+            row.around(_written(pointer(out), out.dtype, place, adds, value)),
+        ),
+    ]  # fmt: skip
 
 
 def _gather(given: _Given, out: Tensor, pointer: Pointer) -> list[str]:
-    x, axis, index = given.args[:3]
-    if x.dim() == 0 or index.dim() != x.dim():
-        raise NotPrinted("a gather of one number")
+    x, dim, index = given.args[:3]
+    axis = _axis("a gather", x, dim)
+    if index.dim() != x.dim():
+        raise NotPrinted("a gather of this form")
     _numbers(index)
-    axis, nest, kind = axis % x.dim(), _Nest(index.shape), TYPES[x.dtype]
+    kind = TYPES[x.dtype]
+    nest = _Nest(index.shape, _longest(out))
     rest = nest.at([0 if a == axis else s for a, s in enumerate(x.stride())])
     number = read(pointer(index), index.dtype, nest.at(index.stride()))
     source = f"((const {kind}*){pointer(x)})[{rest} + {number} * {x.stride(axis)}]"
