@@ -37,6 +37,10 @@ namespace dspark {{
 
 #include "speculate.h"
 
+static_assert(sizeof(dspark::BoundStages) == {stages} && sizeof(dspark::Choice) == {choice} &&
+                  sizeof(dspark::Sequence) == {sequence} && sizeof(dspark::Speculation) == {state},
+              "a structure of speculate.py is not that of the headers");
+
 extern "C" __attribute__((visibility("default"))) int dspark_speculate(
     dspark::Speculation* s, int64_t count, int64_t drafting, int64_t* made) {{
   using namespace dspark;
@@ -139,7 +143,8 @@ def function(
     ]
     source = _SOURCE.format(
         target=TYPE_NAMES[target], base=TYPE_NAMES[base], draft=TYPE_NAMES[draft],
-        known="\n".join(known),
+        known="\n".join(known), stages=ctypes.sizeof(BoundStages), choice=ctypes.sizeof(Choice),
+        sequence=ctypes.sizeof(Sequence), state=ctypes.sizeof(Speculation),
     )  # fmt: skip
     made = build.load("speculate", source, isa_levels.detect()).dspark_speculate
     made.argtypes = [_P, _I, _I, _P]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from dspark_compile.kernels import cpp
+from dspark_compile.kernels.cpp import rope
 from dspark_compile.ops import OPS
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -101,3 +105,9 @@ def test_prepare(dtype, norm, int8):
     got = run(lambda *args: call(name, *args))
     for ours, theirs in zip(got, run(OPS[name].reference)):
         close(ours, theirs)
+
+
+def test_python_lets_in_what_the_header_has_room_for():
+    text = (Path(rope.__file__).parent / "rope.h").read_text()
+    (most,) = re.findall(r"constexpr int MAX_FEATURES = (\d+);", text)
+    assert int(most) == rope.MAX_FEATURES

@@ -450,13 +450,13 @@ def test_widths():
             for kind in ("draft", "gated", "rnn", "ngram", "ngram+draft", "model", "ngram+model")
             for schedule in ("fixed", "auto")
         ),
-        ("draft", "auto", 4),
-        ("ngram+draft", "auto", 4),
-        ("ngram+model", "auto", 4),
+        ("draft", "auto", 2),
+        ("ngram+draft", "auto", 2),
+        ("ngram+model", "auto", 2),
     ],
 )
 def test_sampled_text_is_distributed_as_the_models(kind, schedule, rows, monkeypatch):
-    """Chi-square over the first three tokens behind a prompt, 20,000 requests, one by one or four
+    """Chi-square over the first three tokens behind a prompt, 20,000 requests, one by one or two
     together; with the scheduler (never parked, or there would be nothing to see) and without."""
     monkeypatch.setattr(ParkPolicy, "drafts", lambda self: True)
     monkeypatch.setattr(ParkPolicy, "rests", lambda self: False)
