@@ -47,30 +47,72 @@ inline T floor_div(T a, T b) {
   return whole - low > T(0.5) ? low + T(1) : low;
 }
 
+// A number as one without sign in the same order; zeros are equal, and NaN is the largest.
+inline uint32_t rank_of(float x) {
+  if (x != x) return 0xffffffffu;
+  const uint32_t bits = x == 0 ? 0 : to_bits(x);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+inline uint32_t rank_of(int32_t x) { return uint32_t(x) ^ 0x80000000u; }
+
+// By their upper halves, numbers of equal ones staying in order; `other` is as long.
+inline void radix_sort(std::vector<uint64_t>& items, std::vector<uint64_t>& other) {
+  const size_t n = items.size();
+  other.resize(n);
+  for (int shift = 32; shift < 64; shift += 8) {
+    size_t begin[257] = {};
+    for (const uint64_t item : items) ++begin[(item >> shift & 255) + 1];
+    bool one = false;  // all have the same digit
+    for (int d = 1; d < 257; ++d) one = one || begin[d] == n;
+    if (one) continue;
+    for (int d = 1; d < 257; ++d) begin[d] += begin[d - 1];
+    for (const uint64_t item : items) other[begin[item >> shift & 255]++] = item;
+    items.swap(other);
+  }
+}
+
 // n numbers, `step` apart, in order, and where they stood; equal ones stay in theirs, and NaN is
 // the largest.
 template <class T>
 void sort_row(const T* x, int64_t step, int64_t n, bool descending, T* values, int64_t value_step,
               int64_t* indices, int64_t index_step) {
-  const auto number = [&](int64_t i) {
-    if constexpr (std::is_same<T, bf16>::value || std::is_same<T, half>::value)
-      return to_float(x[i * step]);
-    else
-      return x[i * step];
-  };
-  const auto before = [&](int64_t a, int64_t b) {
-    const auto left = number(a), right = number(b);
-    const bool odd_left = left != left, odd_right = right != right;
-    if (odd_left || odd_right) return descending ? odd_left && !odd_right : !odd_left && odd_right;
-    return descending ? left > right : left < right;
-  };
-  static thread_local std::vector<int64_t> order;
-  order.resize(size_t(n));
-  std::iota(order.begin(), order.end(), int64_t(0));
-  std::stable_sort(order.begin(), order.end(), before);
+  constexpr bool WIDE = std::is_same<T, int64_t>::value || std::is_same<T, double>::value;
+  bool narrow = !std::is_same<T, double>::value;
+  if constexpr (std::is_same<T, int64_t>::value)
+    for (int64_t i = 0; i < n; ++i) narrow = narrow && x[i * step] == int32_t(x[i * step]);
+  static thread_local std::vector<uint64_t> items, other;
+  if (narrow) {  // a rank and a place in one number
+    items.resize(size_t(n));
+    for (int64_t i = 0; i < n; ++i) {
+      uint32_t rank;
+      if constexpr (std::is_integral<T>::value || WIDE)
+        rank = rank_of(int32_t(x[i * step]));
+      else
+        rank = rank_of(to_float(x[i * step]));
+      items[size_t(i)] = uint64_t(descending ? ~rank : rank) << 32 | uint64_t(i);
+    }
+    if (n < 512) {
+      std::sort(items.begin(), items.end());
+    } else {
+      radix_sort(items, other);
+    }
+    for (auto& item : items) item &= 0xffffffffu;
+  }
+  if constexpr (WIDE) if (!narrow) {
+    items.resize(size_t(n));
+    std::iota(items.begin(), items.end(), uint64_t(0));
+    std::stable_sort(items.begin(), items.end(), [&](uint64_t a, uint64_t b) {
+      const T left = x[int64_t(a) * step], right = x[int64_t(b) * step];
+      const bool odd_left = left != left, odd_right = right != right;
+      if (odd_left || odd_right)
+        return descending ? odd_left && !odd_right : !odd_left && odd_right;
+      return descending ? left > right : left < right;
+    });
+  }
   for (int64_t i = 0; i < n; ++i) {
-    values[i * value_step] = x[order[i] * step];
-    indices[i * index_step] = order[i];
+    const int64_t from = int64_t(items[size_t(i)]);
+    values[i * value_step] = x[from * step];
+    indices[i * index_step] = from;
   }
 }
 

@@ -55,6 +55,26 @@ def sorts(x, w):
     )  # fmt: skip
 
 
+def long_rows(x, w):
+    """More than are sorted by comparing them: signs, zeros, infinities, NaN, types of all sizes."""
+    y = F.linear(x, w)  # [3, 1200]
+    y = torch.where(y.abs() < 1, torch.where(y > 0, 0.0, -0.0), y)
+    y = torch.where(y > 6, torch.inf, torch.where(y < -6, -torch.inf, y))
+    i = (y.clamp(-9, 9) * 1000).long()
+    return (
+        *ordered(y, -1), *ordered(y, -1, True), *ordered(torch.where(y == 2, torch.nan, y), -1),
+        *ordered(i, -1), *ordered(i * 2**40, -1), *ordered(i * 2**40, -1, True),
+        *ordered(y.double(), -1), *ordered(i.int(), -1, True), *ordered(y.bfloat16(), -1),
+        *ordered(i.to(torch.int8), -1), *ordered(y.t()[:600], 0),
+    )  # fmt: skip
+
+
+def test_long_rows_are_sorted_by_their_digits():
+    torch.manual_seed(0)
+    x, w = torch.randint(-9, 9, (3, H)) / 8, torch.randn(1200, H).sign()
+    same(*native(long_rows, x, w), torch.float32)
+
+
 def sums(x, w):
     y = F.linear(x, w)
     cube = y.view(T, 2, E // 2)
