@@ -15,6 +15,7 @@ import sys
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+_VNNI = (*_AVX512, "-mavx512vnni")
 
 # Best first: name -> (CPU flags that must be there, compiler flags).
 LEVELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -23,9 +24,10 @@ LEVELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     ),
     "avx512_bf16": (
-        ("avx512f", "avx512bw", "avx512vl", "avx512_bf16"),
-        (*_AVX512, "-mavx512bf16"),
+        ("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"),
+        (*_VNNI, "-mavx512bf16"),
     ),
+    "avx512_vnni": (("avx512f", "avx512bw", "avx512vl", "avx512_vnni"), _VNNI),
     "avx512": (("avx512f", "avx512bw", "avx512vl"), _AVX512),
     "avx2": (("avx2", "fma", "f16c"), _AVX2),
     "portable": ((), ()),

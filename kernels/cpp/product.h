@@ -112,12 +112,15 @@ void pack(const T* x, int64_t ldx, int64_t K, int64_t first, int64_t last,
   }
 }
 
-// The products of R rows of W with MT rows of x; result r, m goes to out[r][m * BLOCK].
-// With FETCH a prefetch runs AHEAD in each row, and from a row's end on into the one `next` elements
-// on.
-template <class T, int R, int MT, Form FORM, bool FETCH>
+// The products of R rows of W with MT rows of x; result r, m goes to out[r][m * BLOCK], or is added
+// there. It is pass PASS of PASSES over these rows.
+//
+// One pass alone asks AHEAD in each row, and from a row's end on into the one `next` elements on.
+// Several share the rows that lie `next` elements on, so that memory is asked all the time: if the
+// first pass asked for all, it would wait and memory would rest in the others.
+template <class T, int R, int MT, Form FORM, int PASS = 0, int PASSES = 1>
 inline void tile(const T* const (&w)[R], int64_t next, const void* packed, int64_t ldx, int64_t K,
-                 float* const (&out)[R]) {
+                 float* const (&out)[R], bool add = false) {
   constexpr int W = Vec::W;
   constexpr int COUNT = (R * MT + W - 1) / W * W;
   constexpr int STEP = FORM == Form::Fused ? W : 32;
@@ -127,8 +130,13 @@ inline void tile(const T* const (&w)[R], int64_t next, const void* packed, int64
   auto steps = [&](int64_t from, int64_t to, int64_t ahead) __attribute__((always_inline)) {
     for (int64_t k = from; k < to; k += STEP) {
       const bool whole = k + STEP <= K;
-      if (FETCH && (LINE == STEP || k % LINE == 0))
-        for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + k + ahead, 0, 3);
+      if (LINE == STEP || k % LINE == 0) {
+        if constexpr (PASSES == 1) {
+          for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + k + ahead, 0, 3);
+        } else {
+          for (int r = PASS; r < R; r += PASSES) __builtin_prefetch(w[r] + k + ahead, 0, 2);
+        }
+      }
       if constexpr (FORM == Form::Fused) {
         const float* x = static_cast<const float*>(packed) + k;
         Vec b[MT];
@@ -154,30 +162,59 @@ inline void tile(const T* const (&w)[R], int64_t next, const void* packed, int64
     }
   };
   const int64_t whole = K / STEP * STEP;
-  const int64_t ahead = std::min<int64_t>(AHEAD / int64_t(sizeof(T)), whole);
-  steps(0, whole - ahead, ahead);
-  steps(whole - ahead, whole, ahead - whole + next);
+  if constexpr (PASSES == 1) {
+    const int64_t ahead = std::min<int64_t>(AHEAD / int64_t(sizeof(T)), whole);
+    steps(0, whole - ahead, ahead);
+    steps(whole - ahead, whole, ahead - whole + next);
+  } else {
+    steps(0, whole, next);
+  }
   if (whole < K) steps(whole, K, 0);
   float flat[COUNT];
   for (int i = 0; i < COUNT; i += W) store(flat + i, sums(a + i));
   for (int r = 0; r < R; ++r)
-    for (int m = 0; m < MT; ++m) out[r][m * BLOCK] = flat[r * MT + m];
+    for (int m = 0; m < MT; ++m) {
+      float& to = out[r][m * BLOCK];
+      to = add ? to + flat[r * MT + m] : flat[r * MT + m];
+    }
 }
 
 // All M for R rows, a few at a time; W comes from memory the first time, from cache after.
-template <class T, int R, int M, int MT, Form FORM, bool FETCH = true>
+template <class T, int R, int M, int MT, Form FORM, int PASS = 0, int PASSES = (M + MT - 1) / MT>
 inline void tiles_of(const T* const (&w)[R], int64_t next, const void* packed, int64_t ldx,
-                     int64_t K, float* const (&out)[R]) {
+                     int64_t K, float* const (&out)[R], bool add = false) {
   constexpr int NOW = M < MT ? M : MT;
-  tile<T, R, NOW, FORM, FETCH>(w, next, packed, ldx, K, out);
+  tile<T, R, NOW, FORM, PASS, PASSES>(w, next, packed, ldx, K, out, add);
   if constexpr (M > MT) {
     const size_t element = FORM == Form::Fused ? sizeof(float) : sizeof(bf16);
     float* below[R];
     for (int r = 0; r < R; ++r) below[r] = out[r] + MT * BLOCK;
-    tiles_of<T, R, M - MT, MT, FORM, false>(
-        w, next, static_cast<const char*>(packed) + element * MT * ldx, ldx, K, below);
+    tiles_of<T, R, M - MT, MT, FORM, PASS + 1, PASSES>(
+        w, next, static_cast<const char*>(packed) + element * MT * ldx, ldx, K, below, add);
   }
 }
+
+// How several passes go over rows of W: a run of `count` columns at a time, for `rows` rows of each
+// stream one after another. x's part of the run stays in the first cache meanwhile, and a row's
+// numbers from pass to pass.
+template <class T, int M, int MT, int R, Form FORM>
+struct Chunks {
+  using Element = typename std::conditional<FORM == Form::Fused, float, bf16>::type;
+  static constexpr bool ANY = M > MT;
+  static constexpr int64_t STEP = FORM == Form::Fused ? Vec::W : 32;
+  static constexpr int64_t NEAR = 32768, FAR = 131072;  // bytes of x, of W
+
+  int64_t count;
+  int rows = 1;
+
+  explicit Chunks(int64_t K) : count(K) {
+    if constexpr (ANY) {
+      const int64_t runs = (K * M * int64_t(sizeof(Element)) + NEAR - 1) / NEAR;
+      count = ((K + runs - 1) / runs + STEP - 1) / STEP * STEP;
+      rows = int(std::min<int64_t>(std::max<int64_t>(FAR / (R * K * int64_t(sizeof(T))), 1), 16));
+    }
+  }
+};
 
 // Rows [first, last) of MATS weights as STREAMS runs of rows that are read side by side: memory
 // gives more to several sequential readers than to one, and each stays sequential to its end.
@@ -189,24 +226,37 @@ inline void streams(int64_t first, int64_t last, const T* const (&w)[MATS], int6
   constexpr int MT = WIDE ? (M < 4 ? M : 4) : (M < 2 ? M : 2);
   constexpr int R = WIDE && M <= 2 ? 8 : 4;
   constexpr int STREAMS = R / MATS, STRIP = 16;
+  using C = Chunks<T, M, MT, R, FORM>;
+  const C chunks(K);
   alignas(64) float results[STREAMS][MATS][M][BLOCK];
   const int64_t each = (last - first + STREAMS - 1) / STREAMS;
   for (int64_t from = 0; from < each; from += STRIP) {
     const int strip = int(std::min<int64_t>(STRIP, each - from));
-    for (int j = 0; j < strip; ++j) {
+    // Row j of every stream, `count` columns from `at` on.
+    const auto row = [&](int j, int64_t at, int64_t count) __attribute__((always_inline)) {
       const T* rows[R];
       float* out[R];
       for (int s = 0; s < STREAMS; ++s) {
         // The last stream may be shorter; what it reads again is not used.
         const int64_t n = std::min(first + s * each + from + j, last - 1);
         for (int i = 0; i < MATS; ++i) {
-          rows[s * MATS + i] = w[i] + n * ldw;
+          rows[s * MATS + i] = w[i] + n * ldw + at;
           out[s * MATS + i] = &results[s][i][0][j];
         }
       }
       const T* const(&read)[R] = rows;
       float* const(&written)[R] = out;
-      tiles_of<T, R, M, MT, FORM>(read, ldw, packed, ldx, K, written);
+      const auto* x = static_cast<const typename C::Element*>(packed) + at;
+      tiles_of<T, R, M, MT, FORM>(read, chunks.rows * ldw, x, ldx, count, written, at > 0);
+    };
+    if constexpr (!C::ANY) {
+      for (int j = 0; j < strip; ++j) row(j, 0, K);
+    } else {
+      for (int start = 0; start < strip; start += chunks.rows) {
+        const int end = std::min(strip, start + chunks.rows);
+        for (int64_t at = 0; at < K; at += chunks.count)
+          for (int j = start; j < end; ++j) row(j, at, std::min(chunks.count, K - at));
+      }
     }
     for (int s = 0; s < STREAMS; ++s) {
       const int64_t n = first + s * each + from;

@@ -9,9 +9,16 @@
 #pragma once
 #include "product.h"
 
-// Bytes are multiplied by instructions that every CPU with AMX has, asked for where they are used.
-#if defined(DSPARK_TILES) && defined(__AMX_INT8__) && defined(__GNUC__) && !defined(__clang__)
+// Bytes are multiplied by AVX-512-VNNI, which every CPU with AMX has: there it is asked for where it
+// is used.
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
+    defined(__GNUC__) && !defined(__clang__)
+#if defined(DSPARK_TILES) && defined(__AMX_INT8__)
 #define DSPARK_BYTE_DOT 1
+#define DSPARK_PLANES 1
+#elif defined(__AVX512VNNI__)
+#define DSPARK_BYTE_DOT 1
+#endif
 #endif
 
 namespace dspark {

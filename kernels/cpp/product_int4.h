@@ -6,7 +6,7 @@
 // rows is one run of memory. No sum over lanes is ever needed, and a group's scales are a vector.
 //
 //   Fused    float lanes: q widened to float                              any type, any CPU
-//   Dot      dpbusd: four numbers by four of x as 16-bit ones, see below  half types, AMX's CPUs
+//   Dot      dpbusd: four numbers by four of x as 16-bit ones, see below  half types, VNNI
 //   Tiles    a unit widened to bf16 in L1, then tdpbf16ps                 bf16, AMX, M >= 5
 //
 // Dot holds each 32 numbers of x as 16-bit integers of one scale, split into two bytes: what is at

@@ -1,7 +1,8 @@
 // Products with int8 weights, row-major as they lie.
 //
 //   Planes   tdpbssd: x as digits of a byte, see product_planes.h            one scale a row, AMX
-//   Bytes    dpbusd: x as 16-bit numbers, see below             groups, half types, AMX, M <= 2
+//   Digits   dpbusd: x as digits of a byte, see product_digits.h            one scale a row, VNNI
+//   Bytes    dpbusd: x as 16-bit numbers, see below            groups, half types, VNNI, M <= 2
 //   Widened  a block of rows widened to bf16 in L1, then tdpbf16ps       groups, bf16, AMX, M >= 5
 //   Fused    float lanes: q widened to float                                      any type, any CPU
 //
@@ -13,17 +14,21 @@
 // (Fused), or the weights before they are rounded to bf16 (Widened), as code does that dequantises.
 // Fused and Bytes read a share as several runs of rows side by side, see product.h.
 #pragma once
+#include "product_digits.h"
 #include "product_int.h"
 #include "product_planes.h"
 
 namespace dspark {
 
-enum class Int8Form { Fused, Bytes, Widened, Planes };
+enum class Int8Form { Fused, Bytes, Widened, Digits, Planes };
 
 template <class T, int M, bool GROUPED>
 constexpr Int8Form int8_form() {
-#if defined(DSPARK_BYTE_DOT)
+#if defined(DSPARK_PLANES)
   if (!GROUPED) return Int8Form::Planes;
+#endif
+#if defined(DSPARK_BYTE_DOT)
+  if (!GROUPED) return Int8Form::Digits;
   if (M <= 2 && !std::is_same<T, float>::value) return Int8Form::Bytes;
 #endif
 #if defined(DSPARK_TILES)
@@ -337,33 +342,47 @@ struct IntProduct<Int8, T, M, GROUPED> {
       FORM == Int8Form::Bytes, ByteStep,
       typename std::conditional<
           FORM == Int8Form::Planes, int8_t,
-          typename std::conditional<FORM == Int8Form::Fused, float, bf16>::type>::type>::type;
+          typename std::conditional<
+              FORM == Int8Form::Digits, Digit,
+              typename std::conditional<FORM == Int8Form::Fused, float, bf16>::type>::type>::type>::
+      type;
   static constexpr int64_t STEP = FORM == Int8Form::Bytes ? 2 * PAIR : PAIR;  // numbers
   // Rows whose accumulators fit into registers together: runs that are read side by side.
-  static constexpr int R = Vec::W == 16 && M <= 2 ? 8 : 4;
+  static constexpr int R =
+      FORM == Int8Form::Digits ? (std::is_same<T, float>::value ? 4 : 8)
+                               : (Vec::W == 16 && M <= 2 ? 8 : 4);
 
   static int64_t padded(int64_t K) { return (K + STEP - 1) / STEP * STEP; }
   static int64_t elements(int64_t K) {
+#if defined(DSPARK_BYTE_DOT)
+    if (FORM == Int8Form::Digits) return DigitRow<T>::bytes(K);
+#endif
     return FORM == Int8Form::Bytes ? padded(K) / STEP : padded(K);
   }
 
   static size_t size(int64_t K) {
-#if defined(DSPARK_BYTE_DOT)
+#if defined(DSPARK_PLANES)
     if (FORM == Int8Form::Planes) return Digits<T, M>::bytes(K);
 #endif
     return sizeof(Element) * M * elements(K);
   }
   static size_t work(int64_t K) {
-    if (FORM == Int8Form::Planes) return 0;
+    if (FORM == Int8Form::Planes || FORM == Int8Form::Digits) return 0;
     if (FORM == Int8Form::Widened) return 16 * BLOCK * PLANE * sizeof(bf16);
     return sizeof(float) * R * spread(K);
   }
 
   static void pack(Team team, const T* x, int64_t ldx, int64_t K, Element* to) {
     if constexpr (FORM == Int8Form::Planes) {
-#if defined(DSPARK_BYTE_DOT)
+#if defined(DSPARK_PLANES)
       const auto [first, last] = team.share(M);
       for (int64_t m = first; m < last; ++m) Digits<T, M>::pack(x + m * ldx, int(m), K, to);
+#endif
+    } else if constexpr (FORM == Int8Form::Digits) {
+#if defined(DSPARK_BYTE_DOT)
+      const auto [first, last] = team.share(M);
+      for (int64_t m = first; m < last; ++m)
+        DigitRow<T>::pack(x + m * ldx, K, to + m * elements(K));
 #endif
     } else {
       const auto [first, last] = team.share(padded(K), STEP);
@@ -405,7 +424,7 @@ struct IntProduct<Int8, T, M, GROUPED> {
   template <class Weight, int MATS, class Done>
   static void planes(int64_t first, int64_t last, const Weight (&w)[MATS], int64_t K, int64_t G,
                      const Element* x, const float* sums, Done&& done) {
-#if defined(DSPARK_BYTE_DOT)
+#if defined(DSPARK_PLANES)
     alignas(64) float results[MATS][M][BLOCK];
     const float* scales = Digits<T, M>::scales(const_cast<int8_t*>(x), K);
     configure_square_tiles();
@@ -451,9 +470,9 @@ struct IntProduct<Int8, T, M, GROUPED> {
   template <class Weight, int MATS, class Done>
   static void streams(int64_t first, int64_t last, const Weight (&w)[MATS], int64_t K, int64_t G,
                       const Element* x, const float* sums, char* work, Done&& done) {
-    constexpr int MT = Vec::W == 16 ? (M < 4 ? M : 4) : (M < 2 ? M : 2);
+    [[maybe_unused]] constexpr int MT = Vec::W == 16 ? (M < 4 ? M : 4) : (M < 2 ? M : 2);
     constexpr int STREAMS = R / MATS, STRIP = 16;
-    const int64_t lds = spread(K);
+    [[maybe_unused]] const int64_t lds = spread(K);
     float* scales = reinterpret_cast<float*>(work);
     alignas(64) float results[STREAMS][MATS][M][BLOCK];
     const int64_t each = (last - first + STREAMS - 1) / STREAMS;
@@ -473,7 +492,13 @@ struct IntProduct<Int8, T, M, GROUPED> {
         }
         const uint8_t* const(&read)[R] = rows;
         float* const(&written)[R] = out;
-        int_tiles_of<R, M, MT, GROUPED>(read, w[0].ld, x, elements(K), K, scales, lds, written);
+        if constexpr (FORM == Int8Form::Digits) {
+#if defined(DSPARK_BYTE_DOT)
+          digit_tiles_of<T, R, M>(read, w[0].ld, x, K, written);
+#endif
+        } else {
+          int_tiles_of<R, M, MT, GROUPED>(read, w[0].ld, x, elements(K), K, scales, lds, written);
+        }
       }
       for (int s = 0; s < STREAMS; ++s) {
         const int64_t n = first + s * each + from;

@@ -8,7 +8,7 @@
 #pragma once
 #include "product_int.h"
 
-#if defined(DSPARK_BYTE_DOT)
+#if defined(DSPARK_PLANES)
 
 namespace dspark {
 

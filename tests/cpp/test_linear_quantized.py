@@ -128,6 +128,20 @@ def test_a_group_behind_the_end_has_no_scale():
         assert error(got, F.linear(x.double(), exact(q, [w, s]))) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_long_rows(dtype):
+    """K above 65536: sums of bytes are kept in several runs, so that none overflows."""
+    q = torch.randint(-128, 128, (5, 65536 + 200), dtype=torch.int8)
+    q[0], q[1] = -128, 127
+    s = torch.rand(5, 1)
+    x = torch.rand(2, q.shape[1]).to(dtype)
+    want = F.linear(x.double(), q.double() * s.double())
+    eager = F.linear(x, (q.double() * s.double()).to(dtype))
+    got = call("linear_int8", x, q, s)
+    limit = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    assert error(got, want) <= max(limit, 1.05 * error(eager, want))
+
+
 def test_linear_takes_views():
     q = torch.randint(-128, 128, (70, 100), dtype=torch.int8)[::2, 7:47]
     s = torch.rand(35, 1)
