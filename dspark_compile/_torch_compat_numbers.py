@@ -146,7 +146,7 @@ def numpy(original: Any) -> Any:
         whole = isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32)
         if not whole or value.dim() != 1 or not isinstance(value.shape[0], int):
             return array
-        return numbers_array()(numbers, **array.__dict__)
+        return numbers_array()(numbers=numbers, **array.__dict__)
 
     method_numpy.__name__ = original.__name__
     return method_numpy
@@ -161,10 +161,9 @@ def numbers_array() -> Any:
         class NumbersArray(NumpyNdarrayVariable):
             _nonvar_fields = {"numbers", "listed", *NumpyNdarrayVariable._nonvar_fields}
 
-            def __init__(self, numbers: Any, **kwargs: Any) -> None:
+            def __init__(self, numbers: Any, listed: Any = None, **kwargs: Any) -> None:
                 super().__init__(**kwargs)
-                self.numbers = numbers
-                self.listed: Any = None
+                self.numbers, self.listed = numbers, listed
 
             def unpack_var_sequence(self, tx: Any, idxes: Any = None) -> Any:
                 if not active(tx):
