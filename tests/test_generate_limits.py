@@ -30,12 +30,12 @@ def test_one_graph_for_any_prompt(model, monkeypatch):
     made = []
     original = captured.trace_whole
 
-    def counted(function, compiler):
+    def counted(function, compiler, **given):
         def one(gm, inputs):
             made.append(gm)
             return compiler(gm, inputs)
 
-        return original(function, one)
+        return original(function, one, **given)
 
     monkeypatch.setattr(captured, "trace_whole", counted)
     for length, new in ((1, 3), (2000, 4), (137, 60), (600, 2), (2, 300)):

@@ -122,8 +122,12 @@ class DecodeLayer(StaticLayer):  # type: ignore[misc]
         return self.known + int(query_length), 0
 
     def get_seq_length(self) -> Any:
-        """Tokens held: a number, or an int tensor in compiled code."""
-        return self.cumulative_length if torch.compiler.is_compiling() else self.known
+        """Tokens held: a number, or an int tensor in compiled code.
+
+        The tensor is a copy: `update` counts on in place, and a model may ask first and use the
+        answer behind it (Inkling's positions).
+        """
+        return self.cumulative_length.clone() if torch.compiler.is_compiling() else self.known
 
     def get_max_length(self) -> int:
         """-1: it grows."""
