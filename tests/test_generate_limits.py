@@ -148,3 +148,20 @@ def test_no_memory_in_the_middle_of_a_text(model, monkeypatch):
         assert len(listener.heard) > 100  # it was in the middle
         assert not any(POOL._idle.get(model, {}).values())
     check(model, input_ids=prompt())
+
+
+def test_a_length_that_was_asked_for_stays_behind_an_update():
+    """Inkling asks where its queries stand, appends keys, and uses the answer then."""
+    from dspark_compile.runtime.decode_layers import DecodeLayer
+
+    layer = DecodeLayer()
+    first = torch.randn(1, 2, 5, 8)
+    layer.update(first, first)
+
+    def step(new):
+        length = layer.get_seq_length()
+        layer.update(new, new)
+        return length + 0, layer.get_seq_length() + 0
+
+    got = torch.compile(step, backend="eager", fullgraph=True)(torch.randn(1, 2, 1, 8))
+    assert [int(n) for n in got] == [5, 6]
