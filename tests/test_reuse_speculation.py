@@ -101,6 +101,18 @@ def test_programs_of_other_models_are_seen_by_what_they_compute(monkeypatch, tra
     assert len(traced) == 2  # verifying 1 and all tokens
 
 
+def test_blocks_of_other_sizes_do_not_take_each_others_place(traced):
+    """The same draft with look-ups beside it has blocks of more tokens."""
+    model = target()
+    draft = draft_for(model)
+    for both in (draft, ("ngram", draft)):
+        generate(model, both)
+    traced.clear()
+    for both in (draft, ("ngram", draft), draft):
+        generate(model, both)
+    assert not traced
+
+
 def test_taps_belong_to_the_key(traced):
     model = target()
     generate(model, draft_for(model))

@@ -93,8 +93,17 @@ class KeptProgram:
         digest = hashlib.sha256()
         for part in surroundings(self._options):
             digest.update(part.encode() + b"\0")
-        digest.update(repr((model_key(self._model), *about)).encode())
+        # Programs alike but for a shape have places of their own, or they would take turns in one.
+        shapes = [(name, str(x.dtype), self._shape(x)) for name, x in self._given()]
+        digest.update(repr((model_key(self._model), *about, shapes)).encode())
         return digest.hexdigest()[:40]
+
+    def _shape(self, x: Tensor) -> list[int]:
+        """``x.shape``, -1 where it may be any."""
+        shape, dimension = list(x.shape), self._growing.get(id(x))
+        if dimension is not None:
+            shape[dimension] = -1
+        return shape
 
     # ------------------------------------------------------------------------------- finding
 
@@ -187,15 +196,13 @@ class KeptProgram:
                 continue
             if id(x) not in names:
                 raise CannotKeep(f"a tensor {list(x.shape)} is not of the model nor of its cache")
-            shape, dimension = list(x.shape), self._growing.get(id(x))
-            if dimension is not None:
-                if not x.is_contiguous():
-                    raise CannotKeep("a cache is not contiguous")
-                shape[dimension] = -1
+            dimension = self._growing.get(id(x))
+            if dimension is not None and not x.is_contiguous():
+                raise CannotKeep("a cache is not contiguous")
             found.append(
                 {
                     "name": names[id(x)], "type": type(x).__qualname__, "dtype": str(x.dtype),
-                    "device": str(x.device), "shape": shape, "offset": x.storage_offset(),
+                    "device": str(x.device), "shape": self._shape(x), "offset": x.storage_offset(),
                     "stride": None if dimension is not None else list(x.stride()),
                     "memory": [memory.setdefault(at, len(memory)) for at in storages(x)],
                     "inner": inner(x) if compat.is_subclass(x) else None,
@@ -219,7 +226,8 @@ def kept_rounds(
     def names() -> Iterator[tuple[str, Tensor]]:
         yield "tokens", rounds.tokens
         yield "positions", rounds.positions
-        yield "mask", rounds.mask
+        if any(x is rounds.mask for x, _ in growing):  # others' programs do not read it
+            yield "mask", rounds.mask
         for i, (layer, name, x) in enumerate(rounds.cache.tensors()):
             yield f"cache {i} {type(layer).__qualname__} {name}", x
         for key, x in rounds.cache.fixed():

@@ -457,9 +457,13 @@ def test_widths():
 )
 def test_sampled_text_is_distributed_as_the_models(kind, schedule, rows, monkeypatch):
     """Chi-square over the first three tokens behind a prompt, 20,000 requests, one by one or two
-    together; with the scheduler (never parked, or there would be nothing to see) and without."""
+    together; with the scheduler and without."""
+    # Never parked, and at prices that leave the scheduler something to decide.
     monkeypatch.setattr(ParkPolicy, "drafts", lambda self: True)
     monkeypatch.setattr(ParkPolicy, "rests", lambda self: False)
+    monkeypatch.setattr(
+        Prices, "table", lambda self, n: [1e-3 * (1 + 0.15 * max(k - 1, 0)) for k in range(n + 2)]
+    )
     wide = 4
     model = target(vocab_size=wide, hidden_size=16, num_hidden_layers=3, initializer_range=0.6)
     draft = kind
@@ -494,7 +498,7 @@ def test_sampled_text_is_distributed_as_the_models(kind, schedule, rows, monkeyp
         )  # fmt: skip
         counts += torch.bincount(out[:, -3:] @ place, minlength=wide**3)
         verified += report.speculation.drafted
-    assert verified > 5_000 and counts.sum() == 20_000
+    assert verified > 2_000 and counts.sum() == 20_000
     expected = joint * counts.sum()
     rare = expected < 6
     kept = torch.cat((counts[~rare], counts[rare].sum()[None]))

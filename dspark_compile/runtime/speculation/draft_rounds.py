@@ -164,7 +164,8 @@ class DraftRounds:
                 yield f"values {i}", value
             yield "slot", rounds.slot
             yield "positions", rounds.positions
-            yield "mask", rounds.mask
+            if rounds.masked:
+                yield "mask", rounds.mask
             weight, bias = self._head()
             yield "head", weight
             if bias is not None:
