@@ -226,7 +226,12 @@ class Attention {
     Follow<K, C::D, C::DV, KEYS> follow{next.k, next.v, s.k_n, s.v_n};
     if constexpr (C::BYTES) byte_scores(room.matrix, kp, s.k_n, keys, nullptr, room.scores, follow);
 #endif
-    if constexpr (!C::BYTES) score_block<C>(room, kp, s.k_n, keys, room.scores, vp, s.v_n);
+    if constexpr (C::WIDEN) {
+      widen_block<C, C::D>(kp, s.k_n, keys, room.wide[0], vp, s.v_n);
+      score_block<C>(room, room.wide[0], C::WIDTH, keys, room.scores, nullptr, 0);
+    } else if constexpr (!C::BYTES) {
+      score_block<C>(room, kp, s.k_n, keys, room.scores, vp, s.v_n);
+    }
     for (int r = 0; r < R; ++r) {
       float* x = room.scores[r];
       for (int j = 0; j < keys; j += W) {
@@ -248,8 +253,12 @@ class Attention {
       for (int j = keys; j < KEYS && (j % W != 0 || j == keys); ++j) x[j] = NEVER;
       soften(x, r, keys, room, state);
     }
-    if constexpr (!C::BYTES)
+    if constexpr (C::WIDEN) {
+      widen_block<C, C::DV>(vp, s.v_n, keys, room.wide[0], next.k, s.k_n);
+      value_block<C>(room.scores, room.wide[0], C::WIDTH, keys, state.out, nullptr, 0);
+    } else if constexpr (!C::BYTES) {
       value_block<C>(room.scores, vp, s.v_n, keys, state.out, next.k, s.k_n);
+    }
 #if defined(DSPARK_BYTE_TILES)
     if constexpr (C::BYTES) {
       for (int r = 0; r < R; ++r)

@@ -1,5 +1,6 @@
 // What an attention kernel is made for, and what its threads work with.
 #pragma once
+#include <algorithm>
 #include <limits>
 
 #include "parallel.h"
@@ -47,9 +48,9 @@ struct Config {
   static constexpr bool ALLOWS = std::is_same<B, bool>::value;
   static constexpr bool BIAS = !ALLOWS && !std::is_same<B, None>::value;
 #if defined(DSPARK_DOT)
-  static constexpr bool DOT = std::is_same<Q, bf16>::value && std::is_same<K, bf16>::value;
+  static constexpr bool DOTTED = std::is_same<Q, bf16>::value;  // whether bf16 keys are multiplied so
 #else
-  static constexpr bool DOT = false;
+  static constexpr bool DOTTED = false;
 #endif
 #if defined(DSPARK_BYTE_TILES)
   static constexpr bool BYTES = !std::is_same<Q, float>::value &&
@@ -61,11 +62,16 @@ struct Config {
   // For fewer rows vectors do as well: memory is the limit.
   static constexpr bool TILES = R >= 4 && !BYTES && std::is_same<Q, bf16>::value && D % 32 == 0 &&
                                 DV % 32 == 0 &&
-                                (DOT || std::is_same<K, int8_t>::value);
+                                (std::is_same<K, bf16>::value || std::is_same<K, int8_t>::value);
 #else
   static constexpr bool TILES = false;
 #endif
   static constexpr bool MATRIX = TILES || BYTES;
+  // Many rows in vectors: what int8 keys and values are is worked out once for all of them.
+  static constexpr bool WIDEN = !MATRIX && std::is_same<K, int8_t>::value && R > 4;
+  using Read = typename std::conditional<
+      WIDEN, typename std::conditional<DOTTED, bf16, float>::type, K>::type;
+  static constexpr bool DOT = DOTTED && std::is_same<Read, bf16>::value;
   // Keys of a block. What is done once a block takes its time beside the bytes of few rows.
   static constexpr int KEYS = BYTES && R <= 4 ? 256 : 128;
   static constexpr bool LANES = TILES || (BYTES && R > 4);  // a row a lane, see attention_lanes.h
@@ -73,6 +79,7 @@ struct Config {
   static constexpr int STEP = DOT ? 32 : Vec::W;
   static constexpr int DP = (D + STEP - 1) / STEP * STEP;
   static constexpr int DVP = (DV + Vec::W - 1) / Vec::W * Vec::W;
+  static constexpr int WIDTH = std::max(DP, DVP);  // of widened rows
   using Staged = typename std::conditional<DOT, bf16, float>::type;
 };
 
@@ -151,6 +158,7 @@ struct alignas(64) Room {
   int64_t lower[C::R], upper[C::R];  // of the keys that each row may attend to
   int64_t inner_lower, inner_upper;  // of those that all may
   float ks[KEYS], vs[KEYS];
+  typename C::Read wide[C::WIDEN ? KEYS : 1][C::WIDEN ? C::WIDTH : 1];
 };
 
 template <class C>

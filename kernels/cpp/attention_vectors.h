@@ -17,22 +17,46 @@ constexpr bool begins_line(int d, int step) {
 }
 
 
+// The block's rows as the products read them, with `soon`, the rows that are read next, asked for.
+template <class C, int D>
+inline void widen_block(const typename C::K* from, int64_t ld, int keys, typename C::Read* to,
+                        const typename C::K* soon, int64_t ld_soon) {
+  constexpr int W = Vec::W;
+  for (int j = 0; j < keys; ++j, from += ld, to += C::WIDTH) {
+    if (soon != nullptr)
+      for (int d = 0; d < D; d += 64) __builtin_prefetch(soon + j * ld_soon + d, 0, 2);
+    for (int d = 0; d < D; d += W) {
+      const Vec x = d + W <= D ? load(from + d) : load(from + d, D - d);
+#if defined(DSPARK_DOT)
+      // Whole numbers below 256 need no rounding: their upper half is the bfloat16.
+      if constexpr (std::is_same<typename C::Read, bf16>::value) {
+        const __m512i bits = _mm512_srli_epi32(_mm512_castps_si512(x.v), 16);
+        _mm256_storeu_si256((__m256i*)(to + d), _mm512_cvtepi32_epi16(bits));
+        continue;
+      }
+#endif
+      store(to + d, x);
+    }
+    for (int d = (D + W - 1) / W * W; d < C::WIDTH; d += W) store(to + d, zero());
+  }
+}
+
 // scores[r][i * run] = q[r] . k[i * run] for i < KR keys and RR rows, one register each.
 template <class C, int RR>
-inline void score_tile(const typename C::Staged (*q)[C::DP], int rows, const typename C::K* k,
-                       int64_t ldk, int64_t run, int keys, float* scores,
-                       const typename C::K* soon) {
+inline __attribute__((always_inline)) void score_tile(
+    const typename C::Staged (*q)[C::DP], int rows, const typename C::Read* k, int64_t ldk,
+    int64_t run, int keys, float* scores, const typename C::Read* soon) {
   constexpr int W = Vec::W, KR = W / RR;
   Vec a[W];
   for (int i = 0; i < W; ++i) a[i] = zero();
-  const typename C::K* key[KR];
+  const typename C::Read* key[KR];
   const typename C::Staged* row[RR];
   for (int i = 0; i < KR; ++i) key[i] = k + (i * run < keys ? i * run : 0) * ldk;
   for (int r = 0; r < RR; ++r) row[r] = q[r < rows ? r : rows - 1];
 #pragma GCC unroll 8
   for (int d = 0; d < C::D; d += C::STEP) {
     constexpr int LAST = C::D % C::STEP;
-    if (soon != nullptr && d < C::DV && begins_line<typename C::K>(d, C::STEP))
+    if (soon != nullptr && d < C::DV && begins_line<typename C::Read>(d, C::STEP))
       for (int i = 0; i < KR; ++i) __builtin_prefetch(soon + i * run * ldk + d, 0, 2);
     const bool whole = LAST == 0 || d + C::STEP <= C::D;
     if constexpr (C::DOT) {
@@ -63,8 +87,8 @@ inline void score_tile(const typename C::Staged (*q)[C::DP], int rows, const typ
 
 // `v`, if not null, is where the values lie that come next.
 template <class C>
-inline void score_block(const Room<C>& room, const typename C::K* k, int64_t ldk, int keys,
-                        float (*scores)[C::KEYS], const typename C::K* v, int64_t ldv) {
+inline void score_block(const Room<C>& room, const typename C::Read* k, int64_t ldk, int keys,
+                        float (*scores)[C::KEYS], const typename C::Read* v, int64_t ldv) {
   constexpr int RR = C::R >= 4 ? 4 : C::R >= 2 ? 2 : 1;
   constexpr int KR = Vec::W / RR;
   const int64_t run = (keys + KR - 1) / KR;
@@ -76,8 +100,9 @@ inline void score_block(const Room<C>& room, const typename C::K* k, int64_t ldk
 
 // out[r] += p[r] V for RR rows and DT vectors of columns.
 template <class C, int RR, int DT>
-inline void value_tile(const float (*p)[C::KEYS], int rows, const typename C::K* v, int64_t ldv,
-                       int keys, float (*out)[C::DVP], int d, const typename C::K* soon) {
+inline __attribute__((always_inline)) void value_tile(
+    const float (*p)[C::KEYS], int rows, const typename C::Read* v, int64_t ldv, int keys,
+    float (*out)[C::DVP], int d, const typename C::Read* soon) {
   constexpr int W = Vec::W;
   Vec a[RR][DT];
   const float* row[RR];
@@ -86,31 +111,33 @@ inline void value_tile(const float (*p)[C::KEYS], int rows, const typename C::K*
     for (int i = 0; i < DT; ++i) a[r][i] = load(out[r < rows ? r : rows - 1] + d + i * W);
   }
   const int run = (keys + RUNS - 1) / RUNS;
-  for (int from = 0; from < run; ++from)
-    for (int j = from; j < keys; j += run) {
-      const typename C::K* at = v + j * ldv + d;
-      Vec c[DT];
-      for (int i = 0; i < DT; ++i) {
-        if (soon != nullptr && begins_line<typename C::K>(d + i * W, W))
-          __builtin_prefetch(soon + j * ldv + d + i * W, 0, 2);
-        c[i] = d + (i + 1) * W <= C::DV ? load(at + i * W) : load(at + i * W, C::DV - d - i * W);
-      }
-      for (int r = 0; r < RR; ++r) {
-        const Vec b = all(row[r][j]);
-        for (int i = 0; i < DT; ++i) a[r][i] = fma(b, c[i], a[r][i]);
-      }
+  // One loop over all, and always inlined: elsewhere GCC keeps the sums in memory.
+  for (int n = 0, j = 0, from = 0; n < keys; ++n) {
+    const typename C::Read* at = v + j * ldv + d;
+    Vec c[DT];
+    for (int i = 0; i < DT; ++i) {
+      if (soon != nullptr && begins_line<typename C::Read>(d + i * W, W))
+        __builtin_prefetch(soon + j * ldv + d + i * W, 0, 2);
+      c[i] = d + (i + 1) * W <= C::DV ? load(at + i * W) : load(at + i * W, C::DV - d - i * W);
     }
+    for (int r = 0; r < RR; ++r) {
+      const Vec b = all(row[r][j]);
+      for (int i = 0; i < DT; ++i) a[r][i] = fma(b, c[i], a[r][i]);
+    }
+    j += run;
+    if (j >= keys) j = ++from;
+  }
   for (int r = 0; r < RR && r < rows; ++r)
     for (int i = 0; i < DT; ++i) store(out[r] + d + i * W, a[r][i]);
 }
 
 template <class C>
-inline void value_block(const float (*p)[C::KEYS], const typename C::K* v, int64_t ldv, int keys,
-                        float (*out)[C::DVP], const typename C::K* k, int64_t ldk) {
+inline void value_block(const float (*p)[C::KEYS], const typename C::Read* v, int64_t ldv, int keys,
+                        float (*out)[C::DVP], const typename C::Read* k, int64_t ldk) {
   constexpr int W = Vec::W, RR = C::R >= 4 ? 4 : C::R >= 2 ? 2 : 1;
   constexpr int MOST = (W == 16 ? 16 : 8) / RR, VECTORS = C::DVP / W;
   constexpr int DT = MOST < VECTORS ? MOST : VECTORS;
-  const typename C::K* soon = ldk == ldv ? k : nullptr;
+  const typename C::Read* soon = ldk == ldv ? k : nullptr;
   for (int r = 0; r < C::R; r += RR) {
     int d = 0;
     for (; d + DT * W <= C::DVP; d += DT * W)

@@ -283,3 +283,12 @@ def test_scales_of_another_shape():
             torch.ops.dspark_cpu.attention_int8(
                 q, k8, scales[0], k8, scales[1], None, None, [], [], scale=1.0
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_int8_cache_for_many_rows(dtype):
+    """A CPU without matrix tiles widens keys and values once for all rows of a head."""
+    for shape in ({"d": 37, "dv": 50}, {"d": 64, "dv": 16, "n": 300}):
+        q, k, v = make(dtype, b=2, h=6, hk=2, m=7, **shape)
+        (k8, ks), (v8, vs) = quantize_kv(k, torch.float32), quantize_kv(v, torch.float32)
+        check("attention_int8", q, k8, ks, v8, vs, None, None, [], [40], mask="k <= q + n0")
