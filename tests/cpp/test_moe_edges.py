@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 from dspark_compile.codegen.cpp import isa
 from dspark_compile.kernels import cpp
 from dspark_compile.ops import OPS
-from dspark_compile.ops.moe import route
+from dspark_compile.ops.moe import _scores, route
 from tests.cpp.test_grouped import grouped
 from tests.cpp.test_moe import ROUTERS, double
 from tests.cpp.test_moe import experts as plain
 from tests.cpp.test_moe_quantized import experts as quantised
 
-LEVELS = ("avx512", "avx2", "portable")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 SIZES = st.sampled_from([1, 2, 7, 8, 15, 16, 17, 31, 33, 40, 64, 65, 72, 100, 129])
 TOKENS = st.sampled_from([1, 1, 2, 3, 5, 8, 15, 16, 17, 31, 65, 130, 300])
@@ -28,7 +27,7 @@ COUNTS = st.sampled_from([1, 2, 3, 5, 8, 13, 31, 64])
 EACH = settings(deadline=None, max_examples=30, derandomize=False)
 
 
-@pytest.fixture(params=[pytest.param(level, marks=pytest.mark.slow) for level in LEVELS])
+@pytest.fixture(params=[pytest.param(level, marks=pytest.mark.slow) for level in isa.LEVELS])
 def level(request):
     """The instruction set that kernels are built for."""
     if request.param not in isa.available():
@@ -157,9 +156,17 @@ def test_routers(level, name, dtype):
         ours, theirs = indices.sort(-1)[0], chosen.sort(-1)[0]
         if ties and kinds[0] == "identity":
             assert torch.equal(ours, theirs)
-        # Elsewhere scores that differ in their last bit may stand in another order.
+        # Elsewhere scores that differ in their last bit may stand in another order, and so may
+        # groups of them.
         same = (ours == theirs).all(-1)
-        assert same.float().mean() >= (0.5 if ties else 0.9)
+        if groups > 1:
+            assert tokens < 8 or same.float().mean() >= 0.5
+        elif not same.all():
+            scores = logits.double()
+            scores = scores if kinds[0] == "sparsemixer" else _scores(scores, kinds[0])
+            scores = scores if correction is None else scores + correction.double()
+            ranked = (scores.gather(1, index).sort(-1)[0] for index in (indices, chosen))
+            torch.testing.assert_close(*ranked, atol=1e-5, rtol=1e-5)
         mine = torch.zeros(tokens, count).scatter(1, indices, weights)[same]
         torch.testing.assert_close(
             mine, torch.zeros(tokens, count).scatter(1, chosen, share)[same], atol=2e-5, rtol=1e-4
