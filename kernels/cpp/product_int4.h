@@ -6,12 +6,12 @@
 // rows is one run of memory. No sum over lanes is ever needed, and a group's scales are a vector.
 //
 //   Fused    float lanes: q widened to float                              any type, any CPU
-//   Dot      dpbusd: four numbers by four of x as 16-bit ones, see below  half types, VNNI
+//   Dot      dpbusd: four numbers by four of x as digits, see below       VNNI
 //   Tiles    a unit widened to bf16 in L1, then tdpbf16ps                 bf16, AMX, M >= 5
 //
-// Dot holds each 32 numbers of x as 16-bit integers of one scale, split into two bytes: what is at
-// least 1/64 of their largest is exact as a bfloat16, the others to 2^-15 of the largest. Sums over
-// the 32 are exact. Tiles multiply q itself, which bfloat16 holds exactly, and scale a group's sums.
+// Dot holds each 32 numbers of x as integers of one scale, split into bytes. Half types take two:
+// what is at least 1/64 of their largest is exact as a bfloat16, the others to 2^-15 of the largest.
+// float32 takes four: its numbers to 2^-31 of the largest. Sums over the 32 are exact by digit. Tiles multiply q itself, which bfloat16 holds exactly, and scale a group's sums.
 #pragma once
 #include "product_int.h"
 #include "transpose.h"
@@ -31,7 +31,7 @@ constexpr Int4Form int4_form() {
   if (M >= 5 && std::is_same<T, bf16>::value) return Int4Form::Tiles;
 #endif
 #if defined(DSPARK_BYTE_DOT)
-  if (!std::is_same<T, float>::value) return Int4Form::Dot;
+  return Int4Form::Dot;
 #endif
   return Int4Form::Fused;
 }
@@ -120,42 +120,51 @@ inline void int4_floats(const uint8_t* const (&w)[R], const float* x, int64_t un
 
 // -- Dot
 
-// 32 numbers of x.
+// 32 numbers of x in COUNT digits to base 256, lowest first.
+template <int COUNT>
 struct LaneStep {
-  int8_t high[PLANE], low[PLANE];  // 256 high + low
+  int8_t digits[COUNT][PLANE];
   float scale;
-  int32_t start;  // -8 times their sum: the bytes of W are too large by 8
+  int32_t start[COUNT];  // -8 times the sum of a digit: the bytes of W are too large by 8
 };
+template <class T>
+using LaneStepOf = LaneStep<std::is_same<T, float>::value ? 4 : 2>;
 
 #if defined(DSPARK_BYTE_DOT)
 #pragma GCC push_options
 #pragma GCC target("avx512vnni")
 
 // Numbers [0, 32) of a row of which `left` are there.
-template <class T>
-inline void pack_lanes(const T* row, int64_t left, LaneStep& to) {
+template <class T, int COUNT>
+inline void pack_lanes(const T* row, int64_t left, LaneStep<COUNT>& to) {
   Vec x[2];
   for (int i : {0, 1})
     x[i] = left > 16 * i ? load(row + 16 * i, int(std::min<int64_t>(16, left - 16 * i))) : zero();
   const __m512 most = _mm512_max_ps(_mm512_abs_ps(x[0].v), _mm512_abs_ps(x[1].v));
-  // Numbers are at most 2^14, which two bytes hold with room for rounding.
-  const Whole whole(most, is_nan(x[0].v) | is_nan(x[1].v), 14);
+  // The digits have room for rounding: numbers are at most half of what they hold.
+  const Whole whole(most, is_nan(x[0].v) | is_nan(x[1].v), 8 * COUNT - 2);
   const __m512 by = _mm512_set1_ps(whole.by);
-  __m512i total = _mm512_setzero_si512();
-  for (int i : {0, 1}) {
-    const __m512i y = _mm512_cvtps_epi32(_mm512_mul_ps(x[i].v, by));
-    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(y, _mm512_set1_epi32(128)), 8);
-    _mm_storeu_si128((__m128i*)(to.high + 16 * i), _mm512_cvtepi32_epi8(high));
-    _mm_storeu_si128((__m128i*)(to.low + 16 * i), _mm512_cvtepi32_epi8(y));
-    total = _mm512_add_epi32(total, y);
+  __m512i y[2];
+  for (int i : {0, 1}) y[i] = _mm512_cvtps_epi32(_mm512_mul_ps(x[i].v, by));
+  for (int digit = 0; digit < COUNT; ++digit) {
+    __m512i total = _mm512_setzero_si512();
+    for (int i : {0, 1}) {
+      // What is left behind the digit, which is y's lowest byte with its sign.
+      const __m512i rest = _mm512_srai_epi32(_mm512_add_epi32(y[i], _mm512_set1_epi32(128)), 8);
+      const __m512i now =
+          digit + 1 < COUNT ? _mm512_sub_epi32(y[i], _mm512_slli_epi32(rest, 8)) : y[i];
+      _mm_storeu_si128((__m128i*)(to.digits[digit] + 16 * i), _mm512_cvtepi32_epi8(now));
+      total = _mm512_add_epi32(total, now);
+      y[i] = rest;
+    }
+    to.start[digit] = -8 * _mm512_reduce_add_epi32(total);
   }
   to.scale = whole.scale;
-  to.start = -8 * _mm512_reduce_add_epi32(total);
 }
 
 // As `int4_floats`, for all M rows of x [M][units].
-template <int R, int M, bool GROUPED>
-__attribute__((noinline)) void int4_dot(const uint8_t* const (&w)[R], const LaneStep* x,
+template <int R, int M, bool GROUPED, int COUNT>
+__attribute__((noinline)) void int4_dot(const uint8_t* const (&w)[R], const LaneStep<COUNT>* x,
                                         int64_t units, int64_t each, const float* scales,
                                         int64_t lds, float* const (&out)[R]) {
   __m512 a[R][M];
@@ -174,16 +183,23 @@ __attribute__((noinline)) void int4_dot(const uint8_t* const (&w)[R], const Lane
       }
       const __m512 by = GROUPED ? _mm512_loadu_ps(scales + r * lds) : _mm512_set1_ps(1);
       for (int m = 0; m < M; ++m) {
-        const LaneStep& y = x[m * units + u];
-        __m512i high = _mm512_setzero_si512(), low = _mm512_set1_epi32(y.start);
-        for (int i = 0; i < 8; ++i) {
-          int32_t four[2];
-          std::memcpy(&four[0], y.high + 4 * i, 4);
-          std::memcpy(&four[1], y.low + 4 * i, 4);
-          high = _mm512_dpbusd_epi32(high, q[i], _mm512_set1_epi32(four[0]));
-          low = _mm512_dpbusd_epi32(low, q[i], _mm512_set1_epi32(four[1]));
+        const LaneStep<COUNT>& y = x[m * units + u];
+        __m512i part[COUNT];
+        for (int d = 0; d < COUNT; ++d) part[d] = _mm512_set1_epi32(y.start[d]);
+        for (int i = 0; i < 8; ++i)
+          for (int d = 0; d < COUNT; ++d) {
+            int32_t four;
+            std::memcpy(&four, y.digits[d] + 4 * i, 4);
+            part[d] = _mm512_dpbusd_epi32(part[d], q[i], _mm512_set1_epi32(four));
+          }
+        __m512 sum;
+        if constexpr (COUNT == 2) {
+          sum = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(part[1], 8), part[0]));
+        } else {
+          sum = _mm512_cvtepi32_ps(part[COUNT - 1]);
+          for (int d = COUNT - 2; d >= 0; --d)
+            sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256), _mm512_cvtepi32_ps(part[d]));
         }
-        const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
         const __m512 scale = _mm512_set1_ps(y.scale);
         a[r][m] = _mm512_fmadd_ps(sum, GROUPED ? _mm512_mul_ps(scale, by) : scale, a[r][m]);
       }
@@ -328,7 +344,7 @@ template <class T, int M, bool GROUPED>
 struct IntProduct<Int4, T, M, GROUPED> {
   static constexpr Int4Form FORM = int4_form<T, M>();
   using Element = typename std::conditional<
-      FORM == Int4Form::Dot, LaneStep,
+      FORM == Int4Form::Dot, LaneStepOf<T>,
       typename std::conditional<FORM == Int4Form::Fused, float, bf16>::type>::type;
   static constexpr int64_t EACH = FORM == Int4Form::Dot ? 1 : PLANE;  // elements of a unit
   // Blocks of rows that are worked on side by side: runs of memory.
