@@ -92,9 +92,12 @@ def interleaved(
 
 
 def write(name: str, payload: dict[str, Any]) -> Path:
-    """Write ``benchmarks/results/<name>.json`` with the conditions."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    """Write ``benchmarks/results/<name>.json`` with the conditions.
+
+    ``name`` may begin with a folder, for another machine than that of the files beside it.
+    """
     path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"conditions": conditions(), **payload}, indent=1) + "\n")
     print(f"wrote {path}")
     return path
