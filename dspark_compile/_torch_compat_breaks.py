@@ -57,6 +57,7 @@ def _wrap_loop(owner: Any, original: Any, told: Told) -> None:
     def raise_loop_graph_break(code: Any, error: Any) -> Any:
         from torch._dynamo.symbolic_convert import InstructionTranslator
 
+        # No translator is under way, or this version keeps it elsewhere: the break goes untold.
         with contextlib.suppress(AttributeError, LookupError):
             _tell(InstructionTranslator.current_tx(), error, told)
         return original(code, error)

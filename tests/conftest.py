@@ -38,3 +38,19 @@ def _fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def steps(tmp_path, monkeypatch):
+    """An empty folder of kept steps."""
+    from dspark_compile.reuse import files, key
+    from dspark_compile.runtime.generate import free
+
+    monkeypatch.setattr(files, "folder", lambda: tmp_path / "steps")
+    # Sources that are being edited do not matter here.
+    monkeypatch.setattr(key, "_STARTED", float("inf"))
+    package = key._package
+    package.cache_clear()
+    yield tmp_path / "steps"
+    package.cache_clear()
+    free()

@@ -34,16 +34,7 @@ class Small(nn.Module):
         return x + self.down(torch.nn.functional.silu(self.up(self.norm(x))))
 
 
-@pytest.fixture(autouse=True)
-def steps(tmp_path, monkeypatch):
-    """An empty folder of kept steps."""
-    monkeypatch.setattr(files, "folder", lambda: tmp_path / "steps")
-    # Sources that are being edited do not matter here.
-    monkeypatch.setattr(key, "_STARTED", float("inf"))
-    package = key._package
-    package.cache_clear()
-    yield tmp_path / "steps"
-    package.cache_clear()
+pytestmark = pytest.mark.usefixtures("steps")
 
 
 def compiled(model, *args, **options):

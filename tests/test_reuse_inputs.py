@@ -21,15 +21,7 @@ from dspark_compile.runtime.packed_int4 import PackedInt4
 ON = {"kernels": "cpp", "reuse": "on"}
 
 
-@pytest.fixture(autouse=True)
-def steps(tmp_path, monkeypatch):
-    """An empty folder of kept steps."""
-    monkeypatch.setattr(files, "folder", lambda: tmp_path / "steps")
-    monkeypatch.setattr(key, "_STARTED", float("inf"))
-    key._package.cache_clear()
-    yield tmp_path / "steps"
-    key._package.cache_clear()
-    free()
+pytestmark = pytest.mark.usefixtures("steps")
 
 
 def quantized(module, bits, group=32):

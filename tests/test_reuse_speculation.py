@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import dspark_compile
-from dspark_compile.reuse import files, key
 from dspark_compile.runtime import captured, kept_rounds
 from dspark_compile.runtime.generate import free
 from tests.speculation.test_reference import draft_for, target
@@ -15,15 +14,7 @@ ON = {"kernels": "cpp", "reuse": "on"}
 IDS = torch.tensor([[1, 2, 3, 1, 2, 3, 1, 2, 3, 1]])
 
 
-@pytest.fixture(autouse=True)
-def steps(tmp_path, monkeypatch):
-    """An empty folder of kept steps."""
-    monkeypatch.setattr(files, "folder", lambda: tmp_path / "steps")
-    monkeypatch.setattr(key, "_STARTED", float("inf"))
-    key._package.cache_clear()
-    yield tmp_path / "steps"
-    key._package.cache_clear()
-    free()
+pytestmark = pytest.mark.usefixtures("steps")
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ struct Config {
   static constexpr bool ALLOWS = std::is_same<B, bool>::value;
   static constexpr bool BIAS = !ALLOWS && !std::is_same<B, None>::value;
 #if defined(DSPARK_DOT)
-  static constexpr bool DOTTED = std::is_same<Q, bf16>::value;  // whether bf16 keys are multiplied so
+  static constexpr bool DOTTED = std::is_same<Q, bf16>::value;  // whether dpbf16ps takes bf16 keys
 #else
   static constexpr bool DOTTED = false;
 #endif

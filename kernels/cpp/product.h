@@ -112,12 +112,21 @@ void pack(const T* x, int64_t ldx, int64_t K, int64_t first, int64_t last,
   }
 }
 
+// Asks for what pass PASS of PASSES has to ask for: all rows where it is the only one. Several share
+// them, so that memory is asked all the time: if the first asked for all, it would wait and memory
+// would rest in the others. What is not read in this pass goes to the second cache.
+template <int PASS, int PASSES, class T, int R>
+inline __attribute__((always_inline)) void ask(const T* const (&w)[R], int64_t at) {
+  if constexpr (PASSES == 1) {
+    for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + at, 0, 3);
+  } else {
+    for (int r = PASS; r < R; r += PASSES) __builtin_prefetch(w[r] + at, 0, 2);
+  }
+}
+
 // The products of R rows of W with MT rows of x; result r, m goes to out[r][m * BLOCK], or is added
-// there. It is pass PASS of PASSES over these rows.
-//
-// One pass alone asks AHEAD in each row, and from a row's end on into the one `next` elements on.
-// Several share the rows that lie `next` elements on, so that memory is asked all the time: if the
-// first pass asked for all, it would wait and memory would rest in the others.
+// there. It is pass PASS of PASSES over these rows: one alone asks AHEAD in each row, and from a
+// row's end on into the one `next` elements on; several ask for the rows `next` elements on.
 template <class T, int R, int MT, Form FORM, int PASS = 0, int PASSES = 1>
 inline void tile(const T* const (&w)[R], int64_t next, const void* packed, int64_t ldx, int64_t K,
                  float* const (&out)[R], bool add = false) {
@@ -130,13 +139,7 @@ inline void tile(const T* const (&w)[R], int64_t next, const void* packed, int64
   auto steps = [&](int64_t from, int64_t to, int64_t ahead) __attribute__((always_inline)) {
     for (int64_t k = from; k < to; k += STEP) {
       const bool whole = k + STEP <= K;
-      if (LINE == STEP || k % LINE == 0) {
-        if constexpr (PASSES == 1) {
-          for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + k + ahead, 0, 3);
-        } else {
-          for (int r = PASS; r < R; r += PASSES) __builtin_prefetch(w[r] + k + ahead, 0, 2);
-        }
-      }
+      if (LINE == STEP || k % LINE == 0) ask<PASS, PASSES>(w, k + ahead);
       if constexpr (FORM == Form::Fused) {
         const float* x = static_cast<const float*>(packed) + k;
         Vec b[MT];

@@ -37,15 +37,8 @@ struct DigitRow {
   static void pack(const T* row, int64_t K, Digit* packed) {
     int8_t* to = reinterpret_cast<int8_t*>(packed);
     const int64_t Kp = padded(K);
-    __m512 most = _mm512_setzero_ps();
-    __mmask16 odd = 0;
-    for (int64_t k = 0; k < K; k += 16) {
-      const __m512 v = load(row + k, int(std::min<int64_t>(16, K - k))).v;
-      most = _mm512_max_ps(most, _mm512_abs_ps(v));
-      odd |= is_nan(v);
-    }
     // At most 2^(8 COUNT - 2), so that the last digit is one.
-    const Whole whole(most, odd, 8 * COUNT - 2);
+    const Whole whole = whole_row(row, K, 8 * COUNT - 2);
     const __m512 by = _mm512_set1_ps(whole.by);
     for (int64_t k = 0; k < Kp; k += 16) {
       const int left = int(std::min<int64_t>(16, K - k));
@@ -99,11 +92,7 @@ __attribute__((noinline)) void digit_tile(const uint8_t* const (&w)[R], int64_t 
     auto steps = [&](int64_t first, int64_t last, int64_t ahead, __mmask64 lanes)
                      __attribute__((always_inline)) {
       for (int64_t k = first; k < last; k += 64) {
-        if constexpr (PASSES == 1) {
-          for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + k + ahead, 0, 3);
-        } else {
-          for (int r = PASS; r < R; r += PASSES) __builtin_prefetch(w[r] + k + ahead, 0, 2);
-        }
+        ask<PASS, PASSES>(w, k + ahead);
         __m512i b[COUNT];
         for (int d = 0; d < COUNT; ++d) b[d] = _mm512_loadu_si512(x + d * Kp + k);
         for (int r = 0; r < R; ++r) {

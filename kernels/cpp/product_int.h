@@ -69,6 +69,19 @@ struct Whole {
 
 inline __mmask16 is_nan(__m512 x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
 
+// How a row of K numbers is held with one power of two.
+template <class T>
+inline Whole whole_row(const T* row, int64_t K, int bits) {
+  __m512 most = _mm512_setzero_ps();
+  __mmask16 odd = 0;
+  for (int64_t k = 0; k < K; k += 16) {
+    const __m512 v = load(row + k, int(std::min<int64_t>(16, K - k))).v;
+    most = _mm512_max_ps(most, _mm512_abs_ps(v));
+    odd |= is_nan(v);
+  }
+  return Whole(most, odd, bits);
+}
+
 #endif
 
 // The product of a width Q of weights with M rows of T, specialised for each Q:

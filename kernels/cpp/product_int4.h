@@ -11,7 +11,8 @@
 //
 // Dot holds each 32 numbers of x as integers of one scale, split into bytes. Half types take two:
 // what is at least 1/64 of their largest is exact as a bfloat16, the others to 2^-15 of the largest.
-// float32 takes four: its numbers to 2^-31 of the largest. Sums over the 32 are exact by digit. Tiles multiply q itself, which bfloat16 holds exactly, and scale a group's sums.
+// float32 takes four: its numbers to 2^-31 of the largest. Sums over the 32 are exact by digit.
+// Tiles multiply q itself, which bfloat16 holds exactly, and scale a group's sums.
 #pragma once
 #include "product_int.h"
 #include "transpose.h"

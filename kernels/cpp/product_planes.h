@@ -32,15 +32,8 @@ struct Digits {
 
   // Row m, of K numbers.
   static void pack(const T* row, int m, int64_t K, int8_t* x) {
-    __m512 most = _mm512_setzero_ps();
-    __mmask16 odd = 0;
-    for (int64_t k = 0; k < K; k += 16) {
-      const __m512 v = load(row + k, int(std::min<int64_t>(16, K - k))).v;
-      most = _mm512_max_ps(most, _mm512_abs_ps(v));
-      odd |= is_nan(v);
-    }
     // At most 2^(8 COUNT - 2), so that the first digit is one.
-    const Whole whole(most, odd, 8 * COUNT - 2);
+    const Whole whole = whole_row(row, K, 8 * COUNT - 2);
     scales(x, K)[m] = whole.scale;
     const __m512 by = _mm512_set1_ps(whole.by);
     int8_t* to = x + m / EACH * tile_bytes(K) + m % EACH * COUNT * 4;
