@@ -28,8 +28,8 @@ inline void fair(const Speculation& s, double (&weight)[kMostRequests]) {
 
 // By `found` and `survival`, where drafting took `draft_seconds`. What is left of the width that is
 // stopped in is filled. `even`, of look-ups: tokens count as `fair` has it, and the first has to be
-// worth more by a margin; else all count alike.
-inline Schedule schedule(const Speculation& s, double draft_seconds, bool even) {
+// worth more by a margin; else all count alike. `looks`: what was drafted is verified at any price.
+inline Schedule schedule(const Speculation& s, double draft_seconds, bool even, bool looks = false) {
   const int64_t most = s.widths[s.width_count - 1] - 1;
   int64_t length = 0, wanted = 0;
   double tau = 0, weight[kMostRequests];
@@ -42,7 +42,9 @@ inline Schedule schedule(const Speculation& s, double draft_seconds, bool even) 
   }
   double best = tau / (draft_seconds + s.table[1]);
   double least = even ? (1 + kMargin) * best : best;
-  if (s.fixed) {
+  if (looks) {
+    length = std::min(most, s.drafts);
+  } else if (s.fixed) {
     length = std::min(most, wanted);
   } else if (wanted > 0) {
     for (; length < std::min(most, s.count); ++length) {

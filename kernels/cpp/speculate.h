@@ -262,10 +262,11 @@ inline int64_t commit(Speculation& s, int64_t b, int64_t accepted, int64_t next)
 }
 
 // What thread 0 does between drafting and verifying: the width, and how much of it each request has.
-inline void plan(Speculation& s, Shared& shared) {
+inline void plan(Speculation& s, bool looks, Shared& shared) {
   const double seconds = shared.source == kDraft ? *s.draft_seconds : 0;
   const bool looked = shared.source == kLookup;
-  shared.width_index = shared.source == kPlain ? 0 : schedule(s, seconds, looked).width_index;
+  looks &= shared.source == kDraft;
+  shared.width_index = shared.source == kPlain ? 0 : schedule(s, seconds, looked, looks).width_index;
   if (looked && shared.width_index == 0) shared.source = kPlain;
   const int64_t width = s.widths[shared.width_index];
   for (int64_t b = 0; b < s.batch; ++b) {
@@ -366,9 +367,9 @@ bool round(Team team, Speculation& s, int64_t drafting, Shared& shared) {
     shared.source = kPlain;
     for (int64_t b = 0; b < s.batch; ++b) s.found[b] = s.match[b] = s.point[b] = 0;
   }
-  if (drafting && !propose<U, W>(team, s, drafting == 1, shared)) return false;
+  if (drafting && !propose<U, W>(team, s, drafting != 2, shared)) return false;
   if (leads) {
-    plan(s, shared);
+    plan(s, drafting == 3, shared);
     shared.times[1] = now();
   }
   team.barrier();
@@ -412,7 +413,7 @@ inline bool goes_on(const Speculation& s, int64_t made) {
 
 // Up to `count` rounds; *made says how many: fewer where all requests have ended, a round does not
 // fit any more, or holes are to be closed. `drafting`: 0 plain steps, 1 whatever proposes, 2
-// look-ups without a draft.
+// look-ups without a draft, 3 whatever proposes, and what is drafted is verified at any price.
 template <class T, class U, class W>
 int speculate(Speculation& s, int64_t count, int64_t drafting, int64_t* made) {
   *made = 0;

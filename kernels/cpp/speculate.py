@@ -23,6 +23,8 @@ from dspark_compile.kernels.cpp.choose import TYPE_NAMES
 MOST_REQUESTS = 64
 # Tokens of a panel of a Markov head's W2.
 PANEL = 64
+# What a visit proposes, in the order of their numbers (`speculate` in speculate.h).
+PROPOSALS: tuple[bool | str, ...] = (False, True, "lookup", "look")
 # Kinds of Markov heads, in the order of their numbers.
 HEADS = ("none", "vanilla", "gated", "rnn")
 

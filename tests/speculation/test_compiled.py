@@ -11,6 +11,8 @@ from dspark_compile.models.draft_config import DraftError
 from dspark_compile.runtime.rounds import POOL
 from dspark_compile.runtime.speculation import loop as loops
 from dspark_compile.runtime.speculation import rounds as rounds_module
+from dspark_compile.runtime.speculation import state as states
+from dspark_compile.runtime.speculation.lookup_proposals import drafting_part
 from dspark_compile.runtime.speculation.park import ParkPolicy
 from dspark_compile.runtime.speculation.state import Prices, verify_length, widths_for
 from dspark_compile.runtime.speculation.taps import Taps
@@ -146,7 +148,7 @@ def slow(*values):
 def test_native_rounds_are_the_torch_ones(model, drafts, kind, how, monkeypatch):
     """With the same random numbers, also where nothing is greedy."""
     monkeypatch.setattr(loops, "take", forgetful(loops.take))
-    new, prompt = 40, TWO[1:] if kind.startswith("ngram+") else ONE
+    new, prompt, looked = 40, TWO[1:] if kind.startswith("ngram+") else ONE, 0
     for sampled in (True, False):
         more = {"do_sample": sampled, "num_drafted": _count(kind), "top_k": 0} | how
         torch.manual_seed(11)
@@ -162,10 +164,55 @@ def test_native_rounds_are_the_torch_ones(model, drafts, kind, how, monkeypatch)
         for name in ("tau", "rounds", "drafted", "accepted", "verify_lengths", "lookup_rounds"):
             assert getattr(a, name) == getattr(b, name), name
         assert a.survival == pytest.approx(b.survival)
-        if kind.startswith("ngram+"):
-            assert 0 < a.lookup_rounds < a.rounds
+        looked += a.lookup_rounds
+        assert a.lookup_rounds < a.rounds or kind == "ngram"
         if not kind.endswith("model"):
             assert a.predicted == pytest.approx(b.predicted, abs=1e-4)
+    # A penalty keeps a sampled text from repeating itself.
+    assert looked or how or not kind.startswith("ngram+")
+
+
+@pytest.mark.parametrize("prompt", [ONE, slow(TWO)])
+@pytest.mark.parametrize("kind", ["unsure", "model", slow("ngram+unsure")])
+def test_engines_look_alike_at_a_draft_without_confidences(
+    model, drafts, kind, prompt, monkeypatch
+):
+    """Where nothing drafted seems worth its verification, both engines verify all of it when the
+    policy looks, and nothing else; and both learn the same from it."""
+    take, seen, unsure = loops.take, [], draft_for(model, enable_confidence_head=False)
+    draft = {"unsure": unsure, "ngram+unsure": ("ngram", unsure)}.get(kind, drafts["model"])
+
+    def hopeless(*args, **more):
+        speculator = take(*args, **more)
+        speculator.prices.conditional = [0.01] * speculator.rounds.count
+        speculator.policy = FixedTimes(guesses=True)
+        seen.append(speculator)
+        return speculator
+
+    monkeypatch.setattr(loops, "take", hopeless)
+    monkeypatch.setattr(
+        Prices, "table", lambda self, n: [1e-3 * (1 + 0.5 * k) for k in range(n + 2)]
+    )
+    monkeypatch.setattr(Prices, "trust", lambda self, n: [[0.0] * n] * states.LONGEST)
+    found = []
+    # Batches are driven natively or not at all; whether look-ups go before drafts is a matter of
+    # time.
+    ways = (False, True) if prompt is ONE and kind != "ngram+unsure" else (False,)
+    for driven in ways:
+        with monkeypatch.context() as patch:
+            if driven:
+                patch.setattr(loops, "engine_for", lambda s, other: (TorchEngine(s), None))
+            given = {"num_drafted": _count(kind), "schedule": "auto"}
+            out, report = speculate(model, prompt, 90, draft, **given)
+        assert report.path == ("compiled" if driven else "native")
+        assert torch.equal(out, plain(model, prompt, 90))
+        stats, speculator = report.speculation, seen[-1]
+        found.append((stats.rounds, stats.verify_lengths, speculator.prices.conditional))
+        most, lengths = drafting_part(speculator.proposer).count, stats.verify_lengths
+        assert lengths[0] > 0 and lengths[most] >= 6  # plain steps, rounds of a look
+    assert found[0][:2] == found[-1][:2]
+    assert found[0][2] == pytest.approx(found[-1][2])
+    assert found[0][2][0] != 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -208,6 +255,19 @@ class Alternating(ParkPolicy):
 
     def most(self, first):
         return 3
+
+
+class FixedTimes(ParkPolicy):
+    """As if a drafted round took two plain steps' time; calls do not rest."""
+
+    def drafted(self, seconds, tau, rounds=1):
+        super().drafted(2.0, tau, rounds)
+
+    def plain(self, seconds, steps=1):
+        super().plain(1.0, steps)
+
+    def rests(self):
+        return False
 
 
 @pytest.mark.parametrize("prompt", [ONE, slow(TWO)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 
 import hypothesis.strategies as st
 import pytest
@@ -26,6 +28,7 @@ from dspark_compile.runtime.speculation.schedule import (
     fixed,
 )
 from dspark_compile.runtime.speculation.sps import SPSCurve, measure
+from dspark_compile.runtime.speculation.state import FIRST_GUESS, SHARE, verify_length
 from dspark_compile.runtime.speculation.telemetry import Counters, SpeculationStats
 
 
@@ -472,3 +475,82 @@ def test_what_rounds_do_not_show_counts():
     assert not policy.parked
     policy.took(40, 1.3, 26, 1.1)  # the slowest row got half of the average
     assert policy.burden > 1.3
+
+
+class Guessed:
+    """Rounds of a draft without confidences, whose every token stands with probability ``alpha``:
+    steps of n tokens take ``table[n]``, drafting takes ``draft``, both in plain steps."""
+
+    def __init__(self, policy, draft, table, known=None):
+        self.policy, self.draft, self.table = policy, draft, table
+        self.most = len(table) - 2
+        self.known = known or [FIRST_GUESS] * self.most
+        self.random = random.Random(0)
+
+    def _round(self, alpha, looks):
+        survival = list(itertools.accumulate(self.known, float.__mul__))
+        length = self.most
+        if not looks:
+            length = verify_length([survival], self.table, self.draft, self.most)
+        stood = 0
+        while stood < length and self.random.random() < alpha:
+            stood += 1
+        for k in range(min(stood + 1, length)):
+            self.known[k] += SHARE * ((stood > k) - self.known[k])
+        return self.draft + self.table[length + 1], stood + 1
+
+    def play(self, tokens, alpha, single=False):
+        """Plain steps' time that a token takes."""
+        policy, spent, made = self.policy, 0.0, 0
+        while made < tokens:
+            count = 1 if single else policy.most(4)
+            if policy.drafts():
+                rounds = [self._round(alpha, policy.looks) for _ in range(count)]
+                seconds, got = sum(s for s, _ in rounds), sum(n for _, n in rounds)
+                policy.drafted(seconds / count, got / count, count)
+            else:
+                policy.plain(1.0, count)
+                seconds, got = count, count
+            spent, made = spent + seconds, made + got
+        return spent / made
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["visits", "rounds"])
+@pytest.mark.parametrize("draft", [0.2, 1.0])
+@pytest.mark.parametrize("step", [0.05, 0.2])
+def test_a_draft_without_confidences_is_looked_at_again(single, draft, step):
+    """What is learned from verified rounds alone is not what nothing is verified for: it costs
+    little where it does not pay, and is drafted again where it does."""
+    table = [1.0, 1.0, *(1 + step * k for k in range(1, 6))]
+    world = Guessed(ParkPolicy(guesses=True), draft, table)
+    world.play(300, 0.02, single)
+    assert world.policy.parked
+    assert world.play(6000, 0.02, single) < 1.03
+    assert world.policy.parked and world.known[0] < 0.3
+    world.play(1500, 0.9, single)
+    assert not world.policy.parked
+    assert world.play(2000, 0.9, single) < 0.7
+    assert min(world.known) > 0.6
+    # A policy that takes what it guesses for sure never verifies again, nor comes back.
+    blind = Guessed(ParkPolicy(), draft, table, [0.01] * 5)
+    assert blind.play(4000, 0.9, single) > 1.0 and max(blind.known) < 0.02
+    # A good draft whose deeper tokens were bad once: they are tried again without parking.
+    world = Guessed(ParkPolicy(guesses=True), 0.2, table, [0.9, 0.9, 0.02, 0.02, 0.02])
+    world.play(4000, 0.9, single)
+    assert min(world.known) > 0.6 and not world.policy.parked
+
+
+def test_what_calls_without_the_draft_forget_is_looked_at():
+    policy = ParkPolicy(guesses=True, least=1)
+    assert policy.looks and policy.most(4) == 6
+    for _ in range(5):
+        while policy.rests():
+            pass
+        assert policy.looks
+        while policy.looks:
+            policy.drafted(3.0, 1.0, policy.most(4))
+        policy.drafted(2.0, 1.0, 40)
+        policy.plain(1.0)
+        policy.ended()
+        assert policy.parked
+    assert not ParkPolicy().looks

@@ -78,7 +78,10 @@ class Speculator:
         self.draft = draft
         self.note: str | None = None  # for the next call's report
         self.prices = Prices()
-        self.policy = ParkPolicy(burden=BATCH_BURDEN if rows > 1 else 1.0)
+        sure = isinstance(own, DraftModel) and own.confidence_head is not None
+        self.policy = ParkPolicy(
+            burden=BATCH_BURDEN if rows > 1 else 1.0, guesses=own is not None and not sure
+        )
 
 
 def drafted_tokens(draft: Any, asked: int | None, rows: int) -> int:
@@ -357,8 +360,12 @@ class SpeculativeLoop:
         count = 1 if single else max(1, min(int(VISIT / seconds), 512))
         if self.parks:
             count = min(count, policy.most(FIRST_VISIT))
-        looks_up = self.hybrid and max(state.widths) > 1
-        visit = engine.visit(count, drafting or ("lookup" if looks_up else False))
+        how: bool | str = drafting
+        if drafting and self.parks and policy.looks:
+            how = "look"
+        elif not drafting and self.hybrid and max(state.widths) > 1:
+            how = "lookup"
+        visit = engine.visit(count, how)
         if self.hybrid and "lookup" in visit.parts:
             self.looked_up += visit.parts["lookup"].rounds
         self.verifying += sum(p.seconds for name, p in visit.parts.items() if name != "plain")

@@ -288,7 +288,8 @@ class NativeEngine:
     def visit(self, count: int, drafting: bool | str) -> Visit:
         """Up to ``count`` rounds; fewer where all requests end, or room has to be made.
 
-        ``drafting``: whether anything is proposed; ``"lookup"``: not by the draft.
+        ``drafting``: whether anything is proposed; ``"lookup"``: not by the draft; ``"look"``:
+        whatever the draft proposes is verified, at any price.
         """
         state, s = self.state, self._s
         batch, most = state.batch, state.rounds.count
@@ -301,7 +302,7 @@ class NativeEngine:
             drafting_part(state.proposer).own.mask.copy_(state.rounds.mask)  # type: ignore[union-attr]
         before = self._counters[self._sources :]
         made = ctypes.c_int64()
-        how = 0 if not drafting or state.proposer is None else 2 if drafting == "lookup" else 1
+        how = native.PROPOSALS.index(drafting if state.proposer is not None else False)
         began = time.perf_counter()
         with contextlib.ExitStack() as stack:
             for bound in self._programs:

@@ -7,6 +7,13 @@ is smaller by a margin (3 %), so that noise does not flip it. While parked, a pr
 plain steps at first, and ever more rarely while probes keep failing: as rarely as it takes for what
 probes lose to stay below a share (2 %) of the time.
 
+A draft without a confidence head is known by what was verified alone. Where that once was little,
+the schedule verifies nothing, and nothing more is learned: drafting would look bad for good, or
+verify too few tokens. So now and then some rounds verify whatever was drafted (a *look*): before
+anything is known, at the start of every probe, and among drafted rounds as often as keeps what
+looks lose below a share (1 %). What scheduled rounds cost says whether to draft; looks teach the
+schedule.
+
 A machine has slow phases, so both prices have to be of the same time: among drafted rounds a few
 plain steps are taken again and again.
 
@@ -26,14 +33,19 @@ from dataclasses import dataclass, field
 from statistics import mean, median
 from typing import Any
 
-# How often a visit of many rounds, whose mean is one measurement, counts at most.
-MOST_ADDED = 4
+# How often a visit of many rounds counts at most: its seconds are one measurement, in one moment of
+# the machine; its tokens were counted round by round.
+MOST_ADDED, MOST_COUNTED = 4, 16
 # Drafted rounds between two looks at what plain steps cost, and how many of these. At first, while
 # one slow moment would be all that is known, they are taken sooner.
 PLAIN_EVERY, PLAIN_STEPS = 48, 2
 PLAIN_SOONER, PLAIN_KNOWN = 12, 8
-# Rounds of a probe.
-PROBE = 6
+# Rounds of a probe, and of a look. Plain steps to the next probe are doubled up to so many, and
+# grow further only where probes would lose more than their share: a text may change.
+PROBE, LOOK = 6, 6
+MOST_DOUBLED = 512
+# Share of the time that looks among drafted rounds may lose.
+LOOK_SHARE = 0.01
 # Where calls rest: how much dearer drafting is, by how many rounds say so. Few rounds must be very
 # sure, since a call that rests learns nothing.
 CLEARLY = ((18, 1.25), (30, 1.05))
@@ -88,7 +100,7 @@ class ParkPolicy:
 
         while not done:
             if policy.drafts():
-                ...; policy.drafted(seconds, committed / requests)
+                ...; policy.drafted(seconds, committed / requests)  # if policy.looks, all verified
             else:
                 ...; policy.plain(seconds)
 
@@ -99,6 +111,7 @@ class ParkPolicy:
         least: drafted rounds before anything is decided.
         burden: what a drafted token costs beside its share of the rounds measured, as a factor;
             learned by `took`.
+        guesses: whether the schedule goes by what was verified before, for want of confidences.
         parked: whether drafting is parked now.
         parked_rounds, probes: counted.
     """
@@ -108,6 +121,7 @@ class ParkPolicy:
     budget: float = 0.02
     least: int = 12
     burden: float = 1.0
+    guesses: bool = False
     parked: bool = False
     parked_rounds: int = 0
     probes: int = 0
@@ -120,6 +134,9 @@ class ParkPolicy:
     _rounds: int = 0
     _rests: int = 0
     _resting: int = 0
+    _look: int = 0  # rounds of the look that goes on, or comes next
+    _lost: float = 0.0  # seconds that looks among drafted rounds lost, beyond their share
+    _probed: tuple[float, float] = (0.0, 0.0)  # seconds and tokens of the probe that goes on
 
     def __post_init__(self) -> None:
         if not 0 <= self.margin < 1 or not 0 < self.budget < 1:
@@ -127,6 +144,15 @@ class ParkPolicy:
         if self.probe_every < 1 or self.least < 1:
             raise ValueError(f"probe_every={self.probe_every}, least={self.least}: give 1 or more")
         self._interval = self.probe_every
+        self._look_again()
+
+    def _look_again(self) -> None:
+        self._look = LOOK if self.guesses else 0
+
+    @property
+    def looks(self) -> bool:
+        """Whether the next drafted round verifies whatever was drafted, at any price."""
+        return self._look > 0
 
     @property
     def price(self) -> float:
@@ -151,8 +177,12 @@ class ParkPolicy:
     def most(self, first: int) -> int:
         """How many rounds may follow before it wants to be asked again: `PROBE` where it probes,
         ``first`` while it knows little."""
+        if self.parked and self._since < self._interval:
+            return self._interval - self._since
+        if self.looks and self.drafts():
+            return self._look
         if self.parked:
-            return PROBE if self._since >= self._interval else self._interval - self._since
+            return PROBE
         if self._drafted >= self._every:
             return PLAIN_STEPS
         if self._round.count == self.least and not self._plain.count:
@@ -173,22 +203,38 @@ class ParkPolicy:
         """
         if not seconds > 0 or not tau > 0:
             raise ValueError(f"a round of {seconds} s with {tau} tokens: both are positive")
-        for _ in range(min(rounds, MOST_ADDED)):
-            self._round.add(seconds)
-            self._tau.add(tau)
         self._drafted += rounds
         self._rounds += rounds
+        spent, made = rounds * self.burden * seconds, rounds * tau
         if self.parked:
-            self.probes += 1
-            self._since = 0
-            if self.burden * seconds / tau < self.plain_price:
-                # One good probe is luck: the averages decide, and they follow the next ones soon.
-                self._interval = 1
-            else:
-                loss = rounds * max(seconds - tau * self.plain_price, 0.0)
-                least = math.ceil(loss / (self.budget * self.plain_price))
-                self._interval = max(2 * self._interval, self.probe_every, least)
+            self._probed = self._probed[0] + spent, self._probed[1] + made
+        if self.looks:
+            self._look = max(self._look - rounds, 0)
+            if not self.parked:
+                self._lost += max(spent - made * min(self.price, self.plain_price), 0.0)
+            return
+        self._lost = max(self._lost - LOOK_SHARE * rounds * seconds, 0.0)
+        for _ in range(min(rounds, MOST_ADDED)):
+            self._round.add(seconds)
+        for _ in range(min(rounds, MOST_COUNTED)):
+            self._tau.add(tau)
+        if self.parked:
+            self._end_probe()
         self._decide()
+
+    def _end_probe(self) -> None:
+        spent, made = self._probed
+        self.probes += 1
+        self._since, self._probed = 0, (0.0, 0.0)
+        self._look_again()
+        if spent < made * self.plain_price:
+            # One good probe is luck: the averages decide, and they follow the next ones soon.
+            self._interval = 1
+            return
+        loss = spent - made * self.plain_price
+        least = math.ceil(loss / (self.budget * self.plain_price))
+        doubled = min(2 * self._interval, MOST_DOUBLED)
+        self._interval = max(doubled, self.probe_every, least)
 
     def plain(self, seconds: float, steps: int = 1) -> None:
         """Each of ``steps`` plain steps took ``seconds``.
@@ -204,6 +250,8 @@ class ParkPolicy:
         if self.parked:
             self.parked_rounds += steps
             self._since += steps
+        elif self._lost == 0:
+            self._look_again()
         self._decide()
 
     def took(self, rounds: int, tau: float, tokens: int, beside: float) -> None:
@@ -229,7 +277,8 @@ class ParkPolicy:
             if self._rests >= FORGET_AFTER:
                 self._round, self._tau, self._plain = _Typical(), _Average(), _Typical()
                 self.parked, self._rounds, self._drafted = False, 0, 0
-                self._interval = self.probe_every
+                self._interval, self._lost = self.probe_every, 0.0
+                self._look_again()
             return False
         self._resting -= 1
         return True
@@ -241,6 +290,8 @@ class ParkPolicy:
             self.parked, self._interval = False, self.probe_every
         elif not self.parked and self.price > self.plain_price:
             self.parked, self._since = True, 0
+            self._probed = 0.0, 0.0
+            self._look_again()
 
     def to_dict(self) -> dict[str, Any]:
         """What the telemetry shows."""

@@ -21,6 +21,7 @@ from dspark_compile.runtime.speculation.accept import (
     seen_along,
 )
 from dspark_compile.runtime.speculation.compiled_proposers import Drafted
+from dspark_compile.runtime.speculation.lookup_proposals import drafting_part
 from dspark_compile.runtime.speculation.state import (
     FIRST_GUESS,
     HICCUP,
@@ -51,7 +52,8 @@ class TorchEngine:
     def visit(self, count: int, drafting: bool | str) -> Visit:
         """Up to ``count`` rounds; fewer where all requests end, or there is no more room.
 
-        ``drafting``: whether anything is proposed; ``"lookup"``: not by the draft.
+        ``drafting``: whether anything is proposed; ``"lookup"``: not by the draft; ``"look"``:
+        whatever the draft proposes is verified, at any price.
         """
         state, done = self.state, Visit()
         began = time.perf_counter()
@@ -75,7 +77,7 @@ class TorchEngine:
             drafted = proposer.propose(state, uniform, drafting != "lookup")
             source = drafted.source
             survival = self._survival(drafted)
-            lengths = self._lengths(drafted, survival, live)
+            lengths = self._lengths(drafted, survival, live, drafting == "look")
             rounds.block[:batch, 1 : 1 + drafted.tokens.shape[1]] = drafted.tokens
         width = self._width(int(lengths.max()))
         if source == "lookup" and width == 1:
@@ -134,10 +136,14 @@ class TorchEngine:
             own = torch.where(looked.point[:, None], looked.survival, own)
         return own
 
-    def _lengths(self, drafted: Drafted, survival: Tensor, live: Tensor) -> Tensor:
+    def _lengths(
+        self, drafted: Drafted, survival: Tensor, live: Tensor, looks: bool = False
+    ) -> Tensor:
         state = self.state
         most = max(state.widths) - 1
-        if not state.fixed:
+        if looks and drafted.source == "draft":
+            most = self._width(min(most, drafting_part(state.proposer).count)) - 1
+        elif not state.fixed:
             rows = survival[live].tolist()
             if not any(row[0] > 0 for row in rows):
                 most = 0
