@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--no-inductor", action="store_true")
     parser.add_argument("--no-write", action="store_true")
+    parser.add_argument("--name", default="user_loop", help="of the results file")
     args = parser.parse_args()
     setting = Setting(args.layers, args.width, args.reuse)
     compile_s: dict[int, list[float]] = {n: [] for n in STEPS}
@@ -127,7 +128,7 @@ def main() -> None:
                 del os.environ["DSPARK_CACHE_DIR"]
     print(result, flush=True)
     if not args.no_write:
-        write("user_loop", result)
+        write(args.name, result)
     if args.no_inductor:
         return
     torch._inductor.config.force_disable_caches = True
@@ -137,7 +138,7 @@ def main() -> None:
         result["inductor"][str(n)] = {"compile_s": spent, "step_ms": 1e3 * step}
         print("inductor", n, result["inductor"][str(n)], flush=True)
         if not args.no_write:
-            write("user_loop", result)
+            write(args.name, result)
 
 
 if __name__ == "__main__":

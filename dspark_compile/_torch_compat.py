@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextvars import ContextVar
@@ -54,21 +55,46 @@ def fake_inputs(inputs: Sequence[Any]) -> tuple[list[Any], Any]:
         return [convert(x) for x in inputs], mode
 
 
-def assumptions() -> str:
-    """What is assumed of the symbolic sizes of the compilation under way, as text; "" outside."""
+def assumptions(*, given: bool = False) -> str:
+    """What is assumed of the symbolic sizes of the compilation under way, as text; "" outside.
+
+    ``given``: only of sizes that inputs have. Sizes that are data come and go with what reads them:
+    nothing can be assumed of a program's inputs by them.
+    """
     context = torch._guards.TracingContext.try_get()
     mode = None if context is None else context.fake_mode
     env = None if mode is None else mode.shape_env
     if env is None:
         return ""
+
+    def counts(*expressions: Any) -> bool:
+        from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+        symbols = {s for x in expressions for s in getattr(x, "free_symbols", ())}
+        data = [symbol_is_type(s, (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)) for s in symbols]
+        return not given or not data or not all(data)
+
     known = (
-        [str(g.expr) for g in env.guards],
-        sorted(map(str, env.replacements.items())),
-        sorted(map(str, env.var_to_range.items())),
-        sorted(map(str, env.divisible)),
-        sorted(map(str, env.deferred_runtime_asserts)),
+        [str(g.expr) for g in env.guards if counts(g.expr)],
+        sorted(str(x) for x in env.replacements.items() if counts(*x)),
+        sorted(str(x) for x in env.var_to_range.items() if counts(x[0])),
+        sorted(str(x) for x in env.divisible if counts(x)),
+        sorted(str(x) for x in env.deferred_runtime_asserts if counts(x)),
     )
     return repr(known)
+
+
+def custom_op_function(target: Any) -> Callable[..., Any] | None:
+    """The Python function that ``torch.library.custom_op`` made the operator ``target`` of; None
+    where it is none of these, or has kernels of its own for some devices."""
+    from torch._library.custom_ops import OPDEFS
+
+    packet = getattr(target, "overloadpacket", target)
+    definition = OPDEFS.get(getattr(packet, "_qualified_op_name", ""))
+    if definition is None:
+        return None
+    devices = set(getattr(definition, "_backend_fns", {}))
+    return definition._init_fn if devices <= {None} else None
 
 
 @contextlib.contextmanager
@@ -159,6 +185,59 @@ def _make_salt(salt: str) -> Any:
     return _salt_pass()(salt)
 
 
+def _in_one_chunk(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+# CPython keeps the frames of calls in chunks of 16 KB, mapped when a call crosses a boundary and
+# unmapped when it returns. Tracing goes up and down hundreds of calls deep: for a model of eight
+# layers that was 40,000 page faults and a fifth of the time. A frame that needs much room gets a
+# chunk of twice as much, and all calls inside of it have their frames in the rest, which is not
+# touched before it is used.
+_ROOM = 1 << 20  # bytes
+with contextlib.suppress(AttributeError, TypeError, ValueError):  # another Python
+    _in_one_chunk.__code__ = _in_one_chunk.__code__.replace(co_stacksize=_ROOM // 8 + 1024)
+
+
+def compiling(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``function(*args, **kwargs)`` as is good for what compiles: without a look for garbage
+    (`collecting`), and with the frames of its calls in one piece of memory."""
+    with collecting(False):
+        return _in_one_chunk(function, args, kwargs)
+
+
+_paused = False  # whether `collecting` keeps Python from looking for garbage
+
+
+@contextlib.contextmanager
+def collecting(on: bool) -> Iterator[None]:
+    """Around a part of compiling: whether Python looks for garbage inside. Graphs are many small
+    objects, all of them alive, and to look through those of a whole process again and again takes
+    longer than a short compilation. Inside of such a part, another one may turn it ``on`` again.
+
+    Nothing changes where somebody else has turned it off.
+    """
+    global _paused
+    if on is not _paused or not (on or gc.isenabled()):
+        yield
+        return
+    _paused = not on
+    (gc.enable if on else gc.disable)()
+    try:
+        yield
+    finally:
+        _paused = on
+        (gc.disable if on else gc.enable)()
+
+
+def graph_module(root: Any, graph: fx.Graph) -> fx.GraphModule:
+    """A module of ``graph``, an input of further steps of the compiler: the Python code that
+    `fx.GraphModule` writes and compiles at once is made when somebody reads or calls it."""
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    return _LazyGraphModule(root, graph)
+
+
 def inductor(
     module: fx.GraphModule,
     inputs: Sequence[Any],
@@ -179,7 +258,8 @@ def inductor(
         patches["post_grad_custom_pre_pass"] = _salt_pass()(salt)
     token = _active.set(frozenset(decompositions or ()))
     try:
-        return compile_fx(module, list(inputs), config_patches=patches or None)
+        with collecting(True):  # of its garbage there may be much
+            return compile_fx(module, list(inputs), config_patches=patches or None)
     finally:
         _active.reset(token)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.overrides import TorchFunctionMode
 
-from dspark_compile._torch_compat import hands_graphs_to
+from dspark_compile._torch_compat import graph_module, hands_graphs_to
 
 _original: Callable[..., Any] | None = None
 
@@ -78,6 +78,33 @@ class _SelectBySymbol(TorchFunctionMode):
             if any(isinstance(p, torch.SymInt) for p in parts):
                 return (select if len(args) == 2 else assign)(*args)
         return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _selecting_by_symbols() -> Iterator[None]:
+    """`_SelectBySymbol` around the calls that Dynamo computes the shapes of and that take a
+    symbolic number themselves; around all of them it costs a tenth of tracing a step."""
+    from torch._dynamo import utils
+
+    original = utils.run_node
+
+    def run_node(tracer: Any, node: Any, args: Any, kwargs: Any, module: Any) -> Any:
+        if not _has_symbol(args):
+            return original(tracer, node, args, kwargs, module)
+        with _SelectBySymbol():
+            return original(tracer, node, args, kwargs, module)
+
+    utils.run_node = run_node
+    try:
+        yield
+    finally:
+        utils.run_node = original
+
+
+def _has_symbol(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(_has_symbol(x) for x in value)
+    return isinstance(value, torch.SymInt)
 
 
 def _exhausted(iterator: Any) -> Any:
@@ -206,7 +233,7 @@ class Loop:
 
         repeat = _repeat(self.tx, operator, self.count)
         try:
-            with _SelectBySymbol():
+            with _selecting_by_symbols():
                 made = self.tx.inline_user_function_return(
                     UserFunctionVariable(function), [repeat, *arguments], {}
                 )
@@ -277,7 +304,7 @@ def _call(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
     with _numbers(tx, before) as (inner, symbols):
         (output, _), graph, lifted = speculate_subgraph(
             tx, step, inner, {}, "dspark::decode_loop", source_target=self.value,
-            set_subgraph_inputs="flatten_manual",
+            set_subgraph_inputs="manual",
         )  # fmt: skip
     new, last, made = output.items
     fake = tx.output.fake_mode
@@ -300,7 +327,7 @@ def _call(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
                 for several in made.items
             ),
         )
-    module = torch.fx.GraphModule(dict(tx.output.nn_modules), graph)
+    module = graph_module(dict(tx.output.nn_modules), graph)
     self.step = module
     name = tx.output.install_subgraph("decode_step", module)
     operands = tuple(x.as_proxy() for x in before)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dspark_compile._torch_compat import hands_graphs_to
+from dspark_compile._torch_compat import compiling, hands_graphs_to
 from dspark_compile._torch_compat_loops import compilation_state
 
 log = logging.getLogger("dspark_compile")
@@ -153,8 +153,11 @@ def run_wrapper(original: Any) -> Any:
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         from torch._dynamo.exc import RestartAnalysis
 
+        function = getattr(self.output, "compiler_fn", None)
         try:
-            return original(self, *args, **kwargs)
+            if function is None or not hands_graphs_to(function, "dspark_compile.backend", True):
+                return original(self, *args, **kwargs)
+            return compiling(original, self, *args, **kwargs)
         except RestartAnalysis:
             raise
         except Exception as error:

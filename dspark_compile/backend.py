@@ -9,10 +9,8 @@ be rewritten is compiled unchanged and the report says why.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -199,20 +197,6 @@ def _refusal(gm: fx.GraphModule, inputs: Sequence[Any]) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Inside, Python does not look for garbage: graphs are many small objects, all of them alive,
-    and to look through them again and again takes its time."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 def _compile(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
@@ -221,7 +205,7 @@ def _compile(
     report: GraphReport,
 ) -> Callable[..., Any]:
     given = inputs
-    with _uncollected():
+    with compat.collecting(False):
         kept = KeptStep(gm, inputs, options, report)
         earlier = kept.load()
         if earlier is not None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from dspark_compile import ops as _dialect  # noqa: F401 - registers the ops named below
-from dspark_compile._torch_compat import is_subclass
+from dspark_compile._torch_compat import graph_module, is_subclass
 from dspark_compile.diagnostics.report import GraphReport
 from dspark_compile.passes import einsum, raise_flex
 
@@ -201,7 +201,7 @@ def capture(module: fx.GraphModule, report: GraphReport | None = None) -> fx.Gra
             rename = {"mat2": "other"}
             node.kwargs = {rename.get(k, k): v for k, v in node.kwargs.items()}
     raise_flex.run(graph, module, report)
-    captured = fx.GraphModule(module, graph)
+    captured = graph_module(module, graph)
     captured.meta.update(module.meta)
     if hasattr(module, "_param_name_to_source"):
         captured._param_name_to_source = module._param_name_to_source

@@ -102,13 +102,14 @@ def check_numbers(step: fx.GraphModule) -> None:
     Raises:
         NotData: one cannot.
     """
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(step.graph, {}))
-    places = [n for n in graph.nodes if n.op == "placeholder"]
     which = [
-        i for i, n in enumerate(places)
+        i for i, n in enumerate(n for n in step.graph.nodes if n.op == "placeholder")
         if isinstance(n.meta["example_value"], torch.SymInt) and n.name.startswith("number")
     ]  # fmt: skip
+    if not which:
+        return
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(step.graph, {}))
     _Rewriter(graph, torch.device("cpu")).run(which)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dspark_compile._torch_compat import graph_module
 from dspark_compile.ops.decode_loop import decode_loop
 from dspark_compile.passes.graph import source
 from dspark_compile.runtime.user_loop import (
@@ -185,7 +186,7 @@ class SplitProgram:
         for n in nodes:
             values[n] = graph.node_copy(n, values.__getitem__)
         graph.output(tuple(values[n] for n in results))
-        module = _module(self.module, graph)
+        module = graph_module(self.module, graph)
         module.meta.update(self.module.meta)
         if _is_light(nodes):
             run: Callable[..., Any] = module.forward
@@ -354,13 +355,9 @@ def _own_copy(module: fx.GraphModule) -> fx.GraphModule:
     values: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(module.graph, values)
     graph.output(output)
-    made = _module(module, graph)
+    made = graph_module(module, graph)
     made.meta.update(module.meta)
     return made
-
-
-def _module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    return fx.GraphModule(root, graph)
 
 
 def _submodule(module: fx.GraphModule, node: Any) -> fx.GraphModule:
