@@ -17,7 +17,7 @@ from dspark_compile.codegen.cpp.emit import Source
 from dspark_compile.codegen.cpp.layout import Layout, Result
 from dspark_compile.reuse import files, key, layout
 from dspark_compile.reuse.model_key import model_key
-from dspark_compile.runtime import captured, kept_rounds
+from dspark_compile.runtime import captured, expert_load, kept_rounds
 from dspark_compile.runtime.generate import free
 
 ON = {"kernels": "cpp", "reuse": "on"}
@@ -197,7 +197,8 @@ def test_a_layout_as_json_and_back():
     n, m = sympy.symbols("n m", integer=True)
     before = Layout(
         names=["a", "b"], sources=[Source("k", "text", (("p", "x"), ("i", "N")))], kernels=[0, 0],
-        words=[0] * 20, inner=[(1, 8)], fixes=[(8, 0, 64)], dynamic=[(9, 3 * n * m + n**2 - 4)],
+        words=[0] * 20, inner=[(1, 8)], fixes=[(8, 0, 64)], cells=[(10, "a.b", 4, 96)],
+        dynamic=[(9, 3 * n * m + n**2 - 4)],
         numbers={n: 5, m: 2}, buffers=2, arena=[(1, 0)], arena_bytes=128, draws=[], inputs=[(0, 1)],
         made=[], results=[Result(1, 0, torch.bfloat16, (2, 3), (3, 1))],
     )  # fmt: skip
@@ -308,6 +309,88 @@ def test_the_key_of_a_model_sees_code_and_attributes(monkeypatch):
         model_key(model)
 
 
+def mixture(kind):
+    torch.manual_seed(1)
+    shape = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_key_value_heads": 2}
+    if kind == "jetmoe":  # the sizes of its experts' rows are data
+        config = tf.JetMoeConfig(
+            **shape, kv_channels=8, intermediate_size=48, num_local_experts=4, num_experts_per_tok=2
+        )
+    else:
+        config = tf.Qwen3MoeConfig(
+            **shape, head_dim=8, num_attention_heads=4, moe_intermediate_size=16, num_experts=8,
+            num_experts_per_tok=2,
+        )  # fmt: skip
+    return tf.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "jetmoe"])
+def test_steps_with_experts_count_where_this_process_does(kind, monkeypatch):
+    """What a step counts its experts' load into has another address in every process."""
+    model, ids = mixture(kind), torch.randint(3, 97, (1, 5))
+    assert text(model, ids, 4).path == "native"
+    begin_anew(model)
+    before = dict(expert_load._CELLS)
+    assert before
+    monkeypatch.setattr(expert_load, "_CELLS", {})  # as in a new process
+    monkeypatch.setattr(captured, "trace_whole", no_trace)
+    greedy = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    want = model.generate(ids, **greedy)
+    with expert_load.expert_load() as load:
+        assert torch.equal(dspark_compile.generate(model, ids, options=ON, **greedy), want)
+        layers = load.layers()
+    assert layers and all(x.calls == 7 and x.tokens == 7 for x in layers)
+    assert all(int(x.tokens_per_expert.sum()) == 14 for x in layers)
+    assert not any(cell.numbers[1] for cell in before.values())
+    free()
+
+
+def test_operators_of_others_are_not_known():
+    """An operator that transformers makes of a Python function is known by its code."""
+    import transformers.integrations.moe  # noqa: F401 - defines it
+
+    name = key._function(torch.ops.transformers.grouped_mm_fallback.default)
+    assert name.startswith("transformers.grouped_mm_fallback") and "def " in name
+
+    @torch.library.custom_op("dspark_test::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    with pytest.raises(key.NoKey, match="twice"):
+        key._function(torch.ops.dspark_test.twice.default)
+
+
+@pytest.mark.slow
+def test_another_process_finds_experts(tmp_path):
+    script = """
+import torch, transformers, dspark_compile
+torch.manual_seed(0)
+model = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3MoeConfig(
+    vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, head_dim=8,
+    num_key_value_heads=2, moe_intermediate_size=16, num_experts=8, num_experts_per_tok=2,
+)).eval()
+options = {"kernels": "cpp", "reuse": "on"}
+greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+ids = torch.tensor([[5, 6, 7]])
+assert torch.equal(dspark_compile.generate(model, ids, options=options, **greedy),
+                   model.generate(ids, **greedy))
+print("FOUND", dspark_compile.last_report().graphs[-1].from_cache)
+"""
+    assert twice(script, tmp_path) == ["FOUND False", "FOUND True"]
+
+
+def twice(script, folder):
+    """What two processes say last."""
+    said = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True,
+            env={**__import__("os").environ, "DSPARK_CACHE_DIR": str(folder)},
+        )  # fmt: skip
+        said.append(done.stdout.strip().splitlines()[-1])
+    return said
+
+
 @pytest.mark.slow
 def test_another_process_finds_it(tmp_path):
     script = """
@@ -321,11 +404,4 @@ with torch.no_grad():
     assert torch.allclose(out, model(x), atol=1e-5)
 print("FOUND", dspark_compile.last_report().graphs[-1].from_cache)
 """
-    said = []
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, check=True,
-            env={**__import__("os").environ, "DSPARK_CACHE_DIR": str(tmp_path)},
-        )  # fmt: skip
-        said.append(done.stdout.strip().splitlines()[-1])
-    assert said == ["FOUND False", "FOUND True"]
+    assert twice(script, tmp_path) == ["FOUND False", "FOUND True"]

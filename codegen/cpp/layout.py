@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dspark_compile.runtime.expert_load import CellAddress
+
 if TYPE_CHECKING:
     from dspark_compile.codegen.cpp.emit import Source
     from dspark_compile.codegen.cpp.program import Program
@@ -44,6 +46,8 @@ class Layout:
         words: the block. Its first ``STAGE_WORDS`` for each stage are the table of stages.
         inner: ``(word, word)``: the first becomes the address of the second.
         fixes: ``(word, buffer, offset)``: it becomes an address in a buffer, at every call.
+        cells: ``(word, site, experts, bytes)``: it becomes the address of what counts a site's load
+            (`runtime.expert_load.cell`).
         dynamic: ``(word, expression)`` over the symbols of ``numbers``.
         numbers: symbol: the number of the input that has its value.
         buffers: how many there are. Each is one of:
@@ -60,6 +64,7 @@ class Layout:
     words: list[int]
     inner: list[tuple[int, int]]
     fixes: list[tuple[int, int, int]]
+    cells: list[tuple[int, str, int, int]]
     dynamic: list[tuple[int, Any]]
     numbers: dict[Any, int]
     buffers: int
@@ -86,6 +91,7 @@ def lay_out(program: Program, results: Sequence[Result], numbers: dict[Any, int]
     words: list[int] = [0] * (STAGE_WORDS * len(program.stages))
     fixes: list[tuple[int, int, int]] = []
     inner: list[tuple[int, int]] = []
+    cells: list[tuple[int, str, int, int]] = []
     dynamic: list[tuple[int, Any]] = []
     sources: dict[Source, int] = {}
 
@@ -93,6 +99,9 @@ def lay_out(program: Program, results: Sequence[Result], numbers: dict[Any, int]
         if isinstance(value, Tensor):
             place = program.place(value)
             fixes.append((len(words), place.buffer, place.offset))
+            words.append(0)
+        elif isinstance(value, CellAddress):
+            cells.append((len(words), *value.key))
             words.append(0)
         elif isinstance(value, float):
             words.append(struct.unpack("q", struct.pack("d", value))[0])
@@ -132,6 +141,7 @@ def lay_out(program: Program, results: Sequence[Result], numbers: dict[Any, int]
         words=words,
         inner=inner,
         fixes=fixes,
+        cells=cells,
         dynamic=dynamic,
         numbers=dict(numbers),
         buffers=len(buffers),

@@ -21,6 +21,7 @@ from torch import Tensor
 from dspark_compile.codegen.cpp import build, emit
 from dspark_compile.codegen.cpp import isa as isa_levels
 from dspark_compile.codegen.cpp.layout import STAGE_WORDS, Layout, Result, rounded
+from dspark_compile.runtime.expert_load import cell
 
 if TYPE_CHECKING:
     from dspark_compile.kernels.cpp._launch import Call
@@ -300,6 +301,8 @@ class NativeProgram:
             self._block[STAGE_WORDS * stage] = entry.address
         for where, target in layout.inner:
             self._block[where] = start + 8 * target
+        for where, site, experts, nbytes in layout.cells:
+            self._block[where] = cell(site, experts, nbytes).address
         flat = [x for fix in layout.fixes for x in fix]
         self._fixes = (ctypes.c_int64 * len(flat))(*flat)
         self._fix_count = len(layout.fixes)

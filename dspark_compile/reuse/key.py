@@ -18,6 +18,7 @@ import enum
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,7 @@ from dspark_compile.passes.pipeline import pipeline
 
 _STARTED = time.time()
 _NAMESPACES = ("aten", "prims", "dspark")
+_PACKAGES = ("transformers",)  # whose version `environment` has, and whose operators passes know
 _MODULES = ("torch", "_operator", "operator", "math", "builtins", "dspark_compile")
 _WORDS = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 _MOST_NUMBERS = 65536  # of a constant
@@ -189,7 +191,7 @@ def _function(target: Any) -> str:
     if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         name = str(target)
         if name.split(".")[0] not in _NAMESPACES:
-            raise NoKey(f"the graph calls {name}, whose meaning this package does not know")
+            return f"{name} {_meaning(target, name)}"
         return name
     if isinstance(target, torch._ops.HigherOrderOperator):
         raise NoKey(f"the graph calls {target}")
@@ -200,6 +202,23 @@ def _function(target: Any) -> str:
     if name.split(".")[0] not in _MODULES or "<" in name:
         raise NoKey(f"the graph calls {name}")
     return name
+
+
+def _meaning(target: Any, name: str) -> str:
+    """The code of an operator that a known package defines in Python; its version, which stands for
+    what that calls, is a part of every key.
+
+    Raises:
+        NoKey: it is another's, or has no such code.
+    """
+    definition = compat.custom_op_function(target)
+    module = getattr(definition, "__module__", "") or ""
+    if definition is None or module.split(".")[0] not in _PACKAGES:
+        raise NoKey(f"the graph calls {name}, whose meaning this package does not know")
+    try:
+        return f"{module}\n{inspect.getsource(definition)}"
+    except (OSError, TypeError) as error:
+        raise NoKey(f"the graph calls {name}, whose code is not to be had") from error
 
 
 def _word(value: Any) -> str:

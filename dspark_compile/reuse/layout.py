@@ -12,7 +12,7 @@ from dspark_compile.codegen.cpp.emit import Source
 from dspark_compile.codegen.cpp.layout import Layout, Result
 
 _PLAIN = ("names", "kernels", "words", "buffers", "arena_bytes")
-_TUPLES = ("inner", "fixes", "arena", "draws", "inputs", "made")
+_TUPLES = ("inner", "fixes", "cells", "arena", "draws", "inputs", "made")
 _DTYPES = {str(x): x for x in vars(torch).values() if isinstance(x, torch.dtype)}
 
 
@@ -67,6 +67,7 @@ def _check(layout: Layout) -> None:
     words, buffers = len(layout.words), range(layout.buffers)
     places = [w for w, *_ in (*layout.inner, *layout.fixes, *layout.dynamic)]
     places += [target for _, target in layout.inner]
+    places += [w for w, _, _, _ in layout.cells]
     used = [b for _, b, _ in layout.fixes]
     for pairs in (layout.arena, layout.draws, layout.inputs, layout.made):
         used += [b for b, _ in pairs]

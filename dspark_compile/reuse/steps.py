@@ -56,9 +56,9 @@ class KeptStep:
         self._notes = len(report.notes)
         if self.reason is not None:
             return
-        self._assumed = compat.assumptions()
+        self._assumed = compat.assumptions(given=True)
         try:
-            self.key = graph_key(gm, inputs, options, self._assumed)
+            self.key = graph_key(gm, inputs, options, compat.assumptions())
         except (NoKey, OSError) as error:
             self.reason = str(error)
 
@@ -117,7 +117,7 @@ class KeptStep:
                 self.report.note(f"not kept for the next process: {self.reason}")
             return
         try:
-            if compat.assumptions() != self._assumed:
+            if compat.assumptions(given=True) != self._assumed:
                 raise layout.CannotKeep("passes assumed something of a symbolic size")
             files.write(self.key, self._data(native, inputs))
             run.kept = self.key  # type: ignore[attr-defined]

@@ -44,6 +44,12 @@ class LayerLoad:
     bytes_read: int
 
 
+class CellAddress(int):
+    """Where a `Cell` is in this process; ``key`` says which it is in any: `cell`'s arguments."""
+
+    key: tuple[str, int, int]
+
+
 class Cell:
     """The numbers that a site's kernel counts into, at a fixed address."""
 
@@ -53,8 +59,10 @@ class Cell:
         self.numbers = (ctypes.c_int64 * (_HEAD + experts))()
 
     @property
-    def address(self) -> int:
-        return ctypes.addressof(self.numbers)
+    def address(self) -> CellAddress:
+        address = CellAddress(ctypes.addressof(self.numbers))
+        address.key = (self.site, len(self.numbers) - _HEAD, self.expert_bytes)
+        return address
 
     @property
     def on(self) -> bool:
