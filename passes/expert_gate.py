@@ -2,6 +2,9 @@
 
 Like `raise_mlp` for plain blocks, with what experts have besides: bounds of gate and up, a slope of
 the activation, one added to up (gpt-oss: ``(clamp(up) + 1) * g * sigmoid(1.702 g)``).
+
+What is none of these, such as gates that are soft-capped beside their sigmoid, is read node by node
+as a formula (`ops.formula`), where kernels print formulas.
 """
 
 from __future__ import annotations
@@ -13,16 +16,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from dspark_compile.ops.formula import BINARY, LINEAR, MOST_WORDS, UNARY, evaluate
 from dspark_compile.ops.mlp import ACTIVATIONS
 from dspark_compile.ops.moe import PLAIN_LIMITS, gate_and_up
-from dspark_compile.passes.pointwise import Pointwise, close
+from dspark_compile.passes.graph import is_op, val
+from dspark_compile.passes.pointwise import COPIES, Pointwise, close
 
 
 @dataclass(frozen=True)
 class Recognised:
-    """An activation: its name, its limits, and which leaf is the gate (None without one)."""
+    """An activation: its name or formula, its limits, and which leaf is the gate (None without
+    one)."""
 
     activation: str
     limits: tuple[float, ...]
@@ -34,9 +40,10 @@ _KNOWN: dict[Any, Recognised | None] = {}
 
 def recognise(program: Pointwise) -> Recognised | None:
     """What a program over one or two leaves computes; None if it is none of the dialect's."""
-    key = program.structure()
+    printed = val(program.root).device.type == "cpu"
+    key = (printed, program.structure())
     if key not in _KNOWN:
-        _KNOWN[key] = _recognise(program)
+        _KNOWN[key] = _recognise(program) or (_read(program) if printed else None)
     return _KNOWN[key]
 
 
@@ -76,6 +83,82 @@ def _recognise(program: Pointwise) -> Recognised | None:
                 if close(out, gate_and_up(gate, up, name, whole)):
                     return Recognised(name, whole, index)
     return None
+
+
+_SAME = {
+    "add": "+", "sub": "-", "mul": "*", "div": "/", "neg": "neg", "abs": "abs", "exp": "exp",
+    "log": "log", "sqrt": "sqrt", "erf": "erf", "tanh": "tanh", "sigmoid": "sigmoid",
+    "relu": "relu", "silu": "silu", "softplus": "softplus", "square": "square",
+}  # fmt: skip
+
+
+def _read(program: Pointwise) -> Recognised | None:
+    """The program as a formula; None if it has another operation than formulas have, or computes
+    nothing that is worth one."""
+    if not 1 <= len(program.leaves) <= 2:
+        return None
+    try:
+        words = _words(program, program.root)
+    except (_NoWord, RecursionError):
+        return None
+    formula = " ".join(("=", *words))
+    operations = {w for w in words if w in BINARY or w in UNARY}
+    if len(words) > MOST_WORDS or (operations <= LINEAR and "u" not in words):
+        return None
+    grid = _grid()
+    leaves = [grid]
+    if len(program.leaves) == 2:
+        line = torch.tensor([1.0, -3.7, -0.25, 0.5, 6.9, -50.0, 3e3]).double()
+        leaves = list(torch.broadcast_tensors(grid[:, None], line))
+    if not close(program.evaluate(leaves), evaluate(formula, *leaves, *[None][len(leaves) - 1 :])):
+        return None
+    return Recognised(formula, (), 0 if len(leaves) == 2 else None)
+
+
+class _NoWord(Exception):
+    """A formula has no word for it."""
+
+
+def _words(program: Pointwise, item: Any) -> list[str]:
+    """A node or number of ``program`` in reverse Polish order."""
+    if isinstance(item, (int, float)) and not isinstance(item, bool) and math.isfinite(item):
+        return [repr(float(item))]
+    if not isinstance(item, fx.Node):
+        raise _NoWord
+    if item in program.leaves:
+        return ["gu"[program.leaves.index(item)]]
+    args, kwargs = list(item.args), dict(item.kwargs)
+    if is_op(item, *COPIES):
+        return _words(program, args[0])
+    _, name, overload = str(item.target).split(".")  # aten.mul.Tensor
+    if overload not in ("default", "Tensor", "Scalar", "Tensor_Scalar"):
+        raise _NoWord
+    if name in ("clamp", "clamp_min", "clamp_max"):
+        words, bounds = _words(program, args[0]), [*args[1:], None]
+        low = kwargs.get("min", None if name == "clamp_max" else bounds[0])
+        high = kwargs.get("max", bounds[0 if name == "clamp_max" else 1])
+        for bound, word in ((low, "max"), (high, "min")):
+            if isinstance(bound, fx.Node):
+                raise _NoWord
+            words = words if bound is None else [repr(float(bound)), *words, word]
+        return words
+    word = _SAME.get(name, name)
+    if name == "gelu":
+        how = kwargs.pop("approximate", args[1] if len(args) > 1 else "none")
+        args, word = args[:1], "gelu" if how == "none" else "gelu_tanh"
+    elif name == "reciprocal":
+        args, word = [1.0, *args], "/"
+    elif name == "rsub":
+        args, word = args[::-1], "-"
+    elif name == "pow" and args[1] in (2, 3, 0.5):
+        more = [*_words(program, args[0]), "*"] if args[1] == 3 else []
+        return [*_words(program, args[0]), "sqrt" if args[1] == 0.5 else "square", *more]
+    if len(args) != (2 if word in BINARY else 1 if word in UNARY else -1) or kwargs:
+        raise _NoWord  # another operation, or one with alpha=, or a threshold
+    found = [w for arg in args for w in _words(program, arg)]
+    if len(found) > MOST_WORDS:
+        raise _NoWord
+    return [*found, word]
 
 
 def _constants(program: Pointwise) -> list[float]:

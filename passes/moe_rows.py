@@ -294,19 +294,29 @@ def _repeated(node: fx.Node, k: Any) -> fx.Node:
     """``x [T, K]`` of which ``node`` repeats each row k times."""
     if known_equal(k, 1):
         return node
-    if is_op(node, *VIEWS) and is_op(node.args[0], aten.expand.default):
-        wide = node.args[0].args[0]  # type: ignore[union-attr]
-        sizes = shape(node.args[0])  # type: ignore[arg-type]
-        fits = len(sizes) == 3 and known_equal(sizes[1], k) and known_equal(shape(wide)[1], 1)  # type: ignore[arg-type]
-        if fits and is_op(wide, aten.unsqueeze.default, *VIEWS):
-            return wide.args[0]  # type: ignore[union-attr,return-value]
+    spread = _spread(node, k)
+    if spread is not None:
+        return spread
     if is_op(node, aten.index.Tensor, aten.index_select.default):
         where = node.args[1][0] if is_op(node, aten.index.Tensor) else node.args[2]  # type: ignore[index]
         where = peel(where)
         if is_op(where, aten.floor_divide.default) and where.args[1] == k:
             if is_op(peel(where.args[0]), aten.arange.default):
                 return node.args[0]  # type: ignore[return-value]
+        if is_op(_spread(where, k), aten.arange.default):
+            return node.args[0]  # type: ignore[return-value]
     raise Miss("the experts' rows are not the tokens, each repeated for its choices", node)
+
+
+def _spread(node: Any, k: Any) -> fx.Node | None:
+    """What ``node`` has k times, item by item, by an expansion; None if it is no such thing."""
+    if not is_op(node, *VIEWS) or not is_op(node.args[0], aten.expand.default):
+        return None
+    wide, sizes = node.args[0].args[0], shape(node.args[0])
+    fits = len(sizes) == val(node).dim() + 1 and known_equal(sizes[1], k)
+    if fits and known_equal(shape(wide)[1], 1) and is_op(wide, aten.unsqueeze.default, *VIEWS):
+        return wide.args[0]  # type: ignore[no-any-return]
+    return None
 
 
 def is_inverse(node: Any, permutation: fx.Node) -> bool:

@@ -16,6 +16,7 @@ import torch
 
 from dspark_compile.codegen.cpp import emit_quantized
 from dspark_compile.codegen.cpp.emit import ACTIVATION, CPP_TYPE, SHORT, Source, source
+from dspark_compile.ops.formula import fold, is_formula
 from dspark_compile.ops.moe import PLAIN_LIMITS
 
 _CPP = {**CPP_TYPE, torch.int64: "int64_t", torch.int32: "int32_t"}
@@ -61,7 +62,8 @@ class Experts:
         )  # fmt: skip
         digest = hashlib.sha256(repr(self.limits).encode()).hexdigest()[:6] if self.limits else ""
         parts = (
-            "experts", SHORT[self.dtype], _SHORT[self.share], f"m{self.rows}", self.activation,
+            "experts", SHORT[self.dtype], _SHORT[self.share], f"m{self.rows}",
+            _named(self.activation),
             flags, digest,
         )  # fmt: skip
         return "_".join(p for p in parts if p)
@@ -96,8 +98,8 @@ class IntExperts:
         letters = "".join(c for c, on in zip("gxdi", flags, strict=True) if on)
         digest = hashlib.sha256(repr(self.limits).encode()).hexdigest()[:6] if self.limits else ""
         parts = (
-            "experts", self.weights.name, _SHORT[self.index], _SHORT[self.share], self.activation,
-            letters, digest,
+            "experts", self.weights.name, _SHORT[self.index], _SHORT[self.share],
+            _named(self.activation), letters, digest,
         )  # fmt: skip
         return "_".join(p for p in parts if p)
 
@@ -111,8 +113,44 @@ def _bounded(value: str, low: float, high: float) -> str:
     return value
 
 
+def _named(activation: str) -> str:
+    """As a part of a file's name."""
+    if not is_formula(activation):
+        return activation
+    return "formula" + hashlib.sha256(activation.encode()).hexdigest()[:10]
+
+
+_PRINTED = {
+    "max": "max({0}, {1})", "min": "min({0}, {1})", "neg": "zero() - {0}", "abs": "abs({0})",
+    "exp": "exp({0})", "square": "{0} * {0}",
+    "log": "each({0}, [](float t) {{ return std::log(t); }})",
+    "sqrt": "each({0}, [](float t) {{ return std::sqrt(t); }})",
+    "erf": "each({0}, [](float t) {{ return std::erf(t); }})",
+    "softplus": "each({0}, [](float t) {{ return t > 20.0f ? t : std::log1p(std::exp(t)); }})",
+    **{sign: "{0} " + sign + " {1}" for sign in "+-*/"},
+}  # fmt: skip
+
+
+def _formula(formula: str) -> str:
+    """The body of a function of g and u that computes a formula, an operation a line."""
+    lines: list[str] = []
+
+    def apply(word: str, given: Sequence[str]) -> str:
+        text = _PRINTED.get(word) or ACTIVATION[word] + "::of({0})"
+        lines.append(f"    const Vec t{len(lines)} = {text.format(*given)};\n")
+        return f"t{len(lines) - 1}"
+
+    result = fold(formula, str, lambda x: f"all({x!r}f)", apply)
+    return "".join(lines) + f"    return {result};\n"
+
+
 def _gate(spec: Experts | IntExperts) -> str:
     """The struct that computes act(gate) * up."""
+    if is_formula(spec.activation):
+        return (
+            "struct Gate {\n  static Vec of(Vec g, [[maybe_unused]] Vec u) {\n"
+            f"{_formula(spec.activation)}  }}\n}};\n\n"
+        )
     slope, low, high, up_low, up_high, offset = spec.limits or PLAIN_LIMITS
     act = ACTIVATION[spec.activation]
     inner = _bounded("g", low, high)

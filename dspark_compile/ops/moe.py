@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._define import define
+from .formula import evaluate, is_formula
 from .mlp import _activation
 
 SCORINGS = ("identity", "softmax", "sigmoid", "sqrt_softplus", "sparsemixer")
@@ -170,9 +171,12 @@ def gate_and_up(
 ) -> Tensor:
     """``act(clamp(gate)) * (clamp(up) + offset)``, or ``act(clamp(up))`` without a gate.
 
-    ``limits`` is empty or `PLAIN_LIMITS`'s six numbers. With a slope a, act(x) is act(a x) / a,
+    An activation that is a formula (`ops.formula`) is all of it. ``limits`` is empty or
+    `PLAIN_LIMITS`'s six numbers. With a slope a, act(x) is act(a x) / a,
     which for silu is ``x sigmoid(a x)``, gpt-oss's.
     """
+    if is_formula(activation):
+        return evaluate(activation, up, None) if gate is None else evaluate(activation, gate, up)
     slope, gate_low, gate_high, up_low, up_high, offset = limits or PLAIN_LIMITS
     act = _activation(activation)
 
@@ -254,7 +258,7 @@ def moe_experts(
         gate, up, down: ``[I, K]``, ``[I, K]``, ``[N, I]`` for each expert, stacked or as a list;
             ``gate`` is empty where there is none.
         gate_bias, up_bias, down_bias: ``[I]``, ``[I]``, ``[N]`` for each expert, or empty.
-        activation: one of `ops.mlp.ACTIVATIONS`.
+        activation: one of `ops.mlp.ACTIVATIONS`, or a formula (`ops.formula`).
         limits: see `gate_and_up`.
         weigh_input: the weight multiplies the expert's input, not its output (Llama 4).
         norm, eps: the weight ``[N]`` of an RMS norm of each expert's output; 1 is added to none.

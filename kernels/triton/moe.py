@@ -25,6 +25,7 @@ from dspark_compile.kernels.triton._launch import (
 )
 from dspark_compile.kernels.triton.moe_forms import FEW, MAX_PAIRS, prefers_sorting
 from dspark_compile.kernels.triton.moe_kernel import down_kernel, down_sorted_kernel, up_kernel
+from dspark_compile.ops.formula import is_formula
 from dspark_compile.ops.mlp import ACTIVATIONS
 from dspark_compile.ops.moe import PLAIN_LIMITS
 
@@ -195,6 +196,8 @@ def supports_moe_experts(
         return reason
     if any(t.dtype != x.dtype for t in stacks):
         return f"x is {str(x.dtype).removeprefix('torch.')}, weights are not"
+    if is_formula(activation):
+        return "what stands between the experts' products is a formula, no named activation"
     if activation not in ACTIVATIONS:
         return f"activation {activation!r} is unknown"
     if norm is not None:

@@ -15,9 +15,6 @@ KNOWN_GAPS: dict[tuple[str, str], str] = {
         "the sink is computed for each query; the op takes one number for each head"
     ),
     ("minimax_m3_vl_text", "mlp"): "gate and up are clamped, and up is added to one",
-    ("inkling2_text", "experts"): (
-        "gate and up are soft-capped with tanh beside the sigmoid; the op has bounds, no soft caps"
-    ),
     ("inkling_text", "experts"): (
         "its shared experts, stacked: all compute every token, with a weight for each; the routed "
         "ones are raised"
