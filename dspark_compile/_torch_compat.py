@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextvars import ContextVar
@@ -417,8 +418,34 @@ def traced_again() -> Exception:
 def trace_errors() -> tuple[type[Exception], ...]:
     """What Dynamo raises under ``fullgraph=True`` for a function that it cannot trace whole."""
     from torch._dynamo import exc
+    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
-    return (exc.TorchDynamoException, exc.UserError, exc.InternalTorchDynamoError)
+    return (
+        exc.TorchDynamoException, exc.UserError, exc.InternalTorchDynamoError,
+        ConstraintViolationError,
+    )  # fmt: skip
+
+
+def in_a_line(error: BaseException) -> str:
+    """What one of `trace_errors` says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    fixed = next((x for x in lines if "specialized it to be a constant" in x), None)
+    if fixed is not None:
+        number = fixed.split("constant (", 1)[-1].split(")", 1)[0]
+        return f"it reads a length that varies as a number (tracing took it for {number})"
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+@contextlib.contextmanager
+def without_guard_errors() -> Iterator[None]:
+    """Around a trace whose failure is handled: Dynamo does not print its guards' state beside."""
+    logger = logging.getLogger("torch._guards")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def forget(code: Any) -> None:

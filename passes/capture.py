@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from dspark_compile import ops as _dialect  # noqa: F401 - registers the ops named below
 from dspark_compile._torch_compat import graph_module, is_subclass
 from dspark_compile.diagnostics.report import GraphReport
-from dspark_compile.passes import einsum, raise_flex
+from dspark_compile.passes import einsum, raise_flex, torch_layers
 
 _ops = torch.ops.dspark
 _SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -175,6 +175,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     _ops.cache_append_int8_.default: cache_append_int8_,
     **einsum.FUNCTIONS,
 }
+FUNCTIONS.update(torch_layers.layers(dict(FUNCTIONS)))
 METHODS: dict[str, Callable[..., Any]] = {"matmul": matmul, "bmm": matmul, "__matmul__": matmul}
 
 

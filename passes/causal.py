@@ -19,9 +19,11 @@ from torch import Tensor, fx
 
 from dspark_compile.ops.predicate import parse
 from dspark_compile.passes.graph import argument, aten
+from dspark_compile.passes.scores import FORBIDS
 
 SIZES = (23, 58)
-MASKED = -1e30  # a bias below it hides a key as -inf does
+# A bias that depends on tokens and is below this hides a key, whatever a model adds to it.
+MASKED = -1e8
 _SAME_SHAPE = frozenset(
     {
         aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default,
@@ -111,12 +113,23 @@ def proves_causal(
     if bias is None:
         return f"its mask is {mask!r}" if mask else "it has no mask"
     for size in SIZES:
-        allowed = _Bounds(symbol, size, values, tokens).upper(bias)
+        bounds = _Bounds(symbol, size, values, tokens)
+        known = bounds.concrete(bias)
+        allowed = bounds.upper(bias) if known is None else _seen(known)
         if allowed.dim() < 2 or allowed.shape[-1] != size or allowed.shape[-2] != size:
             return f"its mask {bias.name} is not [queries, keys]"
         if bool(allowed.triu(1).any()):
             return f"its mask {bias.name} allows a later key"
     return None
+
+
+def _seen(mask: Tensor) -> Tensor:
+    """Bool: which keys a mask ``[..., queries, keys]`` leaves. A finite bias hides a key if it lies
+    far below that of one at or before the query (`FORBIDS`, as everywhere)."""
+    if mask.dtype == torch.bool or mask.dim() < 2:
+        return mask
+    best = mask.masked_fill(torch.ones_like(mask, dtype=torch.bool).triu(1), -torch.inf)
+    return (mask > best.amax(-1, keepdim=True) + FORBIDS) & (mask > -torch.inf)
 
 
 class _Bounds:

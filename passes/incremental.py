@@ -42,14 +42,16 @@ class Incremental:
     then the position p (an int64 tensor without dimensions) and the caches, written in place.
 
     Attributes:
-        module: gives the logits ``[B, M, V]``.
+        module: gives the logits ``[B, M, V]``, or ``[B, 1, V]`` where ``last``.
         caches: in the order of the arguments.
         limit: positions that its tables have; None where there is no such limit.
+        last: whether the logits are those of the last token alone.
     """
 
     module: fx.GraphModule
     caches: list[CacheSpec]
     limit: int | None
+    last: bool = False
 
 
 def make_incremental(
@@ -72,4 +74,4 @@ def make_incremental(
         NotIncremental: it is no causal function of its tokens, or this cannot be proved.
     """
     maker = Maker(module, tokens, symbol, values)
-    return Incremental(maker.make(output), maker.caches, maker.limit)
+    return Incremental(maker.make(output), maker.caches, maker.limit, maker.last)

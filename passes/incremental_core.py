@@ -89,6 +89,7 @@ class Maker:
         self.caches: list[CacheSpec] = []
         self.cache_nodes: list[fx.Node] = []
         self.limit: int | None = None
+        self.last = False  # whether the logits are those of the last token alone
         self.dependent: dict[fx.Node, bool] = {}
         for node in module.graph.nodes:  # in order
             self.dependent[node] = node is tokens or any(
@@ -121,9 +122,12 @@ class Maker:
         modes = self.default(logits, NEW)
         if sum(m is not None for m in modes) > 1:
             raise NotIncremental(f"{logits.name}: the logits carry the sequence twice")
-        if modes.count(NEW) == 0 and value.dim() == 3:
-            raise NotIncremental(f"{logits.name}: the logits are not of every token")
         made = self.get(logits, modes)
+        if modes.count(NEW) == 0:
+            if not self.last or value.dim() not in (2, 3):
+                raise NotIncremental(f"{logits.name}: the logits are not of every token")
+            if value.dim() == 2:
+                made = self.graph.call_function(aten.unsqueeze.default, (made, 1))
         self.graph.output((made,))
         module = fx.GraphModule(self.module, self.graph)
         module.graph.eliminate_dead_code(
@@ -132,6 +136,34 @@ class Maker:
         module.graph.lint()
         module.recompile()
         return module
+
+    def constant(self, node: Any) -> Tensor | None:
+        """The value of a constant of the graph; None: it is none."""
+        copies = (aten.lift_fresh_copy.default, aten.clone.default, aten.alias.default)
+        while isinstance(node, fx.Node) and node.target in copies:
+            node = node.args[0]
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return None
+        value: Any = self.module
+        for name in str(node.target).split("."):
+            value = getattr(value, name)
+        return value if isinstance(value, Tensor) else None
+
+    def takes_last(self, node: fx.Node) -> bool:
+        """Whether ``node``, which picks the last row of the sequence, does so for results of that
+        token alone: nothing that is computed from it has a row for others."""
+        todo, seen = [node], {node}
+        while todo:
+            for user in todo.pop().users:
+                if user in seen or user.op == "output":
+                    continue
+                value = user.meta.get("val")
+                if not isinstance(value, Tensor) or any(self.carries(n) for n in value.shape):
+                    return False
+                seen.add(user)
+                todo.append(user)
+        self.last = True
+        return True
 
     def device(self, node: fx.Node) -> torch.device:
         return node.meta["val"].device

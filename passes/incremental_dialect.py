@@ -75,6 +75,7 @@ def attention(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.No
         bias = maker.operand(
             bias, (None, None, NEW, ALL)[-rank:] if rank < 4 else (None, None, NEW, ALL)
         )
+    sinks = None if sinks is None else maker.get(sinks)
     tensors = [_mask_table(maker, t, node) for t in tensors]  # type: ignore[union-attr]
     for number in ints:  # type: ignore[union-attr]
         if maker.number(number) is None:

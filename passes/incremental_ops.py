@@ -124,10 +124,29 @@ def embedding(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.No
     return maker.emit(node, (maker.get(table), maker.get(index, modes[:-1]), *node.args[2:]))
 
 
+def _last_row(maker: Maker, node: fx.Node, modes: Modes) -> fx.Node | None:
+    """``x[:, [-1]]``: the last token's row, where nothing else is wanted; None: it is not that."""
+    source, indices = node.args
+    assert isinstance(source, fx.Node) and isinstance(indices, (list, tuple))
+    shape = source.meta["val"].shape
+    given = [d for d, i in enumerate(indices) if i is not None]
+    if len(given) != 1 or not maker.pure(shape[given[0]]):
+        return None
+    (dim,) = given
+    rows = maker.constant(indices[dim])
+    if rows is None or rows.tolist() != [-1] or not maker.takes_last(node):
+        return None
+    x = maker.get(source, (*modes[:dim], NEW, *modes[dim + 1 :]))
+    return maker.graph.call_function(aten.slice.Tensor, (x, dim, -1))
+
+
 @rule(aten.index.Tensor)
 def index(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
     source, indices = node.args
     if any(maker.carries(n) for n in source.meta["val"].shape):  # type: ignore[union-attr]
+        made = _last_row(maker, node, modes)
+        if made is not None:
+            return made
         raise NotIncremental(f"{node.name}: it picks rows of the sequence")
     if len(indices) != 1:  # type: ignore[arg-type]
         raise NotIncremental(f"{node.name}: several indices")

@@ -136,7 +136,20 @@ def slice_(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
         return maker.graph.call_function(aten.slice.Tensor, (table, dim, known, stop))
     if maker.pure(before[dim]) and maker.pure(value.shape[dim]) and known == 0:
         return maker.get(source, modes)  # all of it
+    last = maker.pure(before[dim]) and _row(maker, start) == -1 and step == 1
+    if last and not maker.carries(value.shape[dim]) and maker.takes_last(node):
+        own = (*modes[:dim], NEW, *modes[dim + 1 :])
+        return maker.emit(node, (maker.get(source, own), dim, -1))
     raise NotIncremental(f"{node.name}: a slice of the sequence")
+
+
+def _row(maker: Maker, index: Any) -> int | None:
+    """Which row of S an index names: from the front, or from the back as a negative number."""
+    value = index.meta["val"] if isinstance(index, fx.Node) else index
+    if isinstance(value, torch.SymInt) and maker.carries(value):
+        difference = value.node.expr - maker.symbol
+        return int(difference) if difference.is_number and difference < 0 else None
+    return maker.number(index)
 
 
 @rule(aten.select.int)
@@ -146,6 +159,9 @@ def select(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
     before = source.meta["val"].shape
     dim = dim % len(before)  # type: ignore[operator]
     if maker.carries(before[dim]):
+        if maker.pure(before[dim]) and _row(maker, index) == -1 and maker.takes_last(node):
+            own = (*modes[:dim], NEW, *modes[dim:])
+            return maker.emit(node, (maker.get(source, own), dim, -1))
         raise NotIncremental(f"{node.name}: one row of the sequence")
     return maker.emit(node, (maker.get(source, (*modes[:dim], None, *modes[dim:])), dim, index))
 

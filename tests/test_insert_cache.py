@@ -173,8 +173,6 @@ class Bad(nn.Module):
             q = x.view(*ids.shape, 2, 8).transpose(1, 2)
             x = nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
             x = x.transpose(1, 2).flatten(2)
-        elif self.kind == "last":
-            x = x[:, -1:]
         return self.head(x)
 
 
@@ -187,7 +185,6 @@ class Bad(nn.Module):
         ("mean", "mean.* along the sequence"),
         ("length", "mul"),
         ("reversed", "flip"),
-        ("last", "not of every token"),
     ],
 )
 def test_refused_with_the_node_and_the_reason(kind, says):

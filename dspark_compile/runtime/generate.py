@@ -132,6 +132,20 @@ def generate(
     return (output, report) if return_stats else output
 
 
+def _logits(out: Any) -> Tensor:
+    """The logits in what a module returns: a tensor, an object or mapping that names them, or the
+    first of several results."""
+    if isinstance(out, Tensor):
+        return out
+    if hasattr(out, "logits"):
+        return out.logits
+    if isinstance(out, Mapping):
+        if "logits" not in out:
+            raise ValueError(f"the model returns a mapping of {sorted(out)}: name one 'logits'")
+        return out["logits"]
+    return out[0]
+
+
 def _module(
     model: Any,
     input_ids: Tensor | None,
@@ -165,6 +179,9 @@ def _module(
         raise ValueError(f"model is a {type(model).__name__}: give a torch.nn.Module")
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.shape[1]:
         raise ValueError("input_ids must be int64 [B, L] with at least one token")
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise ValueError(f"input_ids are {input_ids.dtype}: give token ids, torch.int64")
+    input_ids = input_ids.long()
     if own["kv_cache"] != "model":
         raise ValueError(
             "kv_cache='int8' is for Hugging Face models: a cache that the compiler inserts is exact"
@@ -178,6 +195,8 @@ def _module(
     for name, value in (("temperature", temperature), ("repetition_penalty", repetition_penalty)):
         if not value > 0:
             raise ValueError(f"{name}={value!r}: it must be above 0")
+    if not isinstance(top_k, int) or top_k < 0:
+        raise ValueError(f"top_k={top_k!r}: give a number of tokens, or 0 for all")
     for name, value in (("top_p", top_p), ("min_p", min_p)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value!r}: it must lie between 0 and 1")
@@ -204,10 +223,7 @@ def _module(
     )
 
     def function(ids: Tensor) -> Tensor:
-        out = model(ids)
-        if isinstance(out, Tensor):
-            return out
-        return out.logits if hasattr(out, "logits") else out[0]
+        return _logits(model(ids))
 
     batch = input_ids.shape[0]
     rounds = POOL.idle(model, pool_key(batch, "inserted", "model", own["options"]))

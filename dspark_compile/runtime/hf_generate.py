@@ -59,6 +59,8 @@ def decode(
         own: ``kv_cache`` and ``options`` of `generate`.
     """
     reason = _refusal(model, input_ids, config, given)
+    if input_ids is not None:
+        input_ids = input_ids.long()  # as transformers' own loop gives them back
     rounds: Rounds | None = None
     if reason is None and own.get("draft") is not None:
         plan = _plan(input_ids, processors, criteria, config, streamer, given, report)

@@ -7,13 +7,19 @@ and compared with the original on random tokens before it is used.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from dspark_compile.passes.incremental import CacheSpec, NotIncremental, make_incremental
+from dspark_compile.passes.incremental import (
+    CacheSpec,
+    Incremental,
+    NotIncremental,
+    make_incremental,
+)
 
 from .errors import KVCacheError
 from .room import bucket
@@ -114,25 +120,32 @@ class InsertedRounds(Rounds):
         device = next((x.device for x in (*model.parameters(), *model.buffers())), None)
         self._start(model, rows, False, "model", options, device or torch.device("cpu"))
         self.key = pool_key(rows, "inserted", "model", self.options)
-        ids = torch.randint(1, 9, (rows, TRACED), device=self.tokens.device)
-        made = _derive(function, ids)
-        self._run, self._args, self._at, specs, self.limit = made
-        self.cache = InsertedCache(specs, self.tokens.device, self.limit)
+        self.some = _vocabulary(function, rows, self.tokens.device)
+        ids = torch.randint(
+            int(self.some > 1), self.some, (rows, TRACED), device=self.tokens.device
+        )
+        made, self._args, self._at = _derive(function, ids)
+        self._run, self.limit, self.last = made.module, made.limit, made.last
+        self.cache = InsertedCache(made.caches, self.tokens.device, self.limit)
         self._check(function)
 
     def _check(self, function: Callable[[Tensor], Tensor]) -> None:
         """Against the original, on other tokens, in pieces of several lengths."""
         generator = torch.Generator().manual_seed(0)
         most = 9 if self.limit is None else min(9, self.limit)
-        ids = torch.randint(1, 9, (self.rows, most), generator=generator).to(self.tokens.device)
-        want = function(ids).float()
+        first = int(self.some > 1)
+        ids = torch.randint(first, self.some, (self.rows, most), generator=generator)
+        ids = ids.to(self.tokens.device)
         self.reserve(most + 1)
-        at, got = 0, []
+        at, got, ends = 0, [], []
         for size in (4, 1, 1, 2, 1):
             piece = ids[:, at : at + size]
             if piece.shape[1]:
                 got.append(self._forward({"input_ids": piece}).float())
+                ends.append(at + piece.shape[1])
             at += size
+        whole = [function(ids[:, :n]) for n in ends] if self.last else [function(ids)]
+        want = torch.cat([x if x.dim() == 3 else x[:, None] for x in whole], 1).float()
         difference = (torch.cat(got, 1) - want).norm() / want.norm()
         allowed = TOLERANCE.get(self.dtype, COARSE)
         if not difference <= allowed:
@@ -214,10 +227,43 @@ class InsertedRounds(Rounds):
         return step, self.cache.growing()
 
 
+@contextlib.contextmanager
+def _layers_as_written() -> Iterator[None]:
+    """Inside, torch's own attention layers take no way that reads sizes as numbers."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _vocabulary(function: Callable[[Tensor], Tensor], rows: int, device: torch.device) -> int:
+    """Token ids below this are good for a trial: a vocabulary may have very few.
+
+    Raises:
+        NotIncremental: what ``function`` gives is no logits.
+    """
+    ids = torch.zeros(rows, TRACED, dtype=torch.long, device=device)
+    try:
+        logits = function(ids)
+    except Exception as error:
+        raise NotIncremental(
+            f"it does not run on {TRACED} tokens: {type(error).__name__}: {error}"
+        ) from error
+    shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(logits, Tensor) or logits.dim() not in (2, 3) or shape[0] != rows:
+        raise NotIncremental(
+            f"for tokens [{rows}, {TRACED}] it gives {shape}, and logits are [B, S, vocabulary], "
+            "or [B, vocabulary] of the last token"
+        )
+    return min(9, int(shape[-1]))
+
+
 def _derive(
     function: Callable[[Tensor], Tensor], ids: Tensor
-) -> tuple[fx.GraphModule, list[Any], int, list[CacheSpec], int | None]:
-    """(graph, its arguments, where the tokens stand among them, caches, limit)."""
+) -> tuple[Incremental, list[Any], int]:
+    """(the new graph, the old one's arguments, where the tokens stand among them)."""
     from dspark_compile.diagnostics.report import GraphReport
     from dspark_compile.options import Options
     from dspark_compile.passes.base import PassContext
@@ -239,7 +285,8 @@ def _derive(
 
     torch._dynamo.mark_dynamic(ids, 1)
     try:
-        whole = trace_whole(lambda: function(ids), compiler)
+        with _layers_as_written():
+            whole = trace_whole(lambda: function(ids), compiler)
     except CaptureError as error:
         raise NotIncremental(str(error)) from error
     traced, args = graphs[-1], whole.args
@@ -253,4 +300,4 @@ def _derive(
         raise NotIncremental("it was traced for one length only")
     values = {n: x for n, x in zip(inputs, args, strict=True) if isinstance(x, Tensor)}
     made = make_incremental(traced, tokens, whole.place, size.node.expr, values)
-    return made.module, args, at[0], made.caches, made.limit
+    return made, args, at[0]

@@ -85,11 +85,10 @@ def trace_whole(
         code, function.__globals__, function.__name__, None, function.__closure__
     )
     try:
-        result = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)()
+        with compat.without_guard_errors():
+            result = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)()
     except compat.trace_errors() as error:
-        line = (str(error).strip().splitlines() or [""])[0]
-        name = type(error).__name__
-        raise CaptureError(f"it cannot be traced whole: {name}: {line}") from error
+        raise CaptureError(f"it cannot be traced whole: {compat.in_a_line(error)}") from error
     finally:
         compat.forget(code)
     if len(made) != 1:
