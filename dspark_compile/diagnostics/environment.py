@@ -90,6 +90,11 @@ def cpu_name() -> str:
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
+def cpu_vendor() -> str:
+    """The CPU's maker as x86 names it (``AuthenticAMD``), or ""."""
+    return _cpuinfo().get("vendor_id", "")
+
+
 def cpu_isa() -> list[str]:
     """The instruction-set flags that matter to kernels; empty where the system lists none."""
     info = _cpuinfo()

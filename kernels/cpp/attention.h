@@ -10,6 +10,7 @@
 #pragma once
 #include "attention_config.h"
 #include "attention_lanes.h"
+#include "attention_pairs.h"
 #include "attention_vectors.h"
 
 namespace dspark {
@@ -97,8 +98,8 @@ class Attention {
 #if defined(DSPARK_BYTE_TILES)
     if constexpr (C::BYTES) return column8(d);
 #endif
-#if defined(DSPARK_TILES)
-    if constexpr (C::TILES) return column(d);
+#if defined(DSPARK_TILES) || defined(DSPARK_DOT)
+    if constexpr (C::TILES || C::PAIRS) return column(d);
 #endif
     return d;
   }
@@ -166,12 +167,11 @@ class Attention {
     }
     for (int r = 0; r < R; ++r) {
       const Q* from = query(u, r);
-      for (int d = 0; d < C::DP; ++d) {
-        if constexpr (C::DOT) {
-          room.q[r][d] = d < C::D ? from[d] : bf16{0};
-        } else {
-          room.q[r][d] = d < C::D ? to_float(from[d]) : 0.0f;
-        }
+      if constexpr (C::DOT) {
+        std::memcpy(room.q[r], from, sizeof(Q) * C::D);
+        if (C::D < C::DP) std::memset(room.q[r] + C::D, 0, sizeof(Q) * (C::DP - C::D));
+      } else {
+        for (int d = 0; d < C::DP; d += Vec::W) store(room.q[r] + d, load(from + d, C::D - d));
       }
     }
   }
@@ -228,9 +228,9 @@ class Attention {
 #endif
     if constexpr (C::WIDEN) {
       widen_block<C, C::D>(kp, s.k_n, keys, room.wide[0], vp, s.v_n);
-      score_block<C>(room, room.wide[0], C::WIDTH, keys, room.scores, nullptr, 0);
+      scores(room, room.wide[0], C::WIDTH, keys, nullptr, 0);
     } else if constexpr (!C::BYTES) {
-      score_block<C>(room, kp, s.k_n, keys, room.scores, vp, s.v_n);
+      scores(room, kp, s.k_n, keys, vp, s.v_n);
     }
     for (int r = 0; r < R; ++r) {
       float* x = room.scores[r];
@@ -255,9 +255,9 @@ class Attention {
     }
     if constexpr (C::WIDEN) {
       widen_block<C, C::DV>(vp, s.v_n, keys, room.wide[0], next.k, s.k_n);
-      value_block<C>(room.scores, room.wide[0], C::WIDTH, keys, state.out, nullptr, 0);
+      values(room, room.wide[0], C::WIDTH, keys, state, nullptr, 0);
     } else if constexpr (!C::BYTES) {
-      value_block<C>(room.scores, vp, s.v_n, keys, state.out, next.k, s.k_n);
+      values(room, vp, s.v_n, keys, state, next.k, s.k_n);
     }
 #if defined(DSPARK_BYTE_TILES)
     if constexpr (C::BYTES) {
@@ -268,6 +268,24 @@ class Attention {
       byte_values(room.matrix, vp, s.v_n, keys, state.out, follow);
     }
 #endif
+  }
+
+  // The block's scores; `v`, if not null, is read next.
+  static void scores(Room<C>& room, const typename C::Read* k, int64_t ldk, int keys,
+                     const typename C::Read* v, int64_t ldv) {
+#if defined(DSPARK_DOT)
+    if constexpr (C::PAIRS) return score_pairs<C>(room, k, ldk, keys, room.scores, v, ldv);
+#endif
+    score_block<C>(room, k, ldk, keys, room.scores, v, ldv);
+  }
+  // The block's values into the sums; `soon`, if not null, is read next.
+  static void values(Room<C>& room, const typename C::Read* v, int64_t ldv, int keys,
+                     State<C>& state, const typename C::Read* soon, int64_t ld_soon) {
+#if defined(DSPARK_DOT)
+    if constexpr (C::PAIRS)
+      return value_pairs<C>(room.scores, v, ldv, keys, state.out, soon, ld_soon);
+#endif
+    value_block<C>(room.scores, v, ldv, keys, state.out, soon, ld_soon);
   }
 
   // The scales of a block's keys or values, times `by`.
@@ -345,7 +363,9 @@ class Attention {
       }
       return;
     }
-    if (top != state.top[r]) {
+    if (state.top[r] == NEVER) {
+      state.top[r] = top;  // the sums are nothing yet, or NaN
+    } else if (top != state.top[r]) {
       const float shrink = std::exp(state.top[r] - top);
       state.top[r] = top;
       state.total[r] *= shrink;
@@ -375,9 +395,9 @@ class Attention {
       const int64_t heads = s.kv_heads * G;
       Q* out = t.out + ((batch(u) * M + r % M) * heads + head(u, r)) * C::DV;
       const float* from = state.out[r];
-#if defined(DSPARK_TILES)
+#if defined(DSPARK_TILES) || defined(DSPARK_DOT)
       alignas(64) float ordered[C::DVP];
-      if constexpr (C::TILES) {
+      if constexpr (C::TILES || C::PAIRS) {
         for (int d = 0; d < C::DV; d += 32) in_order(from + d, ordered + d);
         from = ordered;
       } else if constexpr (C::MATRIX) {

@@ -5,6 +5,7 @@
 
 #include "parallel.h"
 #include "predicate.h"
+#include "reading.h"
 #include "tiles.h"
 #include "tiles_int8.h"
 #include "vec.h"
@@ -72,6 +73,8 @@ struct Config {
   using Read = typename std::conditional<
       WIDEN, typename std::conditional<DOTTED, bf16, float>::type, K>::type;
   static constexpr bool DOT = DOTTED && std::is_same<Read, bf16>::value;
+  // Many rows without tiles: pairs, see attention_pairs.h.
+  static constexpr bool PAIRS = DOT && !MATRIX && R >= 8 && D % 32 == 0 && DV % 32 == 0;
   // Keys of a block. What is done once a block takes its time beside the bytes of few rows.
   static constexpr int KEYS = BYTES && R <= 4 ? 256 : 128;
   static constexpr bool LANES = TILES || (BYTES && R > 4);  // a row a lane, see attention_lanes.h

@@ -4,9 +4,9 @@
 
 namespace dspark {
 
-// Memory gives more to several readers that are pages apart than to one, so a block's keys are read
-// as KR runs side by side, and its values as RUNS.
-constexpr int RUNS = 4;
+// Memory may give more to several readers that are pages apart than to one: a block's keys are then
+// read as KR runs side by side, and its values as RUNS. Otherwise in order.
+constexpr int RUNS = SEQUENCE ? 1 : 4;
 
 // Whether a row's element `d`, or one of the `step` behind it, begins a cache line: the rows of the
 // next block are asked for a line at a time, between the instructions that work on this one.
@@ -91,8 +91,8 @@ inline void score_block(const Room<C>& room, const typename C::Read* k, int64_t 
                         float (*scores)[C::KEYS], const typename C::Read* v, int64_t ldv) {
   constexpr int RR = C::R >= 4 ? 4 : C::R >= 2 ? 2 : 1;
   constexpr int KR = Vec::W / RR;
-  const int64_t run = (keys + KR - 1) / KR;
-  for (int64_t j = 0; j < run; ++j)
+  const int64_t tiles = (keys + KR - 1) / KR, run = SEQUENCE ? 1 : tiles;
+  for (int64_t j = 0; j < (SEQUENCE ? keys : tiles); j += SEQUENCE ? KR : 1)
     for (int r = 0; r < C::R; r += RR)
       score_tile<C, RR>(room.q + r, C::R - r, k + j * ldk, ldk, run, keys - int(j), scores[r] + j,
                         r == 0 && ldv == ldk ? v + j * ldv : nullptr);
@@ -110,13 +110,19 @@ inline __attribute__((always_inline)) void value_tile(
     row[r] = p[r < rows ? r : rows - 1];
     for (int i = 0; i < DT; ++i) a[r][i] = load(out[r < rows ? r : rows - 1] + d + i * W);
   }
-  const int run = (keys + RUNS - 1) / RUNS;
+  const int run = SEQUENCE ? 1 : (keys + RUNS - 1) / RUNS;
   // One loop over all, and always inlined: elsewhere GCC keeps the sums in memory.
   for (int n = 0, j = 0, from = 0; n < keys; ++n) {
     const typename C::Read* at = v + j * ldv + d;
     Vec c[DT];
+    // In order, the lines that come next are those of whole rows, however many columns this is.
+    constexpr int LINE = 64 / int(sizeof(typename C::Read)), LINES = (C::DV + LINE - 1) / LINE;
+    constexpr int ASK = std::max(DT * W / LINE, 1);
+    if (SEQUENCE && soon != nullptr && d % LINE == 0)
+      for (int i = 0, line = d / LINE * keys + n * ASK; i < ASK; ++i, ++line)
+        __builtin_prefetch(soon + line / LINES * ldv + line % LINES * LINE, 0, 2);
     for (int i = 0; i < DT; ++i) {
-      if (soon != nullptr && begins_line<typename C::Read>(d + i * W, W))
+      if (!SEQUENCE && soon != nullptr && begins_line<typename C::Read>(d + i * W, W))
         __builtin_prefetch(soon + j * ldv + d + i * W, 0, 2);
       c[i] = d + (i + 1) * W <= C::DV ? load(at + i * W) : load(at + i * W, C::DV - d - i * W);
     }

@@ -13,18 +13,20 @@
 // More than 16 rows of x are groups of 16: a block of W, in cache by then, meets two at a time.
 //
 // A software prefetch runs 2 KiB ahead in each row and, at a row's end, on into the next tile:
-// the hardware's own stops at every page.
+// the hardware's own stops at every page. Where a CPU's own does not (SEQUENCE) one row of x
+// goes without, unless W's rows are short: then W is in cache.
 #pragma once
 #include <type_traits>
 
 #include "parallel.h"
+#include "reading.h"
 #include "tiles.h"
+#include "transpose.h"
 #include "vec.h"
 
 namespace dspark {
 
 constexpr int BLOCK = 32;  // rows of W whose results are finished together
-constexpr int AHEAD = 2048;  // bytes
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 #define DSPARK_DOT 1
@@ -124,22 +126,29 @@ inline __attribute__((always_inline)) void ask(const T* const (&w)[R], int64_t a
   }
 }
 
-// The products of R rows of W with MT rows of x; result r, m goes to out[r][m * BLOCK], or is added
+// How many numbers a tile of R rows of W and MT rows of x gives, in whole vectors.
+constexpr int tile_results(int R, int MT) { return (R * MT + Vec::W - 1) / Vec::W * Vec::W; }
+
+// Nothing is asked for.
+struct Unasked {};
+
+// The products of R rows of W with MT rows of x; result r, m goes to out[r * MT + m], or is added
 // there. It is pass PASS of PASSES over these rows: one alone asks AHEAD in each row, and from a
 // row's end on into the one `next` elements on; several ask for the rows `next` elements on.
 template <class T, int R, int MT, Form FORM, int PASS = 0, int PASSES = 1>
 inline void tile(const T* const (&w)[R], int64_t next, const void* packed, int64_t ldx, int64_t K,
-                 float* const (&out)[R], bool add = false) {
+                 float* out, bool add = false) {
   constexpr int W = Vec::W;
-  constexpr int COUNT = (R * MT + W - 1) / W * W;
+  constexpr int COUNT = tile_results(R, MT);
   constexpr int STEP = FORM == Form::Fused ? W : 32;
   constexpr int LINE = 64 / int(sizeof(T)) / STEP > 1 ? 64 / int(sizeof(T)) : STEP;
   Vec a[COUNT];
   for (int i = 0; i < COUNT; ++i) a[i] = zero();
-  auto steps = [&](int64_t from, int64_t to, int64_t ahead) __attribute__((always_inline)) {
+  auto steps = [&](int64_t from, int64_t to, auto ahead) __attribute__((always_inline)) {
     for (int64_t k = from; k < to; k += STEP) {
       const bool whole = k + STEP <= K;
-      if (LINE == STEP || k % LINE == 0) ask<PASS, PASSES>(w, k + ahead);
+      if constexpr (!std::is_same<decltype(ahead), Unasked>::value)
+        if (LINE == STEP || k % LINE == 0) ask<PASS, PASSES>(w, k + ahead);
       if constexpr (FORM == Form::Fused) {
         const float* x = static_cast<const float*>(packed) + k;
         Vec b[MT];
@@ -167,33 +176,33 @@ inline void tile(const T* const (&w)[R], int64_t next, const void* packed, int64
   const int64_t whole = K / STEP * STEP;
   if constexpr (PASSES == 1) {
     const int64_t ahead = std::min<int64_t>(AHEAD / int64_t(sizeof(T)), whole);
-    steps(0, whole - ahead, ahead);
-    steps(whole - ahead, whole, ahead - whole + next);
+    if (SEQUENCE && MT == 1 && whole * int64_t(sizeof(T)) >= AHEAD) {
+      steps(0, whole, Unasked{});
+    } else {
+      steps(0, whole - ahead, ahead);
+      steps(whole - ahead, whole, ahead - whole + next);
+    }
   } else {
     steps(0, whole, next);
   }
-  if (whole < K) steps(whole, K, 0);
-  float flat[COUNT];
-  for (int i = 0; i < COUNT; i += W) store(flat + i, sums(a + i));
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < MT; ++m) {
-      float& to = out[r][m * BLOCK];
-      to = add ? to + flat[r * MT + m] : flat[r * MT + m];
-    }
+  if (whole < K) steps(whole, K, Unasked{});
+  for (int i = 0; i < COUNT; i += W) {
+    const Vec s = sums(a + i);
+    store(out + i, add ? load(out + i) + s : s);
+  }
 }
 
-// All M for R rows, a few at a time; W comes from memory the first time, from cache after.
+// All M for R rows, a few at a time; W comes from memory the first time, from cache after. The
+// results of each pass lie `each` after those of the one before.
 template <class T, int R, int M, int MT, Form FORM, int PASS = 0, int PASSES = (M + MT - 1) / MT>
 inline void tiles_of(const T* const (&w)[R], int64_t next, const void* packed, int64_t ldx,
-                     int64_t K, float* const (&out)[R], bool add = false) {
+                     int64_t K, float* out, int64_t each, bool add = false) {
   constexpr int NOW = M < MT ? M : MT;
   tile<T, R, NOW, FORM, PASS, PASSES>(w, next, packed, ldx, K, out, add);
   if constexpr (M > MT) {
     const size_t element = FORM == Form::Fused ? sizeof(float) : sizeof(bf16);
-    float* below[R];
-    for (int r = 0; r < R; ++r) below[r] = out[r] + MT * BLOCK;
     tiles_of<T, R, M - MT, MT, FORM, PASS + 1, PASSES>(
-        w, next, static_cast<const char*>(packed) + element * MT * ldx, ldx, K, below, add);
+        w, next, static_cast<const char*>(packed) + element * MT * ldx, ldx, K, out + each, each, add);
   }
 }
 
@@ -219,6 +228,31 @@ struct Chunks {
   }
 };
 
+// Results of STRIP tiles, one pass, to [R][M] rows of BLOCK: they come as a row of R * MT a tile.
+template <int STRIP, int COUNT, int R, int MT, int M>
+inline void spread(const float (*from)[COUNT], float* to) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (STRIP == 16 && COUNT == 16) {
+    __m512 in[16];
+    for (int j = 0; j < 16; ++j) in[j] = _mm512_load_ps(from[j]);
+    transposed(in, [&](int i, __m512 row) __attribute__((always_inline)) {
+      if (i < R * MT) _mm512_store_ps(to + (i / MT * M + i % MT) * BLOCK, row);
+    });
+    return;
+  }
+#endif
+  for (int i = 0; i < R * MT; ++i)
+    for (int j = 0; j < STRIP; ++j) to[(i / MT * M + i % MT) * BLOCK + j] = from[j][i];
+}
+
+// `spread` of every pass.
+template <int STRIP, int COUNT, int R, int MT, int M, int FROM = 0>
+inline void spread_all(const float (*from)[STRIP][COUNT], float* to) {
+  constexpr int NOW = M - FROM < MT ? M - FROM : MT;
+  spread<STRIP, COUNT, R, NOW, M>(from[0], to + FROM * BLOCK);
+  if constexpr (M - FROM > MT) spread_all<STRIP, COUNT, R, MT, M, FROM + MT>(from + 1, to);
+}
+
 // Rows [first, last) of MATS weights as STREAMS runs of rows that are read side by side: memory
 // gives more to several sequential readers than to one, and each stays sequential to its end.
 template <class T, int M, int MATS, Form FORM, class Done>
@@ -229,8 +263,10 @@ inline void streams(int64_t first, int64_t last, const T* const (&w)[MATS], int6
   constexpr int MT = WIDE ? (M < 4 ? M : 4) : (M < 2 ? M : 2);
   constexpr int R = WIDE && M <= 2 ? 8 : 4;
   constexpr int STREAMS = R / MATS, STRIP = 16;
+  constexpr int COUNT = tile_results(R, MT), PASSES = (M + MT - 1) / MT;
   using C = Chunks<T, M, MT, R, FORM>;
   const C chunks(K);
+  alignas(64) float raw[PASSES][STRIP][COUNT];
   alignas(64) float results[STREAMS][MATS][M][BLOCK];
   const int64_t each = (last - first + STREAMS - 1) / STREAMS;
   for (int64_t from = 0; from < each; from += STRIP) {
@@ -238,19 +274,15 @@ inline void streams(int64_t first, int64_t last, const T* const (&w)[MATS], int6
     // Row j of every stream, `count` columns from `at` on.
     const auto row = [&](int j, int64_t at, int64_t count) __attribute__((always_inline)) {
       const T* rows[R];
-      float* out[R];
       for (int s = 0; s < STREAMS; ++s) {
         // The last stream may be shorter; what it reads again is not used.
         const int64_t n = std::min(first + s * each + from + j, last - 1);
-        for (int i = 0; i < MATS; ++i) {
-          rows[s * MATS + i] = w[i] + n * ldw + at;
-          out[s * MATS + i] = &results[s][i][0][j];
-        }
+        for (int i = 0; i < MATS; ++i) rows[s * MATS + i] = w[i] + n * ldw + at;
       }
       const T* const(&read)[R] = rows;
-      float* const(&written)[R] = out;
       const auto* x = static_cast<const typename C::Element*>(packed) + at;
-      tiles_of<T, R, M, MT, FORM>(read, chunks.rows * ldw, x, ldx, count, written, at > 0);
+      tiles_of<T, R, M, MT, FORM>(read, chunks.rows * ldw, x, ldx, count, raw[0][j], STRIP * COUNT,
+                                  at > 0);
     };
     if constexpr (!C::ANY) {
       for (int j = 0; j < strip; ++j) row(j, 0, K);
@@ -261,6 +293,7 @@ inline void streams(int64_t first, int64_t last, const T* const (&w)[MATS], int6
           for (int j = start; j < end; ++j) row(j, at, std::min(chunks.count, K - at));
       }
     }
+    spread_all<STRIP, COUNT, R, MT, M>(raw, &results[0][0][0][0]);
     for (int s = 0; s < STREAMS; ++s) {
       const int64_t n = first + s * each + from;
       const int64_t end = std::min(first + (s + 1) * each, last);

@@ -19,21 +19,6 @@
 
 namespace dspark {
 
-// Where column d of V lies in the sums.
-inline constexpr int column(int d) {
-  return d / 32 * 32 + (d % 8 < 4 ? 0 : 16) + d % 32 / 8 * 4 + d % 4;
-}
-
-// 32 columns of the sums, in their own order.
-inline void in_order(const float* sums, float* to) {
-  // Lanes of four: 0, 4 of the first vector and the second in turns, then those behind them.
-  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-  const __m512 a = _mm512_load_ps(sums), b = _mm512_load_ps(sums + 16);
-  _mm512_store_ps(to, _mm512_permutex2var_ps(a, low, b));
-  _mm512_store_ps(to + 16, _mm512_permutex2var_ps(a, high, b));
-}
-
 template <int R, int D, int DV, int KEYS>
 struct alignas(64) TileRoom {
   static constexpr int ROWS = (R + 15) / 16;  // tiles of query rows

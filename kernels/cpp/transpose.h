@@ -1,4 +1,5 @@
-// Blocks of 16 by 16 values of 32 bits, transposed in registers (AVX-512).
+// Blocks of 16 by 16 values of 32 bits, transposed in registers, and columns in the order that
+// unpacking pairs of rows leaves them in (AVX-512).
 #pragma once
 #include "vec.h"
 
@@ -51,6 +52,22 @@ inline void transpose(const float (*from)[16], float* to, int64_t ld, int rows,
   transposed(a, [&](int i, __m512 row) {
     if (i < rows) _mm512_mask_storeu_ps(to + i * ld, lanes, row);
   });
+}
+
+// Where column d lies in sums over pairs of rows: two vectors, of the low and the high half of each
+// four pairs.
+inline constexpr int column(int d) {
+  return d / 32 * 32 + (d % 8 < 4 ? 0 : 16) + d % 32 / 8 * 4 + d % 4;
+}
+
+// 32 columns of the sums, in their own order.
+inline void in_order(const float* sums, float* to) {
+  // Lanes of four: 0, 4 of the first vector and the second in turns, then those behind them.
+  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  const __m512 a = _mm512_load_ps(sums), b = _mm512_load_ps(sums + 16);
+  _mm512_store_ps(to, _mm512_permutex2var_ps(a, low, b));
+  _mm512_store_ps(to + 16, _mm512_permutex2var_ps(a, high, b));
 }
 
 }  // namespace dspark

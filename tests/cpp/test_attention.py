@@ -67,6 +67,54 @@ def test_every_instruction_set(level, monkeypatch):
     check("attention_int8", q, k8, ks, v8, vs, None, None, [], [], mask="k <= q + 60", softcap=4.0)
 
 
+@pytest.mark.parametrize("reading", isa.READING)
+def test_ways_to_read(reading, monkeypatch):
+    """Blocks read in order or as runs, for one query row and for several."""
+    monkeypatch.setenv("DSPARK_CPU_READ", reading)
+    for rows, n in ((1, 63), (1, 300), (3, 129)):
+        q, k, v = make(torch.bfloat16, m=rows, n=n, d=64)
+        check("attention", q, k, v, None, None, [], [n - rows], mask="k <= q + n0")
+    for rows, n in ((4, 1), (4, 200), (7, 255)):  # weights are bfloat16 here, as eager's are
+        q, k, v = make(torch.bfloat16, m=rows, n=n, d=64)
+        given = (None, None, [], [max(n - rows, 0)])
+        attributes = {"mask": "k <= q + n0", "scale": 0.2}
+        got = torch.ops.dspark_cpu.attention(q, k, v, *given, **attributes)
+        want = OPS["attention"].reference(*map(wide, (q, k, v)), *given, **attributes)
+        assert error(got, want) < 5e-3
+    for rows in (1, 6):
+        q, k, v = make(torch.float32, m=rows, n=150, d=96)
+        check("attention", q, k, v, None, None, [], [])
+        (k8, ks), (v8, vs) = quantize_kv(k, torch.float32), quantize_kv(v, torch.float32)
+        check("attention_int8", q, k8, ks, v8, vs, None, None, [], [])
+
+
+def test_many_rows_keep_what_is_not_a_number():
+    """Rows whose keys give NaN, infinity, or nothing, in a block of an odd number of keys."""
+    q, k, v = make(torch.bfloat16, m=8, n=37, d=64)
+    q[:, 0, 3] = float("nan")
+    v[:, 0, 36, 5] = float("inf")
+    got = torch.ops.dspark_cpu.attention(
+        q, k, v, None, None, [], [28], mask="(k <= q + n0) & (k != 36)", scale=0.2
+    )
+    want = OPS["attention"].reference(
+        *(wide(x) for x in (q, k, v)),
+        None,
+        None,
+        [],
+        [28],
+        mask="(k <= q + n0) & (k != 36)",
+        scale=0.2,
+    )
+    assert got[:, 0, 3].isnan().all()
+    fine = want.isfinite()
+    assert fine[:, 2:].all()
+    assert error(got[fine].float(), want[fine]) < 1e-2
+    rows = torch.ops.dspark_cpu.attention(
+        q[:, 1:2], k[:, :1], v[:, 1:], None, None, [], [], mask="False", scale=0.2
+    )
+    assert (rows == 0).all()
+
+
 @pytest.mark.parametrize(
     "mask",
     [

@@ -71,6 +71,12 @@ def test_an_unknown_instruction_set_is_a_reason(monkeypatch):
     assert "DSPARK_CPU_ISA='mmx' is not one of" in reason
 
 
+def test_an_unknown_way_to_read_is_a_reason(monkeypatch):
+    monkeypatch.setenv("DSPARK_CPU_READ", "backwards")
+    reason = cpp.supports("linear", torch.zeros(1, 8), torch.zeros(4, 8))
+    assert "DSPARK_CPU_READ='backwards' is not one of runs, sequence" in reason
+
+
 def test_what_does_not_compile_says_where(cache):
     broken = emit.source("broken", "A test.", "parallel.h", [], "nonsense;")
     with pytest.raises(build.BuildError, match=r"broken_portable.*nonsense"):

@@ -82,6 +82,16 @@ def test_linear_on_every_instruction_set(level, dtype, monkeypatch):
             check(call("linear", x, w, None), F.linear(x, w), want, dtype)
 
 
+@pytest.mark.parametrize("reading", isa.READING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ways_to_read(reading, dtype, monkeypatch):
+    monkeypatch.setenv("DSPARK_CPU_READ", reading)
+    for rows, n, k in ((1, 70, 1100), (1, 33, 40), (4, 100, 2000), (8, 70, 256)):
+        x, w = torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype)
+        want = F.linear(x.double(), w.double())
+        check(call("linear", x, w, None), F.linear(x, w), want, dtype)
+
+
 def test_linear_without_intrinsics(monkeypatch):
     monkeypatch.setenv("DSPARK_CPU_ISA", "portable")
     x, w = torch.randn(6, 45).bfloat16(), torch.randn(37, 45).bfloat16()
