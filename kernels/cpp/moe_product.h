@@ -23,9 +23,9 @@ void product_passes(int64_t first, int64_t last, const T* const (&w)[MATS], int6
                           });
 }
 
-// R rows of weights with one row of x each: out[r] = w[r] . x[r]. The prefetch runs AHEAD in every
-// row and from its end on into next[r]. Rows so different as those of several experts stream side by
-// side.
+// R rows of weights with one row of x each: out[r] = w[r] . x[r]. The prefetch, where there is
+// one, runs AHEAD in every row and from its end on into next[r]. Rows so different as those of several
+// experts stream side by side.
 template <class T, int R>
 inline void own_rows(const T* const (&w)[R], const T* const (&next)[R],
                      const typename Packed<T, 1>::Element* const (&x)[R], int64_t K,
@@ -39,7 +39,7 @@ inline void own_rows(const T* const (&w)[R], const T* const (&next)[R],
                    int64_t shift) __attribute__((always_inline)) {
     for (int64_t k = from; k < to; k += STEP) {
       const bool whole = k + STEP <= K;
-      if (LINE == STEP || k % LINE == 0)
+      if (!SEQUENCE && (LINE == STEP || k % LINE == 0))
         for (int r = 0; r < R; ++r) __builtin_prefetch(ask[r] + k + shift, 0, 3);
       for (int r = 0; r < R; ++r) {
         if constexpr (P::FORM == Form::Fused) {

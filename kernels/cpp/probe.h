@@ -1,6 +1,7 @@
 // What the machine can do: reading and copying, as fast as plain loops go.
 #pragma once
 #include "parallel.h"
+#include "reading.h"
 #include "vec.h"
 
 namespace dspark {
@@ -16,7 +17,8 @@ inline void probe_read(Team team, const float* x, float* out, int64_t n) {
   for (int64_t i = 0; i < each; i += 16 * LINES)
     for (int s = 0; s < STREAMS; ++s) {
       const float* from = x + first + s * each + i;
-      for (int line = 0; line < LINES; ++line) __builtin_prefetch(from + 16 * line + 256, 0, 3);
+      if (!SEQUENCE)
+        for (int line = 0; line < LINES; ++line) __builtin_prefetch(from + 16 * line + 256, 0, 3);
       for (int j = 0; j < 16 * LINES; j += W) a[s] = a[s] + load(from + j);
     }
   float total = 0;

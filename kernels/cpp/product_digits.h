@@ -89,10 +89,11 @@ __attribute__((noinline)) void digit_tile(const uint8_t* const (&w)[R], int64_t 
       const __m512i start = _mm512_loadu_si512(x + COUNT * Kp + (run * COUNT + d) * 64);
       for (int r = 0; r < R; ++r) a[r][d] = start;
     }
-    auto steps = [&](int64_t first, int64_t last, int64_t ahead, __mmask64 lanes)
+    auto steps = [&](int64_t first, int64_t last, auto ahead, __mmask64 lanes)
                      __attribute__((always_inline)) {
       for (int64_t k = first; k < last; k += 64) {
-        ask<PASS, PASSES>(w, k + ahead);
+        if constexpr (!std::is_same<decltype(ahead), Unasked>::value)
+          ask<PASS, PASSES>(w, k + ahead);
         __m512i b[COUNT];
         for (int d = 0; d < COUNT; ++d) b[d] = _mm512_loadu_si512(x + d * Kp + k);
         for (int r = 0; r < R; ++r) {
@@ -106,7 +107,9 @@ __attribute__((noinline)) void digit_tile(const uint8_t* const (&w)[R], int64_t 
       }
     };
     const int64_t end = std::min(K, from + Row::RUN), whole = end / 64 * 64;
-    if constexpr (PASSES == 1) {
+    if constexpr (PASSES == 1 && SEQUENCE) {
+      steps(from, whole, Unasked{}, ~__mmask64(0));
+    } else if constexpr (PASSES == 1) {
       const int64_t ahead = std::min<int64_t>(AHEAD, whole - from);
       steps(from, whole - ahead, ahead, ~__mmask64(0));
       // Behind the row's end the next one begins; within it the run goes on.
@@ -115,7 +118,7 @@ __attribute__((noinline)) void digit_tile(const uint8_t* const (&w)[R], int64_t 
       const int64_t rows = std::max<int64_t>(4 * AHEAD / std::max<int64_t>(next, 1), 1);
       steps(from, whole, rows * next, ~__mmask64(0));
     }
-    if (whole < end) steps(whole, whole + 1, 0, (__mmask64(1) << (end - whole)) - 1);
+    if (whole < end) steps(whole, whole + 1, Unasked{}, (__mmask64(1) << (end - whole)) - 1);
     for (int r = 0; r < R; ++r) {
       __m512 y = _mm512_cvtepi32_ps(a[r][COUNT - 1]);
       for (int d = COUNT - 2; d >= 0; --d)

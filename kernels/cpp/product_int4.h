@@ -348,8 +348,8 @@ struct IntProduct<Int4, T, M, GROUPED> {
       FORM == Int4Form::Dot, LaneStepOf<T>,
       typename std::conditional<FORM == Int4Form::Fused, float, bf16>::type>::type;
   static constexpr int64_t EACH = FORM == Int4Form::Dot ? 1 : PLANE;  // elements of a unit
-  // Blocks of rows that are worked on side by side: runs of memory.
-  static constexpr int R = FORM == Int4Form::Tiles ? 2 : M <= 2 ? 4 : 2;
+  // Blocks of rows that are worked on side by side: runs of memory, few where it is read in order.
+  static constexpr int R = FORM != Int4Form::Tiles && M <= 2 && !SEQUENCE ? 4 : 2;
 
   static size_t size(int64_t K) { return sizeof(Element) * M * units(K) * EACH; }
   static size_t work(int64_t K) {

@@ -96,6 +96,14 @@ def test_zero_points(bits, zero, dtype, rows):
         compare(bits, dtype, rows, size, dtype, zero)
 
 
+@pytest.mark.parametrize("reading", isa.READING)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_ways_to_read(reading, bits, monkeypatch):
+    monkeypatch.setenv("DSPARK_CPU_READ", reading)
+    for size in ((70, 192, 6 if bits == 4 else 1), (33, 1061, 1)):
+        compare(bits, torch.bfloat16, 1, size)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("level", [x for x in isa.LEVELS if x in isa.available()])
 @pytest.mark.parametrize("bits", [8, 4])

@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 
 from dspark_compile.diagnostics import state
+from dspark_compile.codegen.cpp import isa
 from dspark_compile.kernels import cpp
 from dspark_compile.ops import OPS
 from dspark_compile.runtime.expert_load import expert_load
@@ -87,6 +88,12 @@ def test_one_token():
     for k in (1, 3, 6):
         check("moe_experts", experts(torch.float32, 1, k=k), torch.float32)
     check("moe_experts", experts(torch.float32, 1, count=13, k=11, inner=33), torch.float32)
+
+
+@pytest.mark.parametrize("reading", isa.READING)
+def test_ways_to_read(reading, monkeypatch):
+    monkeypatch.setenv("DSPARK_CPU_READ", reading)
+    check("moe_experts", experts(torch.bfloat16, 1, k=3), torch.bfloat16)
 
 
 @pytest.mark.slow
