@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers as tf
 
-from dspark_compile.diagnostics import state
 from dspark_compile.codegen.cpp import isa
+from dspark_compile.diagnostics import state
 from dspark_compile.kernels import cpp
 from dspark_compile.ops import OPS
 from dspark_compile.runtime.expert_load import expert_load
