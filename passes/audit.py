@@ -228,10 +228,13 @@ def _experts(live: list[fx.Node]) -> Iterator[Finding]:
 
 
 def _scatters(topk: fx.Node) -> bool:
-    """Whether a top-k becomes a table of scores, one for each expert, that products meet."""
+    """Whether a top-k becomes a table of scores, or one score after the other, that products meet;
+    or picks from what all experts computed."""
 
     def table(node: fx.Node) -> bool:
-        if not is_op(node, aten.scatter.src, aten.scatter.value, aten.eq.Tensor):
+        if is_op(node, aten.gather.default):
+            return _comes_of_product(node.args[0])  # type: ignore[arg-type]
+        if not is_op(node, aten.scatter.src, aten.scatter.value, aten.eq.Tensor, aten.eq.Scalar):
             return False
         return _reaches(
             node,

@@ -24,6 +24,7 @@ from dspark_compile.passes.graph import (
     is_dialect_op,
     is_op,
     is_tensor,
+    known_equal,
     peel,
     same_shape,
     shape,
@@ -36,7 +37,7 @@ MLPS = ("gated_mlp", "gated_mlp_merged", "mlp")
 
 @dataclass(frozen=True)
 class Mask:
-    """``choice == expert``: ``[T, k]``, or ``[k, T]`` if ``turned``."""
+    """``choice == expert``: ``[..., k]``, or ``[k, T]`` if ``turned``."""
 
     choice: fx.Node
     expert: int
@@ -122,8 +123,10 @@ def _read(before: fx.Node, part: fx.Node, rows: fx.Node | None) -> Step | None:
     for a, b in (product.args, product.args[::-1]):
         part = _bare(a)
         mlp = part if is_dialect_op(part, *MLPS) else None
-        if not is_tensor(b) or not is_tensor(part):
+        if not is_tensor(b) or not is_tensor(part) or not same_shape(shape(a), shape(part)):
             continue
+        if len(shape(b)) != len(shape(a)) or not known_equal(shape(b)[-1], 1):
+            continue  # [T] beside [T, D] would meet the columns
         if rows is None:
             if mlp is None:
                 continue
@@ -164,6 +167,8 @@ def _row_weight(node: Any, rows: fx.Node) -> tuple[Mask | None, fx.Node | None]:
         chosen = _mask(rows.args[0])
         if chosen is None or chosen.turned or mask != chosen or int(rows.args[1]) not in (-1, 1):  # type: ignore[arg-type]
             return None, None
+        if val(chosen.choice).dim() != 2:
+            return None, None
         return mask, weight
     if len(where) != 2 or where[0] is not rows:
         return None, None
@@ -193,7 +198,9 @@ def column(node: Any) -> tuple[fx.Node, int] | None:
 def _dense_weight(node: Any) -> tuple[Mask | None, fx.Node | None]:
     """(mask, weights) if ``node`` is ``(weight * mask).sum(-1)``, however spelt."""
     node = _bare(node)
-    if not is_op(node, aten.sum.dim_IntList) or list(node.args[1]) not in ([-1], [1]):
+    if not is_op(node, aten.sum.dim_IntList) or len(node.args[1]) != 1:
+        return None, None
+    if int(node.args[1][0]) % (rank := val(node.args[0]).dim()) != rank - 1:
         return None, None
     inner = _bare(node.args[0])
     if is_op(inner, aten.where.self):
@@ -217,7 +224,7 @@ def _dense_weight(node: Any) -> tuple[Mask | None, fx.Node | None]:
 def _table_weight(node: Any) -> tuple[Mask | None, fx.Node | None]:
     """(mask, weights) if ``node`` is one expert's column of a table of scores."""
     found = column_of(node)
-    if found is None or found[0].weights is None or val(found[0].indices).dim() != 2:
+    if found is None or found[0].weights is None:
         return None, None
     table, expert = found
     return Mask(table.indices, expert, False), table.weights
@@ -229,7 +236,7 @@ def _mask(node: Any) -> Mask | None:
         isinstance(node, fx.Node) and peel(node) is not node
     ):
         node = node.args[0]
-    if is_op(node, aten.eq.Scalar) and isinstance(node.args[1], int) and val(node).dim() == 2:
+    if is_op(node, aten.eq.Scalar) and isinstance(node.args[1], int) and val(node).dim() >= 2:
         return Mask(node.args[0], node.args[1], False)
     if not is_op(node, aten.select.int):
         return None

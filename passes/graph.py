@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -193,6 +193,33 @@ def emit(
             node.meta[key] = like.meta[key]
     node.meta["val"] = fake_call(target, args, kwargs or {}, fake_mode)
     return node
+
+
+def view_sizes(wanted: Sequence[Any], like: fx.Node, make: Callable[..., fx.Node]) -> list[Any]:
+    """``wanted`` as a view takes it: one symbol is what is left over, others are sizes of ``like``,
+    or of what it is a view of.
+
+    Raises:
+        AssertionError: a symbol is no size of these.
+    """
+    sources = [like]
+    while is_op(sources[-1], *VIEWS, aten._to_copy.default):
+        sources.append(sources[-1].args[0])  # type: ignore[arg-type]
+    found: list[Any] = []
+    for size in wanted:
+        if isinstance(size, int):
+            found.append(size)
+        elif -1 not in found:
+            found.append(-1)
+        else:
+            places = (
+                (n, d) for n in sources for d, m in enumerate(shape(n)) if known_equal(m, size)
+            )
+            place = next(places, None)
+            if place is None:
+                raise AssertionError(f"a view has the size {size}, which {like.name} has not")
+            found.append(make(aten.sym_size.int, *place))
+    return found
 
 
 def fake_call(target: Any, args: Any, kwargs: Any, fake_mode: Any) -> Any:

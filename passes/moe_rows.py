@@ -300,23 +300,29 @@ def _repeated(node: fx.Node, k: Any) -> fx.Node:
     if is_op(node, aten.index.Tensor, aten.index_select.default):
         where = node.args[1][0] if is_op(node, aten.index.Tensor) else node.args[2]  # type: ignore[index]
         where = peel(where)
-        if is_op(where, aten.floor_divide.default) and where.args[1] == k:
-            if is_op(peel(where.args[0]), aten.arange.default):
-                return node.args[0]  # type: ignore[return-value]
+        floored = argument(where, 9, "rounding_mode", "floor") == "floor"
+        divided = is_op(where, aten.floor_divide.default, aten.div.Tensor_mode) and floored
+        if divided and where.args[1] == k and is_op(peel(where.args[0]), aten.arange.default):
+            return node.args[0]  # type: ignore[return-value]
         if is_op(_spread(where, k), aten.arange.default):
             return node.args[0]  # type: ignore[return-value]
     raise Miss("the experts' rows are not the tokens, each repeated for its choices", node)
 
 
 def _spread(node: Any, k: Any) -> fx.Node | None:
-    """What ``node`` has k times, item by item, by an expansion; None if it is no such thing."""
+    """What ``node`` has k times, item by item, by an expansion; None if it is no such thing. With
+    another dimension, of 1, behind the first, where it is a view of something else."""
     if not is_op(node, *VIEWS) or not is_op(node.args[0], aten.expand.default):
         return None
     wide, sizes = node.args[0].args[0], shape(node.args[0])
     fits = len(sizes) == val(node).dim() + 1 and known_equal(sizes[1], k)
-    if fits and known_equal(shape(wide)[1], 1) and is_op(wide, aten.unsqueeze.default, *VIEWS):
-        return wide.args[0]  # type: ignore[no-any-return]
-    return None
+    if not fits or not known_equal(shape(wide)[1], 1):
+        return None
+    source = wide.args[0]
+    if is_op(wide, aten.unsqueeze.default, *VIEWS):
+        if same_shape(shape(source), (*shape(wide)[:1], *shape(wide)[2:])):
+            return source  # type: ignore[no-any-return]
+    return wide  # type: ignore[no-any-return]
 
 
 def is_inverse(node: Any, permutation: fx.Node) -> bool:

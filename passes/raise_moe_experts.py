@@ -31,6 +31,7 @@ from dspark_compile.passes.graph import (
     aten,
     emit,
     is_op,
+    known_equal,
     module_path,
     peel,
     same_shape,
@@ -159,9 +160,11 @@ class RaiseMoEExperts(Pass):
         gate = sides[activation.gate] if activation.gate is not None else None
         up = sides[-1 if gate is None else 1 - activation.gate]
         x, k = match["x"], match["k"]
+        rows = shape(x)[0]
+        if val(x).dim() == 3 and known_equal(shape(x)[1], 1):
+            x = make(aten.view.default, x, [-1, int(shape(x)[2])])
         if val(x).dim() != 2:
             raise AssertionError("the tokens are no rows")
-        rows = shape(x)[0]
         choices = as_rows(down.order.choices, rows, k, make)
         weights = as_rows(match["weights"], rows, k, make)
         norm, eps = (None, 0.0) if combine.norm is None else combine.norm.args[1:3]

@@ -103,7 +103,7 @@ class RaiseMoELoop(expert_loops.LoopPass):
         if [s.expert for s in chain] != list(range(len(chain))):
             return Problem("the experts are not numbered from 0 without a gap", "", first.mlp)
         lead = shape(first.choice)[:-1]
-        if not same_shape(shape(first.x)[:-1], lead) or len(lead) != 1:
+        if not same_shape(shape(first.x)[:-1], lead):
             return Problem("tokens and choices differ in shape", "flatten both", first.mlp)
         try:
             for loop in match["loops"]:

@@ -42,6 +42,7 @@ from dspark_compile.passes.graph import (
     same_shape,
     shape,
     val,
+    view_sizes,
 )
 
 _MAX_NODES = 80
@@ -119,6 +120,10 @@ class RaiseMoERouter(Pass):
         with graph.inserting_after(place):
             anchor = graph.call_function(operator.add, (0, 0))
         graph.inserting_before(anchor)
+
+        def make(target: Any, *args: Any) -> fx.Node:
+            return emit(graph, target, args, like=linear, fake_mode=ctx.fake_mode)
+
         correction = found.corrections[0] if found.corrections else None
         new = emit(
             graph,
@@ -134,8 +139,8 @@ class RaiseMoERouter(Pass):
         for index, old in ((1, found.weights), (2, found.indices), (0, linear)):
             item = emit_getitem(graph, new, index)
             if not same_shape(shape(item), shape(old)):
-                args = (item, list(shape(old)))
-                item = emit(graph, aten.view.default, args, like=linear, fake_mode=ctx.fake_mode)
+                sizes = view_sizes(shape(old), linear.args[0], make)  # type: ignore[arg-type]
+                item = make(aten.view.default, item, sizes)
             if index == 0 and correction is not None and not _after(graph, new, linear):
                 continue
             old.replace_all_uses_with(item, delete_user_cb=lambda u: u is not new)

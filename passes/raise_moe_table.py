@@ -41,12 +41,12 @@ from dspark_compile.passes.graph import (
     emit,
     is_dialect_op,
     is_op,
-    known_equal,
     module_path,
     peel,
     same_shape,
     shape,
     val,
+    view_sizes,
 )
 from dspark_compile.passes.moe_rows import Miss
 from dspark_compile.passes.pointwise import pointwise_before
@@ -115,7 +115,7 @@ class RaiseMoETable(Pass):
             activation, limits = recognised.activation, list(recognised.limits)
         lead = shape(table.indices)[:-1]
         if not same_shape(shape(x)[:-1], lead):
-            x = make(aten.view.default, x, _sizes((*lead, shape(x)[-1]), table.indices, make))
+            x = make(aten.view.default, x, view_sizes((*lead, shape(x)[-1]), table.indices, make))
         weights = table.weights
         if weights is None:
             weights = make(aten.gather.default, table.dense, -1, table.indices)
@@ -127,25 +127,9 @@ class RaiseMoETable(Pass):
         if val(node).dtype != val(new).dtype:
             result = make(_CAST, new, dtype=val(node).dtype)
         if not same_shape(shape(node), shape(result)):
-            result = make(aten.view.default, result, _sizes(shape(node), table.indices, make))
+            result = make(aten.view.default, result, view_sizes(shape(node), table.indices, make))
         node.replace_all_uses_with(result)
         ctx.raised("experts", new)
-
-
-def _sizes(wanted: tuple[Any, ...], like: fx.Node, make: Any) -> list[Any]:
-    """``wanted`` as a view takes it: symbols are sizes of ``like``, or what is left over."""
-    found: list[Any] = []
-    for size in wanted:
-        if isinstance(size, int):
-            found.append(size)
-        elif -1 not in found:
-            found.append(-1)
-        else:
-            dims = [d for d, n in enumerate(shape(like)) if known_equal(n, size)]
-            if not dims:
-                raise AssertionError(f"a result has the size {size}, which its tokens have not")
-            found.append(make(aten.sym_size.int, like, dims[0]))
-    return found
 
 
 def _behind(table: fx.Node) -> fx.Node | None:
