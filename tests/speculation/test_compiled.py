@@ -431,6 +431,8 @@ def test_a_custom_generate_call_takes_it(model, drafts):
         ({"draft": ("ngram", torch.nn.Linear(2, 2))}, "Linear is neither"),
         ({"draft": "ngram", "schedule": "greedy"}, "schedule"),
         ({"draft": "ngram", "num_drafted": 0}, "num_drafted"),
+        ({"draft": "ngram", "num_drafted": 2.5}, "num_drafted=2.5: give a whole number"),
+        ({"draft": "ngram", "num_drafted": True}, "num_drafted=True"),
         ({"num_drafted": 3}, "draft"),
         ({"draft": 5}, "DraftModel"),
     ],

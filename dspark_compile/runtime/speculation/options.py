@@ -29,8 +29,8 @@ def check_draft(model: Any, draft: Any, num_drafted: int | None, schedule: str) 
         if num_drafted is not None:
             raise ValueError(f"num_drafted={num_drafted}: it belongs to a draft; give draft=")
         return
-    if num_drafted is not None and not 1 <= num_drafted <= 64:
-        raise ValueError(f"num_drafted={num_drafted}: give 1 to 64")
+    if num_drafted is not None and (type(num_drafted) is not int or not 1 <= num_drafted <= 64):
+        raise ValueError(f"num_drafted={num_drafted!r}: give a whole number from 1 to 64")
     from dspark_compile.models.draft import DraftModel
 
     if isinstance(draft, (tuple, list)):
