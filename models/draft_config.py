@@ -265,7 +265,44 @@ def parse_config(data: Mapping[str, Any]) -> DraftConfig:
             f"no {', '.join(missing)} in config.json: not a DSpark or DFlash draft "
             f"(architectures: {architecture or 'none'})"
         )
+    _check_kinds(flat)
     return DraftConfig(**_fields(flat, family))
+
+
+_KINDS: dict[str, tuple[str, Any]] = {
+    "int": ("a whole number", lambda x: _is_whole(x)),
+    "float": ("a number", lambda x: _is_whole(x) or isinstance(x, float)),
+    "bool": ("true or false", lambda x: isinstance(x, bool)),
+    "str": ("text", lambda x: isinstance(x, str)),
+    "tuple[int, ...]": (
+        "a list of whole numbers", lambda x: isinstance(x, (list, tuple)) and all(map(_is_whole, x))
+    ),
+    "tuple[str, ...]": (
+        "a list of texts",
+        lambda x: isinstance(x, (list, tuple)) and all(isinstance(y, str) for y in x),
+    ),
+    "dict[str, Any]": ("an object", lambda x: isinstance(x, Mapping)),
+}  # fmt: skip
+
+
+def _is_whole(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _check_kinds(flat: Mapping[str, Any]) -> None:
+    """DraftError where a field of a file is of another kind than `DraftConfig`'s."""
+    for f in dataclasses.fields(DraftConfig):
+        value = flat.get(f.name)
+        if f.name in ("family", "extra") or value is None:
+            continue
+        words, fits = _KINDS[str(f.type).removesuffix(" | None")]
+        if not fits(value):
+            raise DraftError(f"{f.name}={value!r}: must be {words}")
+    theta = _rope(flat)["rope_theta"]
+    if not isinstance(theta, (int, float)) or not theta > 0:
+        raise DraftError(f"rope_theta={theta!r}: must be a number above 0")
+    if not flat["target_layer_ids"]:
+        check_taps((), 0)
 
 
 def _family(architecture: str, data: Mapping[str, Any]) -> str:

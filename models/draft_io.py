@@ -42,6 +42,8 @@ def load(
         raise DraftError(f"{str(folder)!r} has no config.json: not a draft's folder") from None
     except ValueError as error:
         raise DraftError(f"{str(folder / 'config.json')!r} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise DraftError(f"{str(folder / 'config.json')!r} holds no fields: it is no JSON object")
     config = parse_config(data)
     tensors = {rename(name): t for name, t in _read(folder).items()}
     tensors = {n: t for n, t in tensors.items() if not n.startswith(_IGNORED)}
@@ -144,7 +146,13 @@ def _read(folder: Path) -> dict[str, Tensor]:
         ) from error
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted({str(name) for name in found.values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DraftError(
+                f"{str(index)!r} has no weight_map of tensors to files: {error!r}"
+            ) from error
         files = [folder / Path(name).name for name in names]
     else:
         files = sorted(folder.glob("*.safetensors"))
@@ -222,12 +230,16 @@ def _fill(
         parts.append(f"of another shape: {_some(shapes, '; ')}")
     if parts:
         raise DraftError(f"the tensors in {str(folder)!r} do not fit: " + ", ".join(parts))
+    whole = [f"{n} ({t.dtype})" for n, t in tensors.items() if not t.is_floating_point()]
+    if whole:
+        raise DraftError(f"the tensors in {str(folder)!r} are not all floating: {_some(whole)}")
+    asked = dtype
     if dtype in (None, "auto"):
         dtype = tensors["fc.weight"].dtype
     elif isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise DraftError(f"dtype={dtype!r}: a floating dtype, its name, or 'auto'")
+        raise DraftError(f"dtype={asked!r}: a floating dtype, its name, or 'auto'")
     draft.to(dtype)
     draft.load_state_dict({n: t.to(dtype) for n, t in tensors.items()}, strict=False)
 

@@ -325,3 +325,44 @@ def test_sharded_and_bfloat16(tmp_path):
 
 def test_the_package_exports_it():
     assert dspark_compile.DraftModel is DraftModel
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("block_size", "7", "block_size='7': must be a whole number"),
+        ("block_size", True, "block_size=True: must be a whole number"),
+        ("target_layer_ids", "1,3", "target_layer_ids='1,3': must be a list of whole numbers"),
+        ("target_layer_ids", [1, "3"], "a list of whole numbers"),
+        ("target_layer_ids", [], "target_layer_ids is empty"),
+        ("rms_norm_eps", "1e-6", "rms_norm_eps='1e-6': must be a number"),
+        ("enable_confidence_head", 1, "enable_confidence_head=1: must be true or false"),
+        ("layer_types", "full_attention", "a list of texts"),
+        ("rope_theta", -1, "rope_theta=-1: must be a number above 0"),
+        ("rope_parameters", {"rope_theta": "many"}, "rope_theta='many'"),
+    ],
+)
+def test_fields_of_another_kind(field, value, words):
+    with pytest.raises(DraftError, match=words):
+        parse_config(DEEPSPEC | {field: value})
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": 3}'])
+def test_an_index_that_is_none(tmp_path, text):
+    folder = write(tmp_path / "a", DEEPSPEC, tensors(parse_config(DEEPSPEC)))
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(DraftError, match="no weight_map"):
+        DraftModel.from_pretrained(folder)
+
+
+def test_what_is_no_configuration_and_no_dtype(tmp_path):
+    weights = tensors(parse_config(DEEPSPEC))
+    folder = write(tmp_path / "a", DEEPSPEC, weights)
+    with pytest.raises(DraftError, match="dtype='half-way'"):
+        DraftModel.from_pretrained(folder, dtype="half-way")
+    (folder / "config.json").write_text("3")
+    with pytest.raises(DraftError, match="no JSON object"):
+        DraftModel.from_pretrained(folder)
+    whole = weights | {"fc.weight": torch.ones(D, 2 * D, dtype=torch.int8)}
+    with pytest.raises(DraftError, match=r"fc\.weight \(torch\.int8\)"):
+        DraftModel.from_pretrained(write(tmp_path / "b", DEEPSPEC, whole))
