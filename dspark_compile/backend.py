@@ -10,6 +10,7 @@ be rewritten is compiled unchanged and the report says why.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,10 +42,21 @@ from .reuse.inputs import Inputs, with_inputs
 from .reuse.steps import KeptStep
 
 log = logging.getLogger("dspark_compile")
+
+
+def _note_break(owner: Any, stack: Sequence[Any], reason: str, written: str) -> Callable[[], None]:
+    """`note_break`, with what is known of loops of decode steps in the function that breaks."""
+    unrolled = ""
+    if stack:
+        frame = stack[-1]
+        unrolled = loops.why_unrolled(os.path.basename(frame.filename), frame.name)
+    return note_break(owner, stack, reason, written, unrolled)
+
+
 hf_experts.install()
 loops.install()
 expert_turns.watch_experts()
-breaks.watch_breaks(note_break)
+breaks.watch_breaks(_note_break)
 
 
 # Passes that prove what a graph with a turn for every expert computes.
@@ -85,7 +97,7 @@ def dspark(
         from .diagnostics.environment import environment
 
         group.environment = environment()
-    with loops.once_more(group):
+    with loops.once_more(group, gm):
         if has_loops(gm) and _refusal(gm, example_inputs) is None:
             return _with_loops(gm, example_inputs, parsed, config, group)
         return _one_graph(gm, example_inputs, parsed, config, group)

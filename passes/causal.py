@@ -113,7 +113,7 @@ def proves_causal(
     if bias is None:
         return f"its mask is {mask!r}" if mask else "it has no mask"
     for size in SIZES:
-        bounds = _Bounds(symbol, size, values, tokens)
+        bounds = Bounds(symbol, size, values, tokens)
         known = bounds.concrete(bias)
         allowed = bounds.upper(bias) if known is None else _seen(known)
         if allowed.dim() < 2 or allowed.shape[-1] != size or allowed.shape[-2] != size:
@@ -132,7 +132,7 @@ def _seen(mask: Tensor) -> Tensor:
     return (mask > best.amax(-1, keepdim=True) + FORBIDS) & (mask > -torch.inf)
 
 
-class _Bounds:
+class Bounds:
     """Values of a mask's nodes at one length: concrete ones, and what is possible where they depend
     on tokens."""
 

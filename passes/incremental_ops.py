@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from dspark_compile.passes.causal import Bounds
 from dspark_compile.passes.graph import aten
 from dspark_compile.passes.incremental_core import (
     ALL,
@@ -121,7 +123,32 @@ def addmm(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
 @rule(aten.embedding.default)
 def embedding(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
     table, index = node.args[:2]
+    _limit_by_table(maker, table, index)
     return maker.emit(node, (maker.get(table), maker.get(index, modes[:-1]), *node.args[2:]))
+
+
+_TRIED = 1 << 12  # rows of a table of two indices that are tried: pairs of positions are many
+
+
+def _limit_by_table(maker: Maker, table: Any, index: Any) -> None:
+    """Positions index a table: how many it has is how long a sequence can be."""
+    if not isinstance(index, fx.Node) or maker.dependent[index]:
+        return
+    if not any(maker.carries(n) for n in index.meta["val"].shape):
+        return
+    rows = int(table.meta["val"].shape[0])
+
+    def fits(size: int) -> bool:
+        known = Bounds(maker.symbol, size, maker.values, maker.tokens).concrete(index)
+        return known is None or not known.numel() or int(known.max()) < rows
+
+    low, high = 0, 2 * rows + 2
+    if (index.meta["val"].dim() > 1 and high > _TRIED) or fits(high):
+        return
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    maker.limit = low if maker.limit is None else min(maker.limit, low)
 
 
 def _last_row(maker: Maker, node: fx.Node, modes: Modes) -> fx.Node | None:

@@ -21,6 +21,7 @@ from transformers import (
 
 import dspark_compile
 from dspark_compile import DecodeCache, last_generation
+from dspark_compile.options import OptionsError
 from dspark_compile.runtime import decode_cache, room
 from dspark_compile.runtime.errors import KVCacheError
 from dspark_compile.runtime.generate import free
@@ -438,6 +439,43 @@ def test_a_wrong_step_is_found_out(monkeypatch):
 def test_bad_arguments(model, given, error, says):
     with pytest.raises(error, match=says):
         dspark_compile.generate(model, prompt(), **given)
+
+
+def test_bad_tokens_and_masks(model):
+    for ids, error, says in (
+        (prompt().float(), ValueError, "torch.float32: give token ids"),
+        (prompt().bool(), ValueError, "torch.bool: give token ids"),
+        ([[1, 2]], ValueError, "input_ids are list: give a tensor"),
+        (prompt()[0], ValueError, "give a tensor of token ids, int64"),
+        (prompt() + 9000, IndexError, "which is no token: the model knows 0 to"),
+        (prompt() - 9000, IndexError, "hold -"),
+    ):
+        with pytest.raises(error, match=says):
+            dspark_compile.generate(model, ids, max_new_tokens=3)
+    mask = torch.ones(1, prompt().shape[1] + 1, dtype=torch.long)
+    mask[:, 0] = 0
+    with pytest.raises(ValueError, match=r"attention_mask is \[1, .* and input_ids are"):
+        dspark_compile.generate(model, prompt(), attention_mask=mask, max_new_tokens=3)
+    with pytest.raises(ValueError, match="logits_processor is a function: give a list"):
+        dspark_compile.generate(model, prompt(), lambda i, s: s, max_new_tokens=3)
+    with pytest.raises(OptionsError, match="unknown option 'nope'"):
+        dspark_compile.generate(model, prompt(), max_new_tokens=3, options={"nope": 1})
+    got = dspark_compile.generate(model, prompt().int(), max_new_tokens=3)
+    assert got.dtype == torch.int64
+    assert torch.equal(got, model.generate(prompt(), max_new_tokens=3))
+
+
+def test_more_tokens_than_positions():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=90, n_embd=32, n_layer=1, n_head=2, n_positions=24)
+    small = GPT2LMHeadModel(config).eval()
+    ids = prompt() % 90
+    room = 24 - ids.shape[1]
+    with pytest.raises(IndexError, match="the model has 24 positions: ask for fewer"):
+        dspark_compile.generate(small, ids, max_new_tokens=room + 20)
+    got = dspark_compile.generate(small, ids, max_new_tokens=room + 1)
+    assert torch.equal(got, small.generate(ids, max_new_tokens=room + 1))
 
 
 def test_no_module():

@@ -296,3 +296,43 @@ def test_ids_of_another_integer_type():
     model = sharpen(Last(PICKS["index"]))
     got = dspark_compile.generate(model, prompt().int(), max_new_tokens=4, options=QUICK)
     assert got.dtype == torch.int64 and torch.equal(got, text(model, prompt(), 4))
+
+
+@pytest.mark.parametrize("most, says", [(None, "tables for 22"), (15, "tables for 15")])
+@torch.no_grad()
+def test_how_long_a_text_may_be_is_known_before(most, says):
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = Last(lambda x, head: head(x))
+            self.at = nn.Embedding(24, VOCAB)
+
+        def forward(self, ids):
+            t = ids.shape[1]
+            assert most is None or t <= most, "too long"
+            return self.last(ids)[0] + self.at(torch.arange(t) + 2)
+
+    model = sharpen(Table())
+    with pytest.raises(ValueError, match=says):
+        dspark_compile.generate(model, prompt(), max_new_tokens=40, options=QUICK)
+    room = (22 if most is None else most) - 6
+    got = dspark_compile.generate(model, prompt(), max_new_tokens=room, options=QUICK)
+    assert torch.equal(got, text(model, prompt(), room))
+
+
+def test_a_token_that_the_model_does_not_know():
+    model = sharpen(Last(PICKS["index"]))
+    for wrong, says in (
+        (prompt() + 90, "no token: the model knows 0 to 89"),
+        (-prompt(), "hold -"),
+    ):
+        with pytest.raises(IndexError, match=says):
+            dspark_compile.generate(model, wrong, max_new_tokens=4, options=QUICK)
+    got = dspark_compile.generate(model, prompt(), max_new_tokens=4, options=QUICK)
+    assert torch.equal(got, text(model, prompt(), 4))
+
+
+def test_training_mode_is_named():
+    model = TorchLayers()
+    with pytest.raises(NotIncremental, match=r"in training mode: call its eval\(\)"):
+        dspark_compile.generate(model.train(), prompt(), max_new_tokens=4, options=QUICK)

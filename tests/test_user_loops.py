@@ -411,3 +411,102 @@ def test_another_position_and_another_number_of_steps():
     assert all("one compiled once" in notes(report) for g in report.graphs), notes(report)
     assert "stays as it is" not in notes(report), notes(report)
     assert len(report.graphs) <= 4, notes(report)
+
+
+@torch.no_grad()
+def test_a_name_of_the_body_that_is_the_loops_variable_too():
+    """``v, _ = logits.topk(k)`` under ``for _ in range(n)``."""
+    weights = torch.randn(40, 40, generator=torch.Generator().manual_seed(4))
+
+    def decode(x, n):
+        out = []
+        for _ in range(n):
+            scores = x @ weights
+            best, _ = scores.topk(3, dim=-1)
+            scores = scores.masked_fill(scores < best[:, [-1]], -1.0)
+            chosen = scores.argmax(-1, keepdim=True)
+            x = torch.nn.functional.one_hot(chosen[:, 0], 40).float() + scores / 40
+            out.append(chosen)
+        return torch.cat(out, 1), _
+
+    x = torch.randn(2, 40, generator=torch.Generator().manual_seed(5))
+    want = decode(x, 9)
+    got = torch.compile(decode, backend="dspark", fullgraph=True, dynamic=False)(x, 9)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    notes = [n for g in dspark_compile.last_report().graphs for n in g.notes]
+    assert any("decode_loop, 9 steps" in n for n in notes), notes
+
+
+@torch.no_grad()
+def test_a_loops_number_that_the_body_changes():
+    weights = torch.randn(40, 40, generator=torch.Generator().manual_seed(4))
+
+    def decode(x, n):
+        out = []
+        for i in range(n):
+            i = i + 2
+            x = (x @ weights).softmax(-1) * i
+            out.append(x.argmax(-1))
+        return torch.stack(out)
+
+    x = torch.randn(2, 40, generator=torch.Generator().manual_seed(5))
+    got = torch.compile(decode, backend="dspark", fullgraph=True, dynamic=False)(x, 5)
+    assert torch.equal(got, decode(x, 5))
+    notes = [n for g in dspark_compile.last_report().graphs for n in g.notes]
+    assert any("it assigns its own variable i" in n for n in notes), notes
+
+
+@torch.no_grad()
+def test_a_loop_that_data_ends_says_why_it_is_none():
+    """Not in terms of loops over experts, which break likewise."""
+    weights = torch.randn(40, 40, generator=torch.Generator().manual_seed(4))
+
+    def decode(x, n):
+        out = []
+        for _ in range(n):
+            x = (x @ weights).softmax(-1)
+            out.append(x.argmax(-1))
+            if (out[-1] == 99).all():
+                break
+        return torch.stack(out)
+
+    x = torch.randn(2, 40, generator=torch.Generator().manual_seed(5))
+    got = torch.compile(decode, backend="dspark", dynamic=False)(x, 5)
+    assert torch.equal(got, decode(x, 5))
+    (said,) = dspark_compile.last_report().graph_breaks
+    assert "it may break off: torch.while_loop has a condition" in said, said
+    assert "expert" not in said
+
+
+@pytest.mark.parametrize("how", ["while", "enumerate", "list"])
+@torch.no_grad()
+def test_loops_of_other_kinds_are_unrolled_and_named(how):
+    weights = torch.randn(40, 40, generator=torch.Generator().manual_seed(4))
+
+    def step(x):
+        x = (x @ weights).softmax(-1)
+        return x, x.argmax(-1)
+
+    def decode(x, n):
+        out, i, all_x = [], 0, [x]
+        if how == "while":
+            while i < n:
+                x, token = step(x)
+                out.append(token)
+                i += 1
+        elif how == "enumerate":
+            for _, _ in enumerate(range(n)):
+                x, token = step(x)
+                out.append(token)
+        else:
+            for _ in range(n):
+                all_x.append(step(all_x[-1])[0])
+            out = [x.argmax(-1) for x in all_x]
+        return torch.stack(out)
+
+    x = torch.randn(2, 40, generator=torch.Generator().manual_seed(5))
+    got = torch.compile(decode, backend="dspark", fullgraph=True, dynamic=False)(x, 5)
+    assert torch.equal(got, decode(x, 5))
+    (graph,) = dspark_compile.last_report().graphs
+    said = [n for n in graph.notes if "in a loop that is not taken as one step" in n]
+    assert said and "in step: return x, x.argmax(-1): traced 5 times" in said[0], graph.notes

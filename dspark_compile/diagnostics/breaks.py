@@ -56,26 +56,29 @@ _REMEDIES: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 
 
-def note(owner: Any, stack: Sequence[Any], reason: str, written: str) -> Callable[[], None]:
+def note(
+    owner: Any, stack: Sequence[Any], reason: str, written: str, unrolled: str = ""
+) -> Callable[[], None]:
     """Write a break into the report of the ``torch.compile`` call ``owner``, once for a line and
     reason; gives back what takes it out again. See `describe` for the rest."""
     report = state.current_report() if owner is None else state.start_report(id(owner))
     if owner is not None:
         report.owner = owner  # keeps the id from being used again
-    text = describe(stack, reason, written)
+    text = describe(stack, reason, written, unrolled)
     if text in report.graph_breaks:
         return lambda: None
     report.graph_breaks.append(text)
     return lambda: report.graph_breaks.remove(text)
 
 
-def describe(stack: Sequence[Any], reason: str, written: str = "") -> str:
+def describe(stack: Sequence[Any], reason: str, written: str = "", unrolled: str = "") -> str:
     """One line: where a graph broke, why, and what to write in its place where that is known.
 
     Args:
         stack: the user's frames (`traceback.FrameSummary`), innermost last; may be empty.
         reason: in Dynamo's words; its first lines are kept.
         written: why loops over experts there are traced as they are written, if that is known.
+        unrolled: why a loop of decode steps there is none, if that is known.
     """
     where, code = "", ""
     if stack:
@@ -89,7 +92,9 @@ def describe(stack: Sequence[Any], reason: str, written: str = "") -> str:
     if explained:
         said += f" ({explained.rstrip('.')})"
     advice = remedy(reason, code)
-    if advice and written:
+    if advice and unrolled:
+        advice = unrolled
+    elif advice and written:
         advice = f"it is traced as it is written, because {written}; {_TURNS}"
     return f"{where}{said}{advice and f'; {advice}'}"
 

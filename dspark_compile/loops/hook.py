@@ -11,7 +11,9 @@ it would have been, and the report has the reason.
 from __future__ import annotations
 
 import contextlib
+import re
 import types
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +31,7 @@ from .numbers import NotData, check_numbers
 from .source import LoopSource, find_loop
 from .step import step_function
 
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n(.*)')
 LEAST = 4  # steps
 PEELED = 1  # first steps that may be others
 
@@ -61,6 +64,16 @@ def found() -> Found:
     return compilation_state("dspark_loops", Found)
 
 
+def why_unrolled(file: str, function: str) -> str:
+    """Why loops of a function stay as they are, as far as that is known; empty: it is not."""
+    ours = [
+        (where, why)
+        for where, why in found().said.items()
+        if where.startswith(f"{file}:") and where.partition(" in ")[2].split(":")[0] == function
+    ]
+    return "; ".join(f"the loop at {where} stays as it is: {why}" for where, why in ours)
+
+
 def refuse(where: str, reason: str) -> None:
     """The loop at ``where`` will be unrolled; Dynamo must be made to trace again."""
     state = found()
@@ -69,13 +82,37 @@ def refuse(where: str, reason: str) -> None:
 
 
 @contextlib.contextmanager
-def once_more(report: CompileReport) -> Iterator[None]:
-    """Around the compilation of one graph: what was found out of loops in it goes to its report."""
+def once_more(report: CompileReport, module: fx.GraphModule) -> Iterator[None]:
+    """Around the compilation of ``module``, Dynamo's graph: what was found out of loops in it goes
+    to its report."""
     state, known = found(), len(report.graphs)
     yield
     for where, reason in state.said.items():
         for graph in report.graphs[known : known + 1]:
             graph.note(f"loop at {where} stays as it is: {reason}")
+    for where, times in _repeated(module).items():
+        file, function = where.split(":")[0], where.partition(" in ")[2].split(":")[0]
+        if not why_unrolled(file, function):
+            for graph in report.graphs[known : known + 1]:
+                graph.note(
+                    f"{where}: traced {times} times, in a loop that is not taken as one step: that "
+                    "is `for … in range(…)` with its tensors in variables"
+                )
+
+
+def _repeated(module: fx.GraphModule) -> dict[str, int]:
+    """Where tokens are chosen over and over by the same call, and how often."""
+    calls: Counter[str] = Counter()
+    for node in module.graph.nodes:
+        if node.op in ("call_function", "call_method") and _name(node) in ("argmax", "multinomial"):
+            calls[node.stack_trace or ""] += 1
+    found = {}
+    for trace, times in calls.items():
+        frames = _FRAME.findall(trace)
+        if times >= LEAST and frames:
+            file, line, function, text = frames[-1]
+            found[f"{file.rsplit('/', 1)[-1]}:{line} in {function}: {text.strip()}"] = times
+    return found
 
 
 def unrolls(module: fx.GraphModule) -> bool:

@@ -31,6 +31,8 @@ from typing import Any
 
 from .names import SCOPES, Flow, NotALoop, inside, mentions, read_after
 
+# In place of a loop's variable that the body assigns before it reads it.
+UNREAD = "__dspark_unread"
 # What Dynamo calls the rest of a function behind a graph break.
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(.*)_at_\d+")
 
@@ -43,7 +45,7 @@ class LoopSource:
         node: the statement.
         filename: of the source.
         where: ``file.py:12 in f: for _ in range(n):``.
-        variable: of the loop.
+        variable: of the loop; `UNREAD` where its name is only one of the body's.
         stored: names that the body assigns.
         carried: those that it may read before it assigns them, or may not assign at all.
         read: names that it only reads, globals among them.
@@ -172,7 +174,11 @@ def _analyse(loop: ast.For, function: Any, code: types.CodeType, where: str) -> 
     flow = Flow()
     flow.block(loop.body)
     if variable in flow.stored:
-        raise NotALoop(f"it assigns its own variable {variable}")
+        if variable in flow.early or variable not in flow.assigned:
+            raise NotALoop(f"it assigns its own variable {variable}")
+        # As in ``v, _ = x.topk(k)`` under ``for _ in``: the name is one of the body's, and nobody
+        # reads the number.
+        variable = UNREAD
     after = read_after(loop, function, code)
     appended = {n for n in flow.loads if n not in flow.stored and _only_appended(n, loop.body)}
     grown = {n: s for n in flow.stored if (s := _growth(n, loop.body)) is not None}

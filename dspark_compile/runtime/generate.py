@@ -11,13 +11,16 @@ logits ``[B, S, V]`` gets a cache inserted by the compiler (`dspark_compile.runt
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dspark_compile.options import Options
+
 from .decode_loop import DecodeLoop, GenerationReport, Plan
+from .index_errors import explained
 from .rounds import POOL, pool_key
 from .speculation.options import check_draft
 from .token_choice import TokenChoice
@@ -78,6 +81,8 @@ def generate(
 
     Raises:
         ValueError: an argument has no meaning; the message says which.
+        OptionsError: ``options`` has an unknown option or an illegal value.
+        IndexError: a token that the model does not know, or more tokens than it has positions.
         DraftError: draft and model do not fit each other.
         KVCacheError: no memory for the cache; nothing is held on to, and the next call works.
         NotIncremental: a module that is not of Hugging Face cannot be decoded token by token; the
@@ -86,6 +91,15 @@ def generate(
     if kv_cache not in ("model", "int8"):
         raise ValueError(f"kv_cache={kv_cache!r} is unknown; choose 'model' or 'int8'")
     check_draft(model, draft, num_drafted, schedule)
+    Options.parse(options)
+    for name, value in (
+        ("logits_processor", logits_processor), ("stopping_criteria", stopping_criteria)
+    ):  # fmt: skip
+        if value is not None and not isinstance(value, Iterable):
+            raise ValueError(f"{name} is a {type(value).__name__}: give a list of them")
+    if input_ids is not None and not (isinstance(input_ids, Tensor) and input_ids.dim() >= 2):
+        shape = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids are {shape}: give a tensor of token ids, int64 [B, L]")
     own: dict[str, Any] = {
         "kv_cache": kv_cache, "options": dict(options or {}), "draft": draft,
         "num_drafted": num_drafted, "schedule": schedule,
@@ -177,8 +191,11 @@ def _module(
         )
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model is a {type(model).__name__}: give a torch.nn.Module")
-    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.shape[1]:
-        raise ValueError("input_ids must be int64 [B, L] with at least one token")
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel():
+        shape = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ValueError(
+            f"input_ids are {shape}: they must be int64 [B, L] with at least one row and one token"
+        )
     if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise ValueError(f"input_ids are {input_ids.dtype}: give token ids, torch.int64")
     input_ids = input_ids.long()
@@ -200,7 +217,11 @@ def _module(
     for name, value in (("top_p", top_p), ("min_p", min_p)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value!r}: it must lie between 0 and 1")
+    if isinstance(eos_token_id, Tensor):
+        eos_token_id = eos_token_id.flatten().tolist()
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+    if not all(isinstance(e, int) for e in eos):
+        raise ValueError(f"eos_token_id={eos_token_id!r}: give token ids")
     sampling = (temperature, top_k, top_p, min_p) if do_sample else (1.0, 0, 1.0, 0.0)
 
     def called(ids: Tensor, scores: Tensor) -> Tensor:
@@ -237,4 +258,6 @@ def _module(
         )
     if streamer is not None:
         streamer.put(input_ids.cpu())
-    return DecodeLoop(rounds, input_ids, plan, report).run()
+    vocabulary = getattr(rounds, "vocabulary", None)
+    with explained(input_ids, length, vocabulary, limit):
+        return DecodeLoop(rounds, input_ids, plan, report).run()

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dspark_compile.models.draft_config import DraftError
@@ -15,6 +16,7 @@ from dspark_compile.passes.incremental import NotIncremental
 
 from .decode_cache import DecodeCache, rigid, unsupported
 from .decode_loop import PREFILL_CHUNK, DecodeLoop, GenerationReport, Plan
+from .index_errors import explained, known_to
 from .inserted import InsertedRounds
 from .rounds import POOL, NotRounds, Rounds, batch_bucket, pool_key
 from .token_choice import TokenChoice, parse
@@ -59,8 +61,40 @@ def decode(
         own: ``kv_cache`` and ``options`` of `generate`.
     """
     reason = _refusal(model, input_ids, config, given)
-    if input_ids is not None:
+    if reason is None:
+        if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+            raise ValueError(f"input_ids are {input_ids.dtype}: give token ids, torch.int64")
+        mask, cache = given.get("attention_mask"), _cache(given)
+        held = cache is not None and _held(cache)
+        if mask is not None and mask.dim() == 2 and not held and mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask is {list(mask.shape)} and input_ids are {list(input_ids.shape)}: "
+                "give a number for every token"
+            )
         input_ids = input_ids.long()  # as transformers' own loop gives them back
+        length = int(criteria.max_length or input_ids.shape[1])
+        with explained(input_ids, length, *known_to(model)):
+            return _decode(
+                model, input_ids, processors, criteria, config, streamer, given, own, report
+            )
+    return _decode(
+        model, input_ids, processors, criteria, config, streamer, given, own, report, reason
+    )
+
+
+def _decode(
+    model: Any,
+    input_ids: Tensor,
+    processors: Any,
+    criteria: Any,
+    config: Any,
+    streamer: Any,
+    given: dict[str, Any],
+    own: Mapping[str, Any],
+    report: GenerationReport,
+    reason: str | None = None,
+) -> Any:
+    """`decode`; with ``reason``, by transformers."""
     rounds: Rounds | None = None
     if reason is None and own.get("draft") is not None:
         plan = _plan(input_ids, processors, criteria, config, streamer, given, report)
@@ -230,7 +264,7 @@ def _plan(
 ) -> Plan:  # fmt: skip
     cache, pad = _cache(given), config._pad_token_tensor
     plan = Plan(
-        max_length=criteria.max_length or input_ids.shape[1] + (1 << 40),
+        max_length=int(criteria.max_length or input_ids.shape[1] + (1 << 40)),
         choice=TokenChoice(sample=bool(config.do_sample)),
         pad=0 if pad is None else int(pad.flatten()[0]),
         streamer=streamer,

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -24,7 +25,7 @@ from dspark_compile.passes.incremental import (
 from .errors import KVCacheError
 from .room import bucket
 from .rounds import Rounds, pool_key
-from .trace_whole import CaptureError, trace_whole
+from .trace_whole import CaptureError, Whole, trace_whole
 
 TRACED = 11  # tokens of the prompt it is traced with
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
@@ -120,11 +121,19 @@ class InsertedRounds(Rounds):
         device = next((x.device for x in (*model.parameters(), *model.buffers())), None)
         self._start(model, rows, False, "model", options, device or torch.device("cpu"))
         self.key = pool_key(rows, "inserted", "model", self.options)
-        self.some = _vocabulary(function, rows, self.tokens.device)
+        self.vocabulary = _vocabulary(function, rows, self.tokens.device)
+        self.some = min(9, self.vocabulary)
         ids = torch.randint(
             int(self.some > 1), self.some, (rows, TRACED), device=self.tokens.device
         )
-        made, self._args, self._at = _derive(function, ids)
+        try:
+            made, self._args, self._at = _derive(function, ids)
+        except NotIncremental as error:
+            if not model.training:
+                raise
+            raise NotIncremental(
+                f"{error} (the model is in training mode: call its eval())"
+            ) from error
         self._run, self.limit, self.last = made.module, made.limit, made.last
         self.cache = InsertedCache(made.caches, self.tokens.device, self.limit)
         self._check(function)
@@ -239,7 +248,7 @@ def _layers_as_written() -> Iterator[None]:
 
 
 def _vocabulary(function: Callable[[Tensor], Tensor], rows: int, device: torch.device) -> int:
-    """Token ids below this are good for a trial: a vocabulary may have very few.
+    """How many tokens ``function`` gives logits for.
 
     Raises:
         NotIncremental: what ``function`` gives is no logits.
@@ -257,7 +266,7 @@ def _vocabulary(function: Callable[[Tensor], Tensor], rows: int, device: torch.d
             f"for tokens [{rows}, {TRACED}] it gives {shape}, and logits are [B, S, vocabulary], "
             "or [B, vocabulary] of the last token"
         )
-    return min(9, int(shape[-1]))
+    return int(shape[-1])
 
 
 def _derive(
@@ -300,4 +309,25 @@ def _derive(
         raise NotIncremental("it was traced for one length only")
     values = {n: x for n, x in zip(inputs, args, strict=True) if isinstance(x, Tensor)}
     made = make_incremental(traced, tokens, whole.place, size.node.expr, values)
+    most = _longest(whole)
+    if most is not None:
+        made.limit = most if made.limit is None else min(made.limit, most)
     return made, args, at[0]
+
+
+def _longest(whole: Whole) -> int | None:
+    """The longest sequence that the trace holds for (``assert t <= block_size``); None: any. That a
+    length is not a certain one is about layouts: a table as long as that is no longer a part."""
+    conditions = [c for c in whole.conditions if not isinstance(c, sympy.Ne)]
+
+    def holds(size: int) -> bool:
+        values = dict.fromkeys(whole.expressions, size)
+        return all(bool(c.xreplace(values)) for c in conditions)
+
+    low, high = TRACED, 1 << 24
+    if holds(high) or not holds(low):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
