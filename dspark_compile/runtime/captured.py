@@ -9,12 +9,23 @@ are the same tensor objects every time. On the CPU that is one native call and n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .trace_whole import CaptureError, Whole, trace_whole
+
+
+def _random_numbers_kept() -> AbstractContextManager[None]:
+    """Inside, random numbers are drawn as if outside nobody saw it: a text sampled behind a seed is
+    the same whether its step was compiled before or is compiled on the way."""
+    device = torch.accelerator.current_accelerator()
+    if device is None or device.type not in ("cuda", "xpu"):
+        return torch.random.fork_rng(devices=[])
+    at = torch.accelerator.current_device_index()
+    return torch.random.fork_rng(devices=[at], device_type=device.type)
 
 
 class Captured:
@@ -40,11 +51,12 @@ class Captured:
         sizes = {x.shape[dimension] for x, dimension in growing}
         for x, dimension in growing:
             torch._dynamo.mark_dynamic(x, dimension)
-        whole = trace_whole(
-            function,
-            lambda gm, inputs: dspark(gm, inputs, options=dict(options or {})),
-            hands_on=True,
-        )
+        with _random_numbers_kept():
+            whole = trace_whole(
+                function,
+                lambda gm, inputs: dspark(gm, inputs, options=dict(options or {})),
+                hands_on=True,
+            )
         if any(whole.args[i] not in sizes for i in whole.symbols):
             raise CaptureError("a size that is not the cache's is a symbol")
         self.first = whole.result

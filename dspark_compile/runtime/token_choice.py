@@ -123,16 +123,24 @@ class Chooser:
         if self.uniform is None:
             return
         if self._drawn is None or self._next == len(self._drawn):
-            self._drawn, self._next = self.draw_many(64), 0
-        assert self._drawn is not None
+            self._drawn, self._next = self._fresh(64, self.uniform), 0
         self.uniform.copy_(self._drawn[self._next])
         self._next += 1
 
     def draw_many(self, count: int) -> Tensor | None:
-        """Uniform numbers ``[count, R]``; None: nothing is random."""
+        """Uniform numbers ``[count, R]``, those that `draw` would give one after the other: how
+        many steps are taken alone does not change a text. None: nothing is random."""
         if self.uniform is None:
             return None
-        return torch.rand(count, *self.uniform.shape, device=self.uniform.device)
+        held = self._fresh(0, self.uniform) if self._drawn is None else self._drawn[self._next :]
+        if len(held) < count:
+            held = torch.cat((held, self._fresh(count - len(held), self.uniform)))
+        self._drawn, self._next = held, count
+        return held[:count]
+
+    @staticmethod
+    def _fresh(count: int, like: Tensor) -> Tensor:
+        return torch.rand(count, *like.shape, device=like.device)
 
     def __call__(self, logits: Tensor) -> int | None:
         """Choose from ``logits [R, V]``; how many rows are not done, on a CPU."""

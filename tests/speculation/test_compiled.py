@@ -570,3 +570,28 @@ def test_sampled_text_is_distributed_as_the_models(kind, schedule, rows, monkeyp
     if wanted[-1] < 6:
         kept, wanted = kept[:-1], wanted[:-1]
     assert p_value(kept, wanted) > 0.01
+
+
+@pytest.mark.parametrize("kind", [None, "draft", slow("ngram")])
+@pytest.mark.parametrize("rows", [1, slow(2)])
+def test_a_seed_gives_one_text(model, drafts, kind, rows):
+    """Also where the step is compiled on the way, and where tokens are handed over one by one."""
+    POOL.drop(model)
+    given = asked(ONE if rows == 1 else TWO) | {"max_new_tokens": 30, "do_sample": True}
+    if kind is not None:
+        given |= {"draft": drafts[kind], "schedule": "fixed"}
+    texts = []
+    for call in range(4):
+        if call == 3 and rows == 1:
+            given["streamer"] = Heard()
+        torch.manual_seed(3)
+        texts.append(dspark_compile.generate(model, **given))
+    assert all(torch.equal(text, texts[0]) for text in texts)
+
+
+class Heard:
+    def put(self, value):
+        pass
+
+    def end(self):
+        pass
