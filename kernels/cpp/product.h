@@ -136,8 +136,9 @@ struct Unasked {};
 // there. It is pass PASS of PASSES over these rows: one alone asks AHEAD in each row, and from a
 // row's end on into the one `next` elements on; several ask for the rows `next` elements on.
 template <class T, int R, int MT, Form FORM, int PASS = 0, int PASSES = 1>
-inline void tile(const T* const (&w)[R], int64_t next, const void* packed, int64_t ldx, int64_t K,
-                 float* out, bool add = false) {
+inline __attribute__((always_inline)) void tile(const T* const (&w)[R], int64_t next,
+                                                const void* packed, int64_t ldx, int64_t K,
+                                                float* out, bool add = false) {
   constexpr int W = Vec::W;
   constexpr int COUNT = tile_results(R, MT);
   constexpr int STEP = FORM == Form::Fused ? W : 32;
@@ -193,10 +194,12 @@ inline void tile(const T* const (&w)[R], int64_t next, const void* packed, int64
 }
 
 // All M for R rows, a few at a time; W comes from memory the first time, from cache after. The
-// results of each pass lie `each` after those of the one before.
+// results of each pass lie `each` after those of the one before. (Inlined: as functions of their own
+// GCC keeps the sums in memory.)
 template <class T, int R, int M, int MT, Form FORM, int PASS = 0, int PASSES = (M + MT - 1) / MT>
-inline void tiles_of(const T* const (&w)[R], int64_t next, const void* packed, int64_t ldx,
-                     int64_t K, float* out, int64_t each, bool add = false) {
+inline __attribute__((always_inline)) void tiles_of(const T* const (&w)[R], int64_t next,
+                                                    const void* packed, int64_t ldx, int64_t K,
+                                                    float* out, int64_t each, bool add = false) {
   constexpr int NOW = M < MT ? M : MT;
   tile<T, R, NOW, FORM, PASS, PASSES>(w, next, packed, ldx, K, out, add);
   if constexpr (M > MT) {
