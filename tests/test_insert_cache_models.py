@@ -336,3 +336,16 @@ def test_training_mode_is_named():
     model = TorchLayers()
     with pytest.raises(NotIncremental, match=r"in training mode: call its eval\(\)"):
         dspark_compile.generate(model.train(), prompt(), max_new_tokens=4, options=QUICK)
+
+
+def test_a_seed_gives_the_same_text_whether_the_step_is_there_or_not():
+    model = sharpen(Last(PICKS["index"]))
+    texts = []
+    for _ in range(3):
+        torch.manual_seed(11)
+        texts.append(
+            dspark_compile.generate(
+                model, prompt(2), max_new_tokens=20, do_sample=True, top_k=40, options=QUICK
+            )
+        )
+    assert torch.equal(texts[0], texts[1]) and torch.equal(texts[1], texts[2])

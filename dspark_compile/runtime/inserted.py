@@ -123,9 +123,11 @@ class InsertedRounds(Rounds):
         self.key = pool_key(rows, "inserted", "model", self.options)
         self.vocabulary = _vocabulary(function, rows, self.tokens.device)
         self.some = min(9, self.vocabulary)
-        ids = torch.randint(
-            int(self.some > 1), self.some, (rows, TRACED), device=self.tokens.device
-        )
+        # Of a generator of its own: what the caller has seeded is the caller's.
+        generator = torch.Generator().manual_seed(1)
+        first = int(self.some > 1)
+        ids = torch.randint(first, self.some, (rows, TRACED), generator=generator)
+        ids = ids.to(self.tokens.device)
         try:
             made, self._args, self._at = _derive(function, ids)
         except NotIncremental as error:
