@@ -465,6 +465,17 @@ def test_bad_tokens_and_masks(model):
     assert torch.equal(got, model.generate(prompt(), max_new_tokens=3))
 
 
+@pytest.mark.parametrize("custom", [True, False])
+def test_an_assistant_is_named_where_it_is_left_out(model, custom):
+    given = {"max_new_tokens": 5, "assistant_model": model}
+    if custom:
+        out = model.generate(prompt(), custom_generate=dspark_compile.generate, **given)
+    else:
+        out = dspark_compile.generate(model, prompt(), **given)
+    assert "assistant_model is not used: give it as draft=" in last_generation().notes
+    assert torch.equal(out, model.generate(prompt(), max_new_tokens=5))
+
+
 def test_more_tokens_than_positions():
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -33,14 +33,19 @@ _KNOWN = {
 def callers_streamer() -> Any:
     """transformers prepares a ``streamer`` and does not hand it to a ``custom_generate`` function:
     it is found where it is a local variable of ``GenerationMixin.generate``."""
+    return _locals_of_generate().get("streamer")
+
+
+def _locals_of_generate() -> Mapping[str, Any]:
+    """Of the ``GenerationMixin.generate`` that is under way; empty: there is none."""
     frame = sys._getframe(1)
     for _ in range(12):
         if frame is None:
-            return None
+            break
         if frame.f_code.co_name == "generate" and "generation_mode_kwargs" in frame.f_locals:
-            return frame.f_locals.get("streamer")
+            return frame.f_locals
         frame = frame.f_back  # type: ignore[assignment]
-    return None
+    return {}
 
 
 def decode(
@@ -71,6 +76,8 @@ def decode(
                 f"attention_mask is {list(mask.shape)} and input_ids are {list(input_ids.shape)}: "
                 "give a number for every token"
             )
+        if _locals_of_generate().get("assistant_model") is not None:
+            report.notes.append("assistant_model is not used: give it as draft=")
         input_ids = input_ids.long()  # as transformers' own loop gives them back
         length = int(criteria.max_length or input_ids.shape[1])
         with explained(input_ids, length, *known_to(model)):
