@@ -88,21 +88,23 @@ class Cost:
 
     def expression(self, machine: Machine, *, resident: bool = False) -> sympy.Expr:
         """Time over symbolic sizes; ``resident`` says that the operands lie in cache."""
-        bandwidth = machine.cached if resident else machine.bandwidth
-        move = self.bytes / sympy.Float(bandwidth)
+        move = self.bytes / sympy.Float(machine.cached)
+        if not resident:
+            move = self.bytes * sympy.Float(machine.factor("memory") / machine.bandwidth)
         compute = self.computing(machine)
         # Neither hides behind the other altogether: cores that compute ask for less.
         return sympy.sqrt(move**2 + compute**2) + sympy.Float(machine.launch + machine.region)
 
     def computing(self, machine: Machine) -> sympy.Expr:
         """The time of the operations alone."""
-        vector = self.vector / sympy.Float(machine.rate(torch.float32))
-        return self.flops / sympy.Float(machine.rate(self.dtype)) + vector
+        vector = sympy.Float(machine.factor("score") / machine.rate(torch.float32))
+        product = sympy.Float(machine.factor("compute") / machine.rate(self.dtype))
+        return self.flops * product + self.vector * vector
 
     def bound(self, machine: Machine, sizes: Mapping[Any, Any] | None = None) -> str:
         """What the time goes to: ``"memory"`` or ``"compute"``."""
         c = self.subs(sizes or {})
-        memory = float(c.bytes) / machine.bandwidth
+        memory = float(c.bytes) * machine.factor("memory") / machine.bandwidth
         return "memory" if memory >= float(c.computing(machine)) else "compute"
 
 

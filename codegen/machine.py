@@ -13,6 +13,7 @@ a measurement made under load says so (`Machine.busy`) and is made again after t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 
 VERSION = 1
+FACTORS = ("memory", "compute", "score")  # of the cost model: see `codegen.calibrate`
 BUSY_SECONDS = 600  # how long a measurement made under load is kept
 
 
@@ -46,6 +48,9 @@ class Machine:
         launch: calling one kernel from Python.
         region: entering and leaving a parallel region.
         busy: whether other work was running when this was measured.
+        factors: how many times longer than by the rates above kernels take for their bytes
+            (``memory``), operations in products (``compute``) and softmax (``score``), as
+            `codegen.calibrate` found them; 1 where it was not asked.
     """
 
     name: str
@@ -58,6 +63,11 @@ class Machine:
     launch: float = 10e-6
     region: float = 2e-6
     busy: bool = False
+    factors: dict[str, float] = field(default_factory=dict)
+
+    def factor(self, name: str) -> float:
+        """One of `FACTORS`."""
+        return self.factors.get(name, 1.0)
 
     @property
     def bandwidth(self) -> float:
@@ -95,9 +105,22 @@ class Machine:
         positive = (*machine.read.values(), *machine.copy.values(), machine.cached)
         if not machine.read or not all(x > 0 for x in (*positive, *machine.rates.values())):
             raise ValueError("bandwidths and rates must be positive, and read must not be empty")
+        strange = set(machine.factors) - set(FACTORS)
+        if strange or not all(x > 0 for x in machine.factors.values()):
+            raise ValueError(
+                f"factors={machine.factors!r}: give positive numbers for any of {list(FACTORS)}"
+            )
         if "float32" not in machine.rates:
             raise ValueError("rates must have float32")
         return machine
+
+
+def keep_factors(factors: dict[str, float]) -> None:
+    """Makes these the factors of what `describe` returns from now on, in other processes too."""
+    path = _path()
+    if path is not None:
+        _keep(path, dataclasses.replace(_kept_or_measured(), factors=factors))
+    _known.cache_clear()
 
 
 def describe(*, fresh: bool = False) -> Machine:
@@ -109,16 +132,14 @@ def describe(*, fresh: bool = False) -> Machine:
     override = os.environ.get("DSPARK_MACHINE", "")
     if fresh:
         _known.cache_clear()
-        path = _path()
-        if path is not None:
-            path.unlink(missing_ok=True)
+        _measure_and_keep()
     return _known(override, torch.get_num_threads())
 
 
 @functools.lru_cache(maxsize=8)
 def _known(override: str, threads: int) -> Machine:
     given = _override(override)
-    required = {f.name for f in dataclasses.fields(Machine)}
+    required = {f.name for f in dataclasses.fields(Machine)} - {"factors"}
     if given and required <= set(given):
         return Machine.from_dict(given)
     return Machine.from_dict({**_kept_or_measured().to_dict(), **given})
@@ -157,16 +178,32 @@ def _path() -> Path | None:
     return folder / "machine" / f"{digest}.json"
 
 
-def _kept_or_measured() -> Machine:
+def _kept() -> Machine | None:
+    """What is kept, also where it is due to be measured again."""
     path = _path()
-    if path is not None:
-        try:
-            kept = Machine.from_dict(json.loads(path.read_text(encoding="utf-8")))
-            if not kept.busy or time.time() - path.stat().st_mtime < BUSY_SECONDS:
-                return kept
-        except (OSError, ValueError):
-            pass
-    machine = measure()
+    if path is None:
+        return None
+    try:
+        return Machine.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def _kept_or_measured() -> Machine:
+    kept, path = _kept(), _path()
+    if kept is None or path is None:
+        return _measure_and_keep()
+    with contextlib.suppress(OSError):
+        if not kept.busy or time.time() - path.stat().st_mtime < BUSY_SECONDS:
+            return kept
+    return _measure_and_keep()
+
+
+def _measure_and_keep() -> Machine:
+    """A new measurement; a calibration outlives it."""
+    kept, machine, path = _kept(), measure(), _path()
+    if kept is not None:
+        machine = dataclasses.replace(machine, factors=kept.factors)
     if path is not None:
         _keep(path, machine)
     return machine
@@ -184,12 +221,16 @@ def _keep(path: Path, machine: Machine) -> None:
         return
 
 
+def busy() -> bool:
+    """Whether other work has been running in the last minute, as far as the system says."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) / 2 + 0.5
+
+
 def measure(seconds: float = 4.0) -> Machine:
     """Measure this machine in about ``seconds``: the best of what fits."""
     from dspark_compile.diagnostics.environment import cpu_name
 
     threads = torch.get_num_threads()
-    busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) / 2 + 0.5
     counts = sorted({1, threads} | {n for n in (2, 4, 8, 16, 32, 64, 128) if n < threads})
     probes = _probes()
     share = seconds / (2 * len(counts) + 5)
@@ -225,7 +266,7 @@ def measure(seconds: float = 4.0) -> Machine:
         rates=rates,
         launch=alone,
         region=max(together - alone, 1e-7),
-        busy=busy,
+        busy=busy(),
     )
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from dspark_compile.codegen.machine import Machine
 
 app = typer.Typer(
     name="dspark",
@@ -212,16 +216,51 @@ def env(
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure the machine again, for about 5 seconds.")
     ] = False,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Fit the cost model to kernels timed here, in up to two minutes, and keep it.",
+        ),
+    ] = False,
 ) -> None:
     """Print versions, devices, the C++ compiler, and what the machine can do."""
     from dspark_compile.codegen.machine import describe
     from dspark_compile.diagnostics.environment import environment
 
     try:
-        machine = describe(fresh=measure).to_dict()
+        machine = describe(fresh=measure)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="DSPARK_MACHINE") from error
-    typer.echo(json.dumps({**environment(), "machine": machine}, indent=2, default=str))
+    if calibrate:
+        machine = replace(machine, factors=_calibrated(machine))
+    values = machine.to_dict()
+    typer.echo(json.dumps({**environment(), "machine": values}, indent=2, default=str))
+
+
+def _calibrated(machine: Machine) -> dict[str, float]:
+    """Fitted factors, which are kept; how far the fit is goes to standard error."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from dspark_compile.codegen.calibrate import calibrate
+    from dspark_compile.codegen.machine import busy, keep_factors
+
+    if busy():
+        typer.echo(
+            "other work is running, so kernels will look slow: calibrate again when it has ended",
+            err=True,
+        )
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("kernels", total=None)
+        try:
+            factors = calibrate(
+                machine, progress=lambda done, of: bar.update(task, completed=done, total=of)
+            )
+        except RuntimeError as error:
+            raise typer.BadParameter(str(error), param_hint="--calibrate") from error
+    keep_factors(factors)
+    return factors
 
 
 def parse_options(items: list[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from benchmarks import cost_model
+from dspark_compile.codegen import calibrate
 
 TRUE = (1.3, 0.7, 2.0)
 
@@ -21,7 +22,7 @@ def measured(factors=TRUE, odd=None):
             "memory_s": 1e-4 * (1 + shape), "compute_s": 5e-5 * rows * (1 + shape % 4),
             "score_s": 4e-5 * rows if shape % 3 == 0 else 0.0, "launch_s": 2e-6,
         }  # fmt: skip
-        r["measured_s"] = cost_model.predicted(r, factors) * (4 if shape == odd else 1)
+        r["measured_s"] = calibrate.predicted(r, factors) * (4 if shape == odd else 1)
         results.append(r)
     return results
 
@@ -40,13 +41,13 @@ def test_a_prediction_of_parts_is_the_cost_models():
     cache = T((1, 8, 4096, 128))
     query = T((1, 16, 4, 128), torch.bfloat16)
     model = cost("attention", query, cache, cache, None, None, [], [], keys=sympy.S(1000))
-    parts = cost_model.parts(model, machine)
+    parts = calibrate.parts(model, machine)
     assert parts["score_s"] > 0
-    assert cost_model.predicted(parts, (1, 1, 1)) == pytest.approx(model.seconds(machine))
+    assert calibrate.predicted(parts, (1, 1, 1)) == pytest.approx(model.seconds(machine))
 
 
 def test_a_fit_finds_the_factors():
-    assert cost_model.fit(measured()) == pytest.approx(TRUE, rel=0.03)
+    assert calibrate.fit(measured()) == pytest.approx(TRUE, rel=0.03)
 
 
 def test_a_shape_that_is_left_out_has_no_part_in_its_prediction():
@@ -56,7 +57,7 @@ def test_a_shape_that_is_left_out_has_no_part_in_its_prediction():
     # One odd shape is predicted as badly without it as it is odd: nothing was fitted to it.
     odd = measured(odd=5)
     known = [r for r in odd if r["shape"] != "s5"]
-    wrong = cost_model.errors([r for r in odd if r["shape"] == "s5"], cost_model.fit(known))
+    wrong = cost_model.errors([r for r in odd if r["shape"] == "s5"], calibrate.fit(known))
     assert wrong == pytest.approx([0.75, 0.75], abs=0.03)
 
 

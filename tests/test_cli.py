@@ -62,6 +62,26 @@ def test_env_prints_json():
     assert json.loads(result.output)["dspark"]
 
 
+def test_env_calibrates_and_keeps_it(tmp_path, monkeypatch):
+    from dspark_compile.codegen import calibrate, machine
+
+    monkeypatch.setenv("DSPARK_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(calibrate, "calibrate", lambda m, progress: {"memory": 1.25})
+    monkeypatch.setattr(machine, "busy", lambda: True)
+    result = run("env", "--calibrate")
+    assert result.exit_code == 0 and "calibrate again" in result.stderr
+    assert json.loads(result.stdout)["machine"]["factors"] == {"memory": 1.25}
+    again = run("env")
+    assert json.loads(again.stdout)["machine"]["factors"] == {"memory": 1.25}
+
+    def broken(m, progress):
+        raise RuntimeError("no compiler: install g++")
+
+    monkeypatch.setattr(calibrate, "calibrate", broken)
+    assert run("env", "--calibrate").exit_code == 2
+    machine._known.cache_clear()
+
+
 def test_a_report_that_cannot_be_written(tmp_path):
     with pytest.raises(typer.BadParameter, match=r"cannot write .*give a path in a folder"):
         _write(CompileReport().to_json, tmp_path / "nope" / "r.json", "--json")

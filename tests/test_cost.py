@@ -52,6 +52,22 @@ def test_time_is_that_of_memory_and_arithmetic_and_the_launch():
     assert c.seconds(MACHINE) == pytest.approx(5e-3 + 6e-6) and (c + c).vector == 2 * c.vector
 
 
+def test_factors_of_a_machine_scale_the_parts_of_a_time():
+    from dataclasses import replace
+
+    slow = replace(
+        MACHINE, factors={"memory": 2.0, "compute": 3.0, "score": 5.0}, launch=0, region=0
+    )
+    c = Cost(sympy.Integer(30_000_000), sympy.S(0), sympy.S(0), torch.bfloat16)
+    assert c.seconds(slow) == pytest.approx(2e-3)
+    # In cache, memory's factor has no say.
+    assert c.seconds(slow, resident=True) == pytest.approx(5e-4)
+    c = Cost(sympy.S(0), sympy.S(0), sympy.Integer(10**9), torch.bfloat16, sympy.Integer(10**8))
+    assert c.seconds(slow) == pytest.approx(3e-3 + 5e-3)
+    even = Cost(sympy.Integer(30_000_000), sympy.S(0), sympy.Integer(9 * 10**8), torch.bfloat16)
+    assert even.bound(MACHINE) == "memory" and even.bound(slow) == "compute"
+
+
 def test_attention_reads_the_keys_that_the_mask_leaves():
     q, kv = T((1, 16, M, 128)), T((1, 8, N, 128))
     args = (q, kv, kv, None, None, [], [])

@@ -75,6 +75,73 @@ def test_what_was_measured_under_load_is_measured_again(own_cache, monkeypatch):
     assert len(calls) == 2
 
 
+def test_a_calibration_is_kept_and_outlives_measurements(own_cache, monkeypatch):
+    monkeypatch.setenv("DSPARK_CACHE_DIR", str(own_cache))
+    monkeypatch.setattr(machine, "measure", small)
+    assert machine.describe().factors == {} and machine.describe().factor("score") == 1
+    machine.keep_factors({"memory": 1.5, "compute": 2.0, "score": 0.5})
+    assert machine.describe().factor("memory") == 1.5
+    machine._known.cache_clear()
+    assert machine.describe(fresh=True).factor("score") == 0.5
+    (kept,) = (own_cache / "machine").iterdir()
+    busy = dataclasses.replace(Machine.from_dict(json.loads(kept.read_text())), busy=True)
+    kept.write_text(json.dumps(busy.to_dict()))
+    old = time.time() - 2 * machine.BUSY_SECONDS
+    os.utime(kept, (old, old))
+    machine._known.cache_clear()
+    assert machine.describe().factor("compute") == 2 and not machine.describe().busy
+    monkeypatch.setenv("DSPARK_MACHINE", '{"factors": {"memory": 3}}')
+    assert machine.describe().factors == {"memory": 3}
+
+
+@pytest.mark.parametrize("factors", [{"memory": 0.0}, {"speed": 2.0}, {"score": -1.0}])
+def test_factors_that_are_none(factors):
+    with pytest.raises(ValueError, match=r"factors=.*give positive numbers for any of"):
+        Machine.from_dict({**small().to_dict(), "factors": factors})
+
+
+def test_a_calibration_is_fitted_to_kernels_of_every_kind(monkeypatch):
+    from dspark_compile.codegen import calibrate
+    from dspark_compile.codegen.cost import cost
+
+    asked = []
+
+    def made_up(case, given, rounds):
+        args, kwargs = case.warm()
+        keys = {} if case.keys is None else {"keys": 64}
+        parts = calibrate.parts(cost(case.op, *args, **kwargs, **keys), given)
+        asked.append(case.op)
+        taken = calibrate.predicted(parts, (1.4, 2.0, 3.0))
+        return {**parts, "measured_s": taken, "op": case.op, "shape": case.shape}
+
+    monkeypatch.setattr(calibrate, "measure", made_up)
+    rates = {"float32": 1e9, "bfloat16": 2e10}
+    machine = dataclasses.replace(small(), read={2: 3e8}, rates=rates, launch=0.0, region=0.0)
+    steps = []
+    factors = calibrate.calibrate(machine, progress=lambda done, of: steps.append((done, of)))
+    assert factors == pytest.approx({"memory": 1.4, "compute": 2.0, "score": 3.0}, rel=0.1)
+    assert {"linear", "linear_int8", "linear_int4", "gated_mlp", "attention"} <= set(asked)
+    assert steps == [(i, len(asked)) for i in range(len(asked))]
+    # A measurement of something else does not become a factor.
+    monkeypatch.setattr(
+        calibrate, "measure", lambda *a: {**made_up(*a), "measured_s": 1e3, "launch_s": 0.0}
+    )
+    assert max(calibrate.calibrate(machine).values()) == calibrate.LIMIT
+    monkeypatch.setattr(calibrate, "measure", lambda *a: None)
+    with pytest.raises(RuntimeError, match="nothing to calibrate with"):
+        calibrate.calibrate(machine)
+
+
+def test_a_case_is_measured_on_this_machine():
+    from dspark_compile.codegen import calibrate
+
+    result = calibrate.measure(
+        calibrate.linear(256, 512, 2, torch.float32), machine.describe(), 2, cold=2**20
+    )
+    assert result["measured_s"] >= result["min_s"] > 0 and result["read_bandwidth"] > 0
+    assert result["memory_s"] > 0 and result["compute_s"] > 0 and result["score_s"] == 0
+
+
 def test_overrides(own_cache, monkeypatch):
     monkeypatch.setenv("DSPARK_CACHE_DIR", str(own_cache))
     monkeypatch.setattr(machine, "measure", small)

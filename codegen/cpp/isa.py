@@ -85,9 +85,8 @@ def reading() -> str:
     """How this CPU likes to read what comes from memory; ``$DSPARK_CPU_READ`` takes the other way.
 
     ``runs``: as several runs side by side with prefetches between the instructions, since the
-    hardware's own prefetch stops at every page (Intel). ``sequence``: long
-    sequential readers left alone, since the hardware's own does better (AMD:
-    a block is read a third faster in order than as runs, a row a tenth faster without a prefetch).
+    hardware's own prefetch stops at every page (Intel). ``sequence``: long sequential readers
+    left alone, since the hardware's own does better (AMD).
 
     Raises:
         ValueError: ``$DSPARK_CPU_READ`` is neither.

@@ -348,7 +348,7 @@ struct IntProduct<Int8, T, M, GROUPED> {
       type;
   static constexpr int64_t STEP = FORM == Int8Form::Bytes ? 2 * PAIR : PAIR;  // numbers
   // Rows whose accumulators fit into registers together: runs that are read side by side. Of one
-  // row's bytes fewer, where memory is read in order: 4 runs gave a fifth more than 8.
+  // row's bytes fewer, where memory is read in order.
   static constexpr int R =
       FORM == Int8Form::Digits ? (std::is_same<T, float>::value || (SEQUENCE && M == 1) ? 4 : 8)
                                : (Vec::W == 16 && M <= 2 ? 8 : 4);

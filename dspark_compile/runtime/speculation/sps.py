@@ -91,13 +91,15 @@ class SPSCurve:
 
         machine = machine or describe()
         costs = _target_costs(target, context, requests)
-        rates = [(c.read, c.write, c.flops, machine.rate(c.dtype)) for c in costs]
+        compute = machine.factor("compute")
+        rates = [(c.read, c.write, c.flops, machine.rate(c.dtype) / compute) for c in costs]
+        bandwidth = machine.bandwidth / machine.factor("memory")
         launch = machine.region  # stages of one native call, graph nodes of one replay
         seconds = [0.0]
         for b in range(1, largest + 1):
             total = 0.0
             for read, write, flops, rate in rates:
-                move = (read(b) + write(b)) / machine.bandwidth
+                move = (read(b) + write(b)) / bandwidth
                 total += max(move, flops(b) / rate) + launch
             seconds.append(total)
         return cls(seconds, **options)
