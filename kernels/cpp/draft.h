@@ -44,7 +44,8 @@ struct Drafting {
   float* weights;   // [B, K, target vocabulary]
   double* totals;   // [B, K]
   int64_t* ids;     // [B, K]: in the draft's vocabulary
-  double* survival;  // [B, K]
+  double* survival;    // [B, K]
+  float* confidences;  // [B, count]: logits
 };
 
 template <class T>
@@ -307,6 +308,7 @@ void draft_sequence(Team team, Drafting& d) {
           widen_row((const W*)s.w1 + d.block[b * (K + 1) + k] * r, r, features.data() + s.width);
         const float logit = dot(s.confidence, features.data(), s.width + s.confidence_reads) +
                             float(s.confidence_bias);
+        d.confidences[b * d.count + k] = logit;
         // The running product is taken where all are there.
         d.survival[b * K + k] = sigmoid(logit / s.temperatures[k]);
       }

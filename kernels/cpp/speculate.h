@@ -130,7 +130,8 @@ bool draft_round(Team team, Speculation& s, Shared& shared) {
     team.barrier();
     if (!run(team, s, s.propose, shared)) return false;
     Drafting d{&s.sequence, s.batch, D, K, s.vocabulary, s.block, s.seen, s.how, s.greedy != 0,
-               s.uniform, s.draft_weights, s.draft_totals, s.drafted_ids, s.survival};
+               s.uniform, s.draft_weights, s.draft_totals, s.drafted_ids, s.survival,
+               s.confidences};
     const int64_t start = now();
     draft_sequence<U, W>(team, d);
     if (team.thread != 0) return true;
@@ -289,10 +290,20 @@ inline void keep_states(Speculation& s, int64_t width_index) {
                 (const char*)s.states[width_index] + b * bytes, size_t(bytes));
 }
 
+// What became of request b's confidences (`OnlineCalibration.record`).
+inline void record(Speculation& s, int64_t b, int64_t accepted) {
+  const int64_t row = *s.recorded % s.ring, D = s.drafts;
+  std::memcpy(s.recorded_logits + row * D, s.confidences + b * D, sizeof(float) * size_t(D));
+  s.recorded_accepted[row] = accepted;
+  s.recorded_verified[row] = s.verified[b];
+  *s.recorded += 1;
+}
+
 // Accept, correct, bonus, commit and crop, for all requests.
 inline void settle(Speculation& s, Shared& shared) {
   const int64_t start_slot = *s.slot;
   const bool guessed = shared.source == kDraft && (s.kind == 2 || !s.sequence.confidence);
+  const bool records = shared.source == kDraft && s.recorded_logits != nullptr;
   int64_t most = 0;
   int64_t kept[kMostRequests] = {};
   bool replaced = false;
@@ -305,6 +316,7 @@ inline void settle(Speculation& s, Shared& shared) {
     if (guessed && !s.point[b])
       for (int64_t k = 0; k < s.verified[b] && k <= accepted; ++k)
         s.conditional[k] += kLearned * (double(accepted > k) - s.conditional[k]);
+    if (records && !s.point[b] && s.verified[b] > 0) record(s, b, accepted);
     const int64_t* text = s.text + b * s.text_room + s.lengths[b];
     kept[b] = commit(s, b, accepted, next);
     learn_looked(s, b, text, kept[b]);

@@ -108,6 +108,8 @@ class Speculation(ctypes.Structure):
         ("counters", _P),
         ("survival", _P), ("found", _P), ("verified", _P), ("choice", _P), ("draft_weights", _P),
         ("draft_totals", _P), ("target_weights", _P), ("target_totals", _P), ("drafted_ids", _P),
+        ("confidences", _P), ("recorded_logits", _P), ("recorded_accepted", _P),
+        ("recorded_verified", _P), ("recorded", _P), ("ring", _I),
     )  # fmt: skip
 
 

@@ -113,6 +113,13 @@ struct Speculation {
   float* target_weights;  // [batch, K + 1, V]
   double* target_totals;  // [batch, K + 1]
   int64_t* drafted_ids;   // [batch, K]: in the draft's own vocabulary
+  float* confidences;     // [batch, D]: logits of the round
+  // the latest verified rounds of a request, a ring: what calibrates the confidences; null without
+  float* recorded_logits;      // [ring, D]
+  int64_t* recorded_accepted;  // [ring]
+  int64_t* recorded_verified;  // [ring]
+  int64_t* recorded;           // how many there ever were
+  int64_t ring;
 };
 
 // Drafted tokens of request b, behind its anchor.

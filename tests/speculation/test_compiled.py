@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from dspark_compile.runtime.rounds import POOL
 from dspark_compile.runtime.speculation import loop as loops
 from dspark_compile.runtime.speculation import rounds as rounds_module
 from dspark_compile.runtime.speculation import state as states
+from dspark_compile.runtime.speculation.calibration import OnlineCalibration
 from dspark_compile.runtime.speculation.lookup_proposals import drafting_part
 from dspark_compile.runtime.speculation.park import ParkPolicy
 from dspark_compile.runtime.speculation.state import Prices, verify_length, widths_for
@@ -213,6 +216,55 @@ def test_engines_look_alike_at_a_draft_without_confidences(
     assert found[0][:2] == found[-1][:2]
     assert found[0][2] == pytest.approx(found[-1][2])
     assert found[0][2][0] != 0.01
+
+
+@pytest.mark.parametrize("kind", ["draft", "ngram+draft"])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_confidences_are_calibrated_anew_by_what_was_verified(
+    model, drafts, kind, sampled, monkeypatch
+):
+    """Both engines record the same rounds, and the next call goes by what was fitted to them."""
+    take, seen = loops.take, []
+
+    def fresh(*args, **more):
+        seen.append(take(*args, **more))
+        seen[-1]._refining.clear()
+        return seen[-1]
+
+    monkeypatch.setattr(loops, "OnlineCalibration", functools.partial(OnlineCalibration, least=12))
+    prompt, given = TWO[1:], {"do_sample": sampled, "num_drafted": _count(kind), "top_k": 0}
+    recorded = []
+    for driven in (False, True):
+        with monkeypatch.context() as patch:
+            if driven:
+                patch.setattr(loops, "engine_for", lambda s, other: (TorchEngine(s), None))
+            patch.setattr(loops, "take", fresh)
+            torch.manual_seed(5)
+            _, report = speculate(model, prompt, 90, drafts[kind], **given)
+        assert report.path == ("compiled" if driven else "native")
+        online = seen[-1]._refining[sampled][1]
+        logits, accepted, verified, count = (x.clone() for x in online.ring)
+        rows = verified > 0
+        assert 12 <= int(rows.sum()) <= int(count) and bool((accepted <= verified).all())
+        recorded.append((logits[rows], accepted[rows], verified[rows]))
+        assert online.refits == 1 and online.calibration.observed[0] == int(rows.sum())
+        known = torch.tensor(online.calibration.observed) >= 12
+        assert known[0] and bool((online.calibration.temperatures[~known] == 1).all())
+    for native, other in zip(*recorded, strict=True):
+        assert torch.allclose(native.float(), other.float(), atol=1e-4)
+    # Kept for the next call.
+    made = []
+    monkeypatch.setattr(
+        loops, "engine_for", lambda s, other: (made.append(s) or TorchEngine(s), None)
+    )
+    before = online.calibration.temperatures
+    speculate(model, prompt, 8, drafts[kind], **given)
+    assert made[-1].calibration.temperatures is before
+    own = drafting_part(seen[-1].proposer).draft
+    # A draft that is calibrated from outside begins afresh.
+    monkeypatch.setattr(own, "calibration", {"temperatures": [2.0] * own.config.num_drafted})
+    speculate(model, prompt, 8, drafts[kind], **given)
+    assert made[-1].calibration.temperatures.tolist() == [2.0] * own.config.num_drafted
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

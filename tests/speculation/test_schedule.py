@@ -262,6 +262,18 @@ def test_online_refinement():
     assert (online.refit().temperatures[:2] > 2).all()
 
 
+def test_refinement_is_rare():
+    """Twice as many rounds each time, then every four rings."""
+    online = OnlineCalibration(Calibration.identity(4), size=64, least=16)
+    logits, accepted = draws(16)
+    live, fits = torch.ones(16, dtype=torch.bool), []
+    for turn in range(1, 65):
+        online.record(logits, accepted, torch.full((16,), 4), live)
+        if online.refine():
+            fits.append(16 * turn)
+    assert fits == [16, 32, 64, 128, 256, 512, 768, 1024] and online.refits == len(fits)
+
+
 def test_calibration_file_errors():
     for bad in ([1.0], [1.0, -1.0], [1.0, "x"], None):
         with pytest.raises(ValueError, match="temperatures"):

@@ -159,13 +159,19 @@ def fit(logits: Tensor, accepted: Tensor, verified: Tensor | None = None) -> Cal
 class OnlineCalibration:
     """Refines the temperatures from what generation sees, without touching the host in between.
 
-    A ring of the latest rounds lies on the device; `record` writes rows into it, `refit` (now and
-    then, off the critical path) fits anew once there is enough.
+    A ring of the latest rounds lies on the device; `record` writes rows into it (native rounds
+    write them themselves), `refit` (now and then, off the critical path) fits anew once there is
+    enough.
+
+    Attributes:
+        calibration: as it is now. refits: how often it was fitted anew.
+        size: rounds that the ring holds. least: observations that a position's fit takes.
     """
 
     def __init__(self, start: Calibration, *, size: int = 4096, least: int = 1024) -> None:
         length, device = len(start.temperatures), start.temperatures.device
-        self.calibration, self.size, self.least = start, size, least
+        self.calibration, self.size, self.least, self.refits = start, size, least, 0
+        self._due = least
         self._logits = torch.zeros(size, length, device=device)
         self._accepted = torch.zeros(size, dtype=torch.long, device=device)
         self._verified = torch.zeros(size, dtype=torch.long, device=device)
@@ -182,6 +188,22 @@ class OnlineCalibration:
         self._verified.index_copy_(0, rows, torch.where(live, verified, 0))
         self._next += len(accepted)
 
+    @property
+    def ring(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `record` writes: logits ``[size, K]`` float32, accepted and verified ``[size]``, and
+        how many rows there ever were ``[]``, int64."""
+        return self._logits, self._accepted, self._verified, self._next
+
+    def refine(self) -> bool:
+        """`refit` where there is twice as much as last time, or the ring is new four times over: a
+        fit takes as long as some rounds. Whether it did (one host read)."""
+        seen = int(self._next)
+        if seen < self._due:
+            return False
+        self._due = min(2 * seen, seen + 4 * self.size)
+        before = self.calibration
+        return self.refit() is not before
+
     def refit(self) -> Calibration:
         """Fit to what is there; with too little of it, the temperatures stay (one host read)."""
         seen = min(int(self._next), self.size)
@@ -192,4 +214,5 @@ class OnlineCalibration:
             rare = torch.tensor([n < self.least for n in new.observed], device=old.device)
             new.temperatures = torch.where(rare, old, new.temperatures)
             self.calibration = new
+            self.refits += 1
         return self.calibration

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from dspark_compile.ops.token import draw, penalised
 from dspark_compile.runtime.decode_loop import FIRST_ROOM, VISIT, GenerationReport, Plan
 from dspark_compile.runtime.rounds import POOL, NotRounds, batch_bucket, pool_key
 from dspark_compile.runtime.speculation.accept import distribution
-from dspark_compile.runtime.speculation.calibration import Calibration
+from dspark_compile.runtime.speculation.calibration import Calibration, OnlineCalibration
 from dspark_compile.runtime.speculation.compiled_proposers import (
     DraftProposals,
     ModelProposals,
@@ -29,6 +31,8 @@ from dspark_compile.runtime.speculation.rounds import SpeculativeRounds
 from dspark_compile.runtime.speculation.state import Prices, State, Visit, widths_for
 from dspark_compile.runtime.speculation.telemetry import Counters, SpeculationStats
 from dspark_compile.runtime.speculation.torch_engine import TorchEngine
+
+log = logging.getLogger(__name__)
 
 # Why a model has no speculation for some key: found out once, by compiling. With the draft that the
 # key names by its id, which another one may get when it is gone.
@@ -82,6 +86,24 @@ class Speculator:
         self.policy = ParkPolicy(
             burden=BATCH_BURDEN if rows > 1 else 1.0, guesses=own is not None and not sure
         )
+        self.sure = sure
+        self._refining: dict[bool, tuple[Any, OnlineCalibration]] = {}
+
+    def refining(
+        self, own: Any, start: Calibration, sampled: bool, device: torch.device
+    ) -> OnlineCalibration | None:
+        """What refines the calibration of the draft's confidences from call to call, for sampled
+        text and for greedy text each; None where it has none. ``own`` is the draft's
+        ``calibration``: another one is begun with afresh, at ``start``."""
+        if not self.sure:
+            return None
+        known = self._refining.get(sampled)
+        if known is None or known[0] is not own:
+            # What a call under inference mode makes is written to by calls outside of it.
+            with torch.inference_mode(False):
+                start = replace(start, temperatures=start.temperatures.to(device))
+                known = self._refining[sampled] = own, OnlineCalibration(start)
+        return known[1]
 
 
 def drafted_tokens(draft: Any, asked: int | None, rows: int) -> int:
@@ -280,11 +302,14 @@ class SpeculativeLoop:
         count, drafting = rounds.count, drafting_part(self.proposer)
         own = getattr(getattr(drafting, "draft", None), "calibration", None)
         drafted = getattr(drafting, "count", count)
+        calibration = Calibration.from_dict(own, drafted, sampled=plan.choice.sample)
+        online = self.speculator.refining(own, calibration, plan.choice.sample, prompt.device)
+        if online is not None:
+            calibration = online.calibration
         state = State(
             rounds, self.proposer, plan.choice, plan.eos, limit, text, lengths.clone(),
             lengths.clone(), torch.zeros(batch, dtype=torch.bool, device=prompt.device), seen,
-            Counters(count, prompt.device), self.speculator.prices,
-            Calibration.from_dict(own, drafted, sampled=plan.choice.sample), self.fixed,
+            Counters(count, prompt.device), self.speculator.prices, calibration, self.fixed, online,
         )  # fmt: skip
         rounds.filled[:batch] = lengths
         rounds.live[:batch] = True
@@ -444,6 +469,9 @@ class SpeculativeLoop:
         for width, reason in self.rounds.reasons.items():
             report.notes.append(f"verifying {width} tokens is not compiled: {reason}")
         engine.finish()
+        if state.online is not None and state.online.refine():
+            values = [round(t, 3) for t in state.online.calibration.temperatures.tolist()]
+            log.info("confidences calibrated anew, temperatures %s", values)
         report.new_tokens = most
         report.cache_bytes = self.rounds.cache.nbytes
         report.speculation = SpeculationStats.read(

@@ -238,6 +238,13 @@ class NativeEngine:
             q.confidence_reads = config.markov_rank if draft.confidence_head.with_markov else 0
             temperatures = self.state.calibration.temperatures.float().contiguous()
             q.temperatures = _address(self._hold(temperatures))
+            s.confidences = self._zeros(batch, config.num_drafted)
+            if self.state.online is not None:
+                ring = self.state.online.ring
+                s.recorded_logits, s.recorded_accepted, s.recorded_verified, s.recorded = (
+                    _address(self._hold(x)) for x in ring
+                )
+                s.ring = len(ring[0])
         if draft.d2t is not None:
             q.vocabulary_map = _address(self._hold(draft.d2t.long().contiguous()))
         threads = s.threads

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dspark_compile.runtime.speculation.accept import is_greedy
-from dspark_compile.runtime.speculation.calibration import Calibration
+from dspark_compile.runtime.speculation.calibration import Calibration, OnlineCalibration
 from dspark_compile.runtime.speculation.ngram import LONGEST
 from dspark_compile.runtime.speculation.rounds import SpeculativeRounds
 from dspark_compile.runtime.speculation.sps import SPSCurve
@@ -130,6 +130,7 @@ class State:
         seen ``[B, V]`` bool: what the repetition penalty hits.
         counters: the telemetry.
         prices: measured. fixed: verify every drafted token, whatever it costs.
+        calibration: of the confidences, for this call. online: what refines it for the next ones.
         widths: that programs exist for.
     """
 
@@ -147,6 +148,7 @@ class State:
     prices: Prices
     calibration: Calibration
     fixed: bool = False
+    online: OnlineCalibration | None = None
     widths: list[int] = field(default_factory=list)
 
     @property

@@ -95,6 +95,8 @@ class TorchEngine:
         left = state.limit - (state.lengths - state.prompts)
         lengths = torch.minimum(lengths, (left - 1).clamp(min=0)) * live
         accepted, following = self._accept(logits, tokens, lengths, drafted, uniform)
+        if drafted is not None:
+            self._record(drafted, accepted, lengths, live)
         made = commit(tokens, accepted, following, list(state.eos))
         counts = made.counts * live
         state.counters.record(made.accepted, counts, lengths, live, survival)
@@ -205,6 +207,14 @@ class TorchEngine:
         kept = rounds.commit(counts, ~state.done)
         if state.proposer is not None:
             state.proposer.committed(state, kept)
+
+    def _record(self, drafted: Drafted, accepted: Tensor, lengths: Tensor, live: Tensor) -> None:
+        """What became of the confidences."""
+        online, looked = self.state.online, drafted.lookup
+        if online is None or drafted.source != "draft" or drafted.confidence is None:
+            return
+        own = live if looked is None else live & ~looked.point
+        online.record(drafted.confidence, accepted, lengths, own)
 
     def _learn(self, drafted: Drafted, accepted: Tensor, lengths: Tensor, live: Tensor) -> None:
         """How often drafted tokens stand, where no head says so."""
