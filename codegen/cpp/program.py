@@ -241,8 +241,9 @@ extern "C" __attribute__((visibility("default"))) int dspark_once(Once* o) {
 }
 
 // Up to `count` rounds: the program, then choose(arguments), which writes tokens [rows] and returns
-// how many rows are not done. The tokens of round i go to history + i * rows; *taken says how many
-// rounds there were: after one with no row left there is none. `spent` as above.
+// how many rows are not done, or -1 where there is nothing to draw from. The tokens of round i go
+// to history + i * rows; *taken says how many rounds there were: after one with no row left there
+// is none. `spent` as above.
 extern "C" __attribute__((visibility("default"))) int dspark_rounds(
     int64_t* block, const Fix* fixes, int64_t fix_count, const int64_t* bases, int64_t stages,
     void* memory, int64_t threads, int64_t ahead, int64_t (*choose)(void*), void* arguments,
@@ -251,14 +252,18 @@ extern "C" __attribute__((visibility("default"))) int dspark_rounds(
   *taken = 0;
   if (count <= 0) return 0;
   const Stage* table = table_of(block, fixes, fix_count, bases);
+  bool drawn = true;
   const auto again = [&] {
     const int64_t open = choose(arguments);
+    if (open < 0) return drawn = false;
     for (int64_t i = 0; i < rows; ++i) history[*taken * rows + i] = tokens[i];
     return ++*taken < count && open != 0;
   };
-  if (spent != nullptr)
-    return run_rounds<true>(table, stages, (char*)memory, int(threads), ahead, spent, again);
-  return run_rounds<false>(table, stages, (char*)memory, int(threads), ahead, nullptr, again);
+  const int status =
+      spent != nullptr
+          ? run_rounds<true>(table, stages, (char*)memory, int(threads), ahead, spent, again)
+          : run_rounds<false>(table, stages, (char*)memory, int(threads), ahead, nullptr, again);
+  return drawn ? status : kUndrawable;
 }
 """
 

@@ -41,6 +41,18 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     return torch.minimum(picked, last)
 
 
+def drawable(probabilities: Tensor) -> Tensor:
+    """The same, if each row ``[..., V]`` is a distribution; not looked at where that would wait for
+    a device.
+
+    Raises:
+        RuntimeError: scores were NaN, infinite or all -inf, as torch.multinomial raises it.
+    """
+    if probabilities.device.type == "cpu" and not bool(torch.isfinite(probabilities).all()):
+        raise RuntimeError("probabilities to draw from are inf, nan, below 0, or all 0 in a row")
+    return probabilities
+
+
 def filtered_probabilities(
     logits: Tensor,
     temperature: float | Tensor,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark_compile.ops.token import draw, filtered_probabilities, penalised
+from dspark_compile.ops.token import draw, drawable, filtered_probabilities, penalised
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,7 @@ class Chooser:
             chosen = z.argmax(-1)
         else:
             p = filtered_probabilities(z, how.temperature, how.top_k, how.top_p, how.min_p)
+            drawable(p[~self.done] if p.device.type == "cpu" else p)
             chosen = draw(p, self.uniform)
         chosen = torch.where(self.done, self.pad, chosen)
         if self.seen is not None:

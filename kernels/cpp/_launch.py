@@ -67,6 +67,9 @@ def run(call: Call, threads: int | None = None) -> None:
     raise_for(function(*values, threads or threads_for(call.nbytes)), call.source.name)
 
 
+UNDRAWABLE = 4
+
+
 def raise_for(status: int, name: str) -> None:
     """Raises what a kernel's status says; 0 is success."""
     if status == 1:
@@ -75,7 +78,7 @@ def raise_for(status: int, name: str) -> None:
         raise IndexError(f"{name}: a position lies outside of the cache")
     if status == 3:
         raise IndexError(f"{name}: a token or another index lies outside of its table")
-    if status == 4:
+    if status == UNDRAWABLE:
         raise RuntimeError(
             f"{name}: probabilities to draw from are inf, nan, below 0, or all 0 in a row"
         )

@@ -122,11 +122,17 @@ inline void keep_nucleus(std::vector<Candidate>& c, double top_p) {
   }
 }
 
-// What may be drawn, by token. z: the row, penalised and divided by the temperature.
-inline void find_candidates(const float* z, int64_t V, const Choice& how, std::vector<float>& work,
+// What may be drawn, by token. z: the row, penalised and divided by the temperature. Whether that is
+// anything: with a NaN, an infinity, or nothing finite at all there are no probabilities.
+inline bool find_candidates(const float* z, int64_t V, const Choice& how, std::vector<float>& work,
                             std::vector<Candidate>& c) {
   float least = -INFINITY, most = -INFINITY;
-  for (int64_t i = 0; i < V; ++i) most = z[i] > most ? z[i] : most;
+  int none = 0;
+  for (int64_t i = 0; i < V; ++i) {
+    none |= z[i] != z[i];
+    most = z[i] > most ? z[i] : most;
+  }
+  const bool drawable = !none && std::isfinite(most);
   if (how.top_k > 0 && how.top_k < V) least = kth_largest(z, V, how.top_k, work);
   if (how.min_p > 0 && how.top_p >= 1)
     least = std::max(least, most + float(std::log(how.min_p)));
@@ -143,12 +149,13 @@ inline void find_candidates(const float* z, int64_t V, const Choice& how, std::v
     std::sort(c.begin(), c.end(),
               [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
   }
+  return drawable;
 }
 
+// -1: there is nothing to draw from.
 inline int64_t sample(const float* z, int64_t V, const Choice& how, float uniform,
                       std::vector<float>& work, std::vector<Candidate>& c) {
-  find_candidates(z, V, how, work, c);
-  if (c.empty()) return arg_max(z, V);
+  if (!find_candidates(z, V, how, work, c)) return -1;
   double all = 0, mass = 0;
   for (const Candidate& x : c) all += x.weight;
   for (const Candidate& x : c)
@@ -157,7 +164,7 @@ inline int64_t sample(const float* z, int64_t V, const Choice& how, float unifor
 }
 
 // Tokens of the rows; those that are done get `pad`. A row whose token is one of `eos` is done from
-// then on. Returns how many are not done.
+// then on. Returns how many are not done; -1 where there is nothing to draw from.
 template <class T>
 int64_t choose(ChooseArguments& a) {
   static thread_local std::vector<float> work;
@@ -193,6 +200,7 @@ int64_t choose(ChooseArguments& a) {
         store(z + i, load(z + i, n) / t, n);
       }
       token = sample(z, V, a.how, a.uniform[b], work, candidates);
+      if (token < 0) return -1;
     }
     a.tokens[b] = token;
     if (marks != nullptr) marks[token] = 1;

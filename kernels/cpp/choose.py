@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dspark_compile.codegen.cpp import build
 from dspark_compile.codegen.cpp import isa as isa_levels
+from dspark_compile.kernels.cpp._launch import UNDRAWABLE, raise_for
 
 TYPE_NAMES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half"}
 _SOURCE = """// Token choice from logits of type {type}.
@@ -54,6 +55,7 @@ class NativeChooser:
 
     Raises:
         build.BuildError: it cannot be built.
+        RuntimeError: by a call that samples: scores are NaN, infinite or all -inf.
     """
 
     def __init__(
@@ -88,7 +90,10 @@ class NativeChooser:
         self.address = ctypes.addressof(self.arguments)
 
     def __call__(self) -> int:
-        return self.function(self.address)
+        count = self.function(self.address)
+        if count < 0:
+            raise_for(UNDRAWABLE, "token choice")
+        return count
 
     def draw_from(self, uniform: Tensor | None) -> None:
         """Take the numbers of ``uniform [K, R]``, a row a call; None: back to the one row."""

@@ -75,8 +75,9 @@ inline bool filters(const Choice& how) {
   return how.top_k > 0 || how.top_p < 1 || how.min_p > 0;
 }
 
-// Weights of what may be drawn, in place of the penalised logits; returns their sum.
-inline double weigh(float* z, int64_t V, const Choice& how) {
+// Weights of what may be drawn, in place of the penalised logits; returns their sum. What a NaN or
+// an infinity leaves is something, or a NaN: `drawable` is to be asked for where it must not be.
+inline double weigh(float* z, int64_t V, const Choice& how, bool* drawable = nullptr) {
   constexpr int W = Vec::W;
   const Vec t = all(float(how.temperature));
   for (int64_t i = 0; i < V; i += W) {
@@ -86,7 +87,8 @@ inline double weigh(float* z, int64_t V, const Choice& how) {
   if (filters(how)) {
     static thread_local std::vector<float> work;
     static thread_local std::vector<Candidate> candidates;
-    find_candidates(z, V, how, work, candidates);
+    const bool any = find_candidates(z, V, how, work, candidates);
+    if (drawable != nullptr) *drawable = any;
     const int64_t best = candidates.empty() ? arg_max(z, V) : 0;
     std::fill(z, z + V, 0.0f);
     if (candidates.empty()) {
@@ -107,6 +109,7 @@ inline double weigh(float* z, int64_t V, const Choice& how) {
     if (n < W) e = load(z + i, n);
     total += sum(e);
   }
+  if (drawable != nullptr) *drawable = std::isfinite(total);
   return total;
 }
 

@@ -43,6 +43,9 @@ inline int64_t now() {
   return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
 }
 
+// The status of a step whose scores leave nothing to draw from (`raise_for`).
+constexpr int kUndrawable = 4;
+
 // How a program went, for all threads.
 struct Outcome {
   std::atomic<int> status{0};

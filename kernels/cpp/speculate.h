@@ -201,7 +201,7 @@ inline std::pair<int64_t, int64_t> judge(const Speculation& s, int64_t b) {
 
 // Scores of every verified position.
 template <class T>
-void read_logits(Team team, const Speculation& s, int64_t width_index) {
+void read_logits(Team team, const Speculation& s, int64_t width_index, Shared& shared) {
   const int64_t K = s.count, V = s.vocabulary;
   int64_t item = 0;
   for (int64_t b = 0; b < s.batch; ++b) {
@@ -219,10 +219,13 @@ void read_logits(Team team, const Speculation& s, int64_t width_index) {
       float* p = s.target_weights + at * V;
       widen_row(x, V, p);
       penalise(p, 0, V, marks, drafted(s, b), m, s.how.penalty);
-      if (s.greedy)
+      if (s.greedy) {
         s.choice[at] = arg_max(p, V);
-      else
-        s.target_totals[at] = weigh(p, V, s.how);
+      } else {
+        bool drawable;
+        s.target_totals[at] = weigh(p, V, s.how, &drawable);
+        if (!drawable) shared.outcome.status.store(kUndrawable, std::memory_order_relaxed);
+      }
     }
   }
 }
@@ -396,8 +399,9 @@ bool round(Team team, Speculation& s, int64_t drafting, Shared& shared) {
     if (leads) keep_states(s, width_index);
   }
   if (leads) shared.times[2] = now();
-  read_logits<T>(team, s, width_index);
+  read_logits<T>(team, s, width_index, shared);
   team.barrier();
+  if (shared.outcome.status.load(std::memory_order_relaxed) != 0) return false;
   if (leads) settle(s, shared);
   if (s.kind == 1) {
     team.barrier();

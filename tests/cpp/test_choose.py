@@ -38,3 +38,25 @@ def test_arg_max(monkeypatch, level, dtype):
         choose = NativeChooser(z, tokens, done, uniform=None, seen=None, eos=[], pad=0)
         assert choose() == 10
         assert torch.equal(tokens, z.argmax(-1)), size
+
+
+@pytest.mark.parametrize("bad", ["a nan", "an infinity", "nothing", "a nan beside masked ones"])
+@pytest.mark.parametrize("how", [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_there_is_nothing_to_draw_from(bad, how):
+    """As in transformers, whose torch.multinomial raises; what is masked is nothing bad."""
+    z = torch.randn(3, 300)
+    z[:, ::2] = -torch.inf
+    tokens, done = torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.bool)
+    given = {"uniform": torch.rand(3), "seen": None, "eos": [], "pad": 0}
+    assert NativeChooser(z, tokens, done, **given, **how)() == 3
+    assert bool((tokens % 2 == 1).all())
+    if bad == "nothing":
+        z[1] = -torch.inf
+    else:
+        z[1, 7] = torch.inf if bad == "an infinity" else torch.nan
+    if bad == "a nan":
+        z[1, ::2] = 0.0
+    with pytest.raises(RuntimeError, match="probabilities to draw from are inf, nan"):
+        NativeChooser(z, tokens, done, **given, **how)()
+    done[1] = True  # a row that has ended is not looked at
+    assert NativeChooser(z, tokens, done, **given, **how)() == 2

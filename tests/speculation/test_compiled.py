@@ -267,6 +267,30 @@ def test_confidences_are_calibrated_anew_by_what_was_verified(
     assert made[-1].calibration.temperatures.tolist() == [2.0] * own.config.num_drafted
 
 
+@pytest.mark.parametrize("how", [{}, {"top_k": 4}])
+def test_scores_that_turn_bad_are_an_error(how, monkeypatch):
+    """As in transformers' own loop, in whatever drives the rounds; the next call is as any."""
+    model = target()
+    draft, more = draft_for(model), {"do_sample": True, "top_k": 0} | how
+    torch.manual_seed(3)
+    before, report = speculate(model, ONE, 24, draft, **more)
+    assert report.path == "native"
+    weight = model.lm_head.weight
+    for driven in (False, True):
+        with monkeypatch.context() as patch:
+            if driven:
+                patch.setattr(loops, "engine_for", lambda s, other: (TorchEngine(s), None))
+            # Behind the prompt: the rounds meet it.
+            good = weight.data[5].clone()
+            patch.setattr(loops, "drawable", lambda p: (weight.data[5].fill_(torch.nan), p)[1])
+            with pytest.raises(RuntimeError, match="probabilities to draw from"):
+                speculate(model, ONE, 24, draft, **more)
+            weight.data[5] = good
+    torch.manual_seed(3)
+    after, _ = speculate(model, ONE, 24, draft, **more)
+    assert torch.equal(before, after)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_largest_biased_logit_is_found(dtype, monkeypatch):
     """Greedy drafts do not write their logits, 64 tokens at a time, unless one is not finite."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dspark_compile.kernels.cpp.linear import most_rows
 from dspark_compile.models.draft import DraftModel
-from dspark_compile.ops.token import draw, penalised
+from dspark_compile.ops.token import draw, drawable, penalised
 from dspark_compile.runtime.decode_loop import FIRST_ROOM, VISIT, GenerationReport, Plan
 from dspark_compile.runtime.rounds import POOL, NotRounds, batch_bucket, pool_key
 from dspark_compile.runtime.speculation.accept import distribution
@@ -326,7 +326,7 @@ class SpeculativeLoop:
             chosen = penalised(logits, state.seen, choice.penalty).argmax(-1)
         else:
             uniform = torch.rand(state.batch, device=logits.device)
-            chosen = draw(distribution(logits, choice, state.seen), uniform)
+            chosen = draw(drawable(distribution(logits, choice, state.seen)), uniform)
         state.text.scatter_(1, state.lengths[:, None], chosen[:, None])
         state.lengths += 1
         self.rounds.block[: state.batch, 0] = chosen

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark_compile.ops.token import penalised
+from dspark_compile.ops.token import drawable, penalised
 from dspark_compile.runtime.speculation.accept import (
     commit,
     distribution,
@@ -176,6 +176,7 @@ class TorchEngine:
             return greedy(tokens, choice, lengths)
         assert uniform is not None
         target = distribution(logits, state.choice, seen)
+        drawable(target[~state.done])
         count = tokens.shape[1]
         own = None
         if drafted is not None and drafted.probs is not None:
