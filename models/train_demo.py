@@ -22,6 +22,12 @@ Usage::
 
     python models/train_demo.py --minutes 60 --docs DIR --compile
     python models/train_demo.py --export-only      # export the last checkpoint, any time
+
+The shipped model went on from a smaller one's weights, which ``widen`` makes a larger model of that
+computes the same::
+
+    python models/train_demo.py --work OTHER --start models/demo --layers 8 --intermediate 1792 \\
+        --minutes 45 --lr 1.5e-3 --docs DIR --compile
 """
 
 from __future__ import annotations
@@ -56,12 +62,12 @@ EOT = "<|endoftext|>"
 VOCAB = 4096
 CONTEXT = 2048
 
-# (share of the training time at which the stage ends, layers, tokens per window, step by step).
+# (share of the training time at which the stage ends, tokens per window, step by step).
 # Short windows first: on a CPU they buy more tokens.
 STAGES = (
-    (0.30, 6, (128,)),
-    (0.75, 6, (256,)),
-    (1.00, 6, (256, 256, 512, 256, 1024, 256, 512, 256, 256, 2048)),
+    (0.30, (128,)),
+    (0.75, (256,)),
+    (1.00, (256, 256, 512, 256, 1024, 256, 512, 256, 256, 2048)),
 )
 STEP_TOKENS = 4096  # at least; two windows if they are longer
 
@@ -236,11 +242,11 @@ class Windows:
 # -------------------------------------------------------------------------------------- model
 
 
-def build_model(layers: int = STAGES[-1][1]) -> Qwen3ForCausalLM:
+def build_model(layers: int, intermediate: int) -> Qwen3ForCausalLM:
     config = Qwen3Config(
         vocab_size=VOCAB,
         hidden_size=256,
-        intermediate_size=704,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -263,30 +269,43 @@ def build_model(layers: int = STAGES[-1][1]) -> Qwen3ForCausalLM:
     return model
 
 
-def grow(model, optimizers, args):
-    """A model of twice the layers that computes the same, and its optimizers.
+def widen(model: Qwen3ForCausalLM, layers: int, intermediate: int, seed: int) -> Qwen3ForCausalLM:
+    """A model of more ``layers`` and MLPs of ``intermediate`` neurons that computes the same.
 
-    Behind every layer comes a copy of it that writes nothing to the residual stream yet: the two
-    projections that do are zero.  Each parameter takes its source's optimizer state along.
+    A new layer is a copy of the one before it that writes nothing to the residual stream yet: the
+    two projections that do are zero.  The new layers are spread evenly.  A new neuron takes its
+    gate from one old neuron of the layer and its input from another, so that it is like none of
+    them, and writes nothing yet either.
     """
-    grown = build_model(2 * model.config.num_hidden_layers)
-    grown_optimizers = make_optimizers(grown, args)
-    sources = dict(model.named_parameters())
-    for name, parameter in grown.named_parameters():
+    old_layers, old_width = model.config.num_hidden_layers, model.config.intermediate_size
+    if layers < old_layers or intermediate < old_width:
+        raise ValueError(
+            f"cannot widen {old_layers} layers of {old_width} neurons to {layers} of {intermediate}"
+        )
+    wide = build_model(layers, intermediate)
+    generator = torch.Generator().manual_seed(seed)
+    sources = [i * old_layers // layers for i in range(layers)]
+    state = model.state_dict()
+    taken: dict[str, torch.Tensor] = {}
+    for name in wide.state_dict():
         parts = name.split(".")
         copied = False
         if parts[1] == "layers":
-            copied = int(parts[2]) % 2 == 1
-            parts[2] = str(int(parts[2]) // 2)
-        source = sources[".".join(parts)]
-        with torch.no_grad():
-            parameter.copy_(source)
-            if copied and parts[-2] in ("o_proj", "down_proj"):
-                parameter.zero_()
-        for old, new in zip(optimizers, grown_optimizers):
-            if source in old.state:
-                new.state[parameter] = {k: v.clone() for k, v in old.state[source].items()}
-    return grown, grown_optimizers
+            here = int(parts[2])
+            copied = here > 0 and sources[here] == sources[here - 1]
+            parts[2] = str(sources[here])
+        source = state[".".join(parts)].float()
+        if copied and parts[-2] in ("o_proj", "down_proj"):
+            source = torch.zeros_like(source)
+        more = intermediate - old_width
+        if parts[-2] in ("gate_proj", "up_proj"):
+            rows = torch.randint(old_width, (more,), generator=generator)
+            source = torch.cat([source, source[rows]])
+        elif parts[-2] == "down_proj":
+            source = torch.cat([source, source.new_zeros(source.shape[0], more)], dim=1)
+        taken[name] = source
+    wide.load_state_dict(taken)
+    return wide
 
 
 def parameter_count(model: torch.nn.Module) -> int:
@@ -419,7 +438,10 @@ def prepare(args) -> None:
         return
     corpus = collect(args.docs, args.seed)
     (work / "corpus.json").write_text(json.dumps(corpus))
-    tokenizer = train_tokenizer([*corpus["code"].values(), *corpus["text"].values()])
+    if args.start:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.start)
+    else:
+        tokenizer = train_tokenizer([*corpus["code"].values(), *corpus["text"].values()])
     tokenizer.save_pretrained(work / "tokenizer")
     documents = {part: encode(tokenizer, files) for part, files in corpus.items()}
     sizes = {part: sum(map(len, docs)) for part, docs in documents.items()}
@@ -445,7 +467,10 @@ def train(rank: int, args, claimed) -> None:
             "gloo", init_method=f"file://{args.store}", rank=rank, world_size=args.processes
         )
     documents = torch.load(work / "tokens.pt")
-    model = build_model(STAGES[0][1])
+    model = build_model(args.layers, args.intermediate)
+    if args.start:
+        start = Qwen3ForCausalLM.from_pretrained(args.start)
+        model = widen(start, args.layers, args.intermediate, args.seed)
     optimizers = make_optimizers(model, args)
     windows = Windows(documents["code"], documents["text"], args.seed)
     step, tokens, elapsed = 0, 0, 0.0
@@ -453,7 +478,7 @@ def train(rank: int, args, claimed) -> None:
     checkpoint = work / "checkpoint.pt"
     if checkpoint.exists():
         saved = torch.load(checkpoint)
-        model = build_model(saved["layers"])
+        model = build_model(saved["layers"], saved["intermediate"])
         model.load_state_dict(saved["model"])
         optimizers = make_optimizers(model, args)
         for optimizer, state in zip(optimizers, saved["optimizers"]):
@@ -469,6 +494,7 @@ def train(rank: int, args, claimed) -> None:
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "tokens": tokens, "elapsed": elapsed, "windows": windows.state(),
             "layers": model.config.num_hidden_layers,
+            "intermediate": model.config.intermediate_size,
         }  # fmt: skip
         torch.save(state, checkpoint.with_suffix(".tmp"))
         checkpoint.with_suffix(".tmp").rename(checkpoint)
@@ -479,10 +505,9 @@ def train(rank: int, args, claimed) -> None:
     while elapsed < budget:
         progress = elapsed / budget
         if stage is None or progress >= stage[0]:
-            stage = next(stage for stage in STAGES if progress < stage[0])
-            _, layers, lengths = stage
-            while model.config.num_hidden_layers < layers:
-                model, optimizers = grow(model, optimizers, args)
+            stages = STAGES[1:] if args.start else STAGES
+            stage = next(stage for stage in stages if progress < stage[0])
+            lengths = stage[1]
             torch._dynamo.reset()
             model.train()
             plain_loss = make_loss(model, compiled=args.compile)
@@ -495,7 +520,7 @@ def train(rank: int, args, claimed) -> None:
                 for parameter in parameters:  # equal already, but for rounding
                     torch.distributed.broadcast(parameter.data, 0)
             if rank == 0:
-                print(f"{layers} layers, windows of {sorted(set(lengths))}", flush=True)
+                print(f"windows of {sorted(set(lengths))}", flush=True)
             mark = time.process_time()
         length = lengths[step % len(lengths)]
         rows, step_tokens = max(1, 512 // length), max(STEP_TOKENS, 2 * length)
@@ -619,10 +644,8 @@ def export(args) -> None:
     corpus = json.loads((work / "corpus.json").read_text())
     tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
     saved = torch.load(work / "checkpoint.pt")
-    model = build_model(saved["layers"])
+    model = build_model(saved["layers"], saved["intermediate"])
     model.load_state_dict(saved["model"])
-    while model.config.num_hidden_layers < STAGES[-1][1]:  # an early checkpoint
-        model, _ = grow(model, [], args)
     model = model.to(torch.bfloat16).eval()
     model.generation_config = GenerationConfig(
         bos_token_id=0, eos_token_id=0, pad_token_id=0, do_sample=False
@@ -693,6 +716,9 @@ def main() -> None:
     parser.add_argument("--docs", help="folder with the unpacked Python documentation package")
     parser.add_argument("--work", default="/tmp/dspark-train", help="checkpoints; not shipped")
     parser.add_argument("--processes", type=int, default=2, help="of one thread each")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--intermediate", type=int, default=704, help="neurons of an MLP")
+    parser.add_argument("--start", help="go on from a smaller model's folder; its tokenizer too")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--log-every", type=int, default=20)

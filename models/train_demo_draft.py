@@ -18,10 +18,17 @@ Usage::
     python models/train_demo_draft.py --steps 4000 --twin
     python models/train_demo_draft.py --export-only     # the last checkpoints, any time
 
-The shipped draft went on from the first one's weights, with other prompts and longer blocks::
+A second stage goes on from the first one's weights, with other prompts and longer blocks::
 
     python models/train_demo_draft.py --work OTHER --init STAGE1 --block-size 7 --seed 2 \\
         --lr 1.2e-3 --minutes 100 --vocabulary 1536
+
+When ``train_demo.py`` had made the model larger, the shipped draft went on from that of the model
+before (``--follow`` a copy of its folder): what it reads moved to the layers that the tapped ones
+became, and all tokens can be proposed again while it learns::
+
+    python models/train_demo_draft.py --work OTHER --follow OLD --block-size 7 --seed 3 \\
+        --lr 1.2e-3 --minutes 40 --vocabulary 1536
 """
 
 from __future__ import annotations
@@ -36,6 +43,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from dspark_compile.models import DEMO_DRAFT_PATH, DEMO_PATH
 from dspark_compile.models.draft import DraftModel
@@ -55,7 +63,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "draft.json"
 # Blocks of 5 in the first stage: they are learned faster.  Two layers with narrow MLPs: rows behind
 # the anchor learn of it in the first and look up in the second.
 OPTIONS: dict[str, Any] = {
-    "layers": 2, "intermediate_size": 352, "block_size": 5, "taps": (1, 3, 4), "prompts": 3200,
+    "layers": 2, "intermediate_size": 352, "block_size": 5, "taps": (2, 5, 6), "prompts": 3200,
     "prompt_tokens": 448, "new_tokens": 256, "temperatures": (0.0, 0.8, 0.0, 1.0),
     "max_length": 704, "batch": 2, "anchors": 96, "lr": 2e-3, "optimizer": "muon", "seed": 1,
     "dtype": "bfloat16", "compile": False, "eval_sequences": 40,
@@ -76,7 +84,32 @@ def data_file(work: pathlib.Path) -> pathlib.Path:
     return path
 
 
+def followed(folder: pathlib.Path, work: pathlib.Path) -> str:
+    """The draft in ``folder`` for the model as it is now: it reads the layers of ``OPTIONS`` and
+    proposes all tokens.  Those that it lacked get no say from the Markov head yet."""
+    out = work / "followed"
+    config = json.loads((folder / "config.json").read_text())
+    target = json.loads((DEMO_PATH / "config.json").read_text())
+    config["target_layer_ids"] = list(OPTIONS["taps"])
+    config["num_target_layers"] = target["num_hidden_layers"]
+    config.pop("draft_vocab_size", None)
+    state = load_file(folder / "model.safetensors")
+    kept = state.pop("d2t", None)
+    if kept is not None:
+        # Offsets from a token of the draft to the target's, as checkpoints have it.
+        narrow = state["markov_head.markov_w2.weight"]
+        wide = narrow.new_zeros(config["vocab_size"], narrow.shape[1])
+        wide[torch.arange(len(kept)) + kept] = narrow
+        state["markov_head.markov_w2.weight"] = wide
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    save_file(state, out / "model.safetensors", {"format": "pt"})
+    return str(out)
+
+
 def options_for(twin: bool, args) -> TrainOptions:
+    if args.follow:
+        args.init = followed(pathlib.Path(args.follow), pathlib.Path(args.work))
     own = {name: getattr(args, name) for name in ("block_size", "init", "seed", "lr")}
     own = {name: value for name, value in own.items() if value is not None}
     rank = 0 if twin else 32
@@ -209,6 +242,7 @@ def main() -> None:
     parser.add_argument("--work", default="/tmp/dspark-train-draft", help="not shipped")
     parser.add_argument("--block-size", type=int, help=f"in place of {OPTIONS['block_size']}")
     parser.add_argument("--init", help="the folder of a draft to go on from")
+    parser.add_argument("--follow", help="the folder of the draft of a smaller model before")
     parser.add_argument("--seed", type=int, help="of other prompts, texts and anchors")
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--vocabulary", type=int, default=0, help="tokens it can propose; 0: all")
