@@ -153,7 +153,7 @@ def test_the_report_gives_the_times(monkeypatch, inner, tune):
 
         def forward(self, x):
             for layer in self.layers:
-                x = layer(x).sort(-1).values  # no stage of a native program
+                x = layer(x).logcumsumexp(-1)  # no stage of a native program
             return x
 
     options = {"kernels": "auto", "inner": inner, "tune": tune, "fallback": "error"}
