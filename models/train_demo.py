@@ -669,6 +669,9 @@ def export(args) -> None:
         (OUT / "LICENSE.python.txt").chmod(0o644)
 
     sizes = json.loads((work / "sizes.json").read_text())
+    # Of the model that this one went on from; its folder may be the one that is written below.
+    path = pathlib.Path(args.start or "") / "training.json"
+    before = json.loads(path.read_text()) if args.start and path.exists() else {}
     numbers = {
         "python": platform.python_version(),
         "parameters": parameter_count(model),
@@ -682,6 +685,9 @@ def export(args) -> None:
         "held_out_files": sorted(held) + sorted(corpus["held_text"]),
         "weights_sha256": hashlib.sha256((OUT / "model.safetensors").read_bytes()).hexdigest(),
     }
+    if before:
+        kept = ("parameters", "steps", "trained_tokens", "epochs", "training_minutes")
+        numbers["start"] = {k: before[k] for k in (*kept, "held_code_1024") if k in before}
     documents = {part: encode(tokenizer, corpus[part]) for part in ("held_code", "held_text")}
     ids = torch.tensor(tokenizer(shipped, verbose=False).input_ids[:4097])
     documents["first_4096"] = [ids]

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
-safetensors = pytest.importorskip("safetensors.torch")
+pytest.importorskip("safetensors.torch")
 
 MODELS = pathlib.Path(__file__).resolve().parent.parent / "models"
 
@@ -45,7 +45,7 @@ def test_a_wider_model_computes_the_same_and_can_learn():
         train.widen(small, 2, 32, seed=1)
 
 
-def test_a_draft_follows_a_larger_model(tmp_path, monkeypatch):
+def test_a_draft_follows_a_larger_model(tmp_path):
     from dspark_compile.models import DEMO_DRAFT_PATH, DEMO_PATH
     from dspark_compile.models.draft import DraftModel
 

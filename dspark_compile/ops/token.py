@@ -41,14 +41,17 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     return torch.minimum(picked, last)
 
 
-def drawable(probabilities: Tensor) -> Tensor:
-    """The same, if each row ``[..., V]`` is a distribution; not looked at where that would wait for
-    a device.
+def drawable(probabilities: Tensor, done: Tensor | None = None) -> Tensor:
+    """The same, if each row ``[B, ..., V]`` is a distribution, but for those that are ``done [B]``;
+    not looked at where that would wait for a device.
 
     Raises:
         RuntimeError: scores were NaN, infinite or all -inf, as torch.multinomial raises it.
     """
-    if probabilities.device.type == "cpu" and not bool(torch.isfinite(probabilities).all()):
+    if probabilities.device.type != "cpu":
+        return probabilities
+    looked_at = probabilities if done is None else probabilities[~done]
+    if not bool(torch.isfinite(looked_at).all()):
         raise RuntimeError("probabilities to draw from are inf, nan, below 0, or all 0 in a row")
     return probabilities
 

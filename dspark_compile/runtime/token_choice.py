@@ -180,8 +180,7 @@ class Chooser:
             chosen = z.argmax(-1)
         else:
             p = filtered_probabilities(z, how.temperature, how.top_k, how.top_p, how.min_p)
-            drawable(p[~self.done] if p.device.type == "cpu" else p)
-            chosen = draw(p, self.uniform)
+            chosen = draw(drawable(p, self.done), self.uniform)
         chosen = torch.where(self.done, self.pad, chosen)
         if self.seen is not None:
             self.seen.scatter_(1, chosen[:, None], True)

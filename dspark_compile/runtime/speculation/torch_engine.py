@@ -175,8 +175,7 @@ class TorchEngine:
             choice = penalised(logits, seen, state.choice.penalty).argmax(-1)
             return greedy(tokens, choice, lengths)
         assert uniform is not None
-        target = distribution(logits, state.choice, seen)
-        drawable(target[~state.done])
+        target = drawable(distribution(logits, state.choice, seen), state.done)
         count = tokens.shape[1]
         own = None
         if drafted is not None and drafted.probs is not None:
