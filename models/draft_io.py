@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dspark_compile.models.checkpoint_file import align
 from dspark_compile.models.draft_config import DraftError, parse_config
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def save(draft: DraftModel, path: str | os.PathLike[str], *, own_vocabulary: boo
     temporary = folder / f".model-{os.getpid()}.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
     os.chmod(temporary, 0o644)
+    align(temporary)
     os.replace(temporary, folder / "model.safetensors")
     if draft.calibration is not None:
         _write(folder / CALIBRATION, json.dumps(draft.calibration, indent=1) + "\n")

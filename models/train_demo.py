@@ -57,6 +57,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from dspark_compile.models.checkpoint_file import align
+
 OUT = pathlib.Path(__file__).resolve().parent / "demo"
 EOT = "<|endoftext|>"
 VOCAB = 4096
@@ -653,6 +655,7 @@ def export(args) -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(OUT)
     (OUT / "model.safetensors").chmod(0o644)
+    align(OUT / "model.safetensors")
     tokenizer.save_pretrained(OUT)
 
     held = corpus["held_code"]

@@ -8,8 +8,10 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from dspark_compile.models import DEMO_PATH
+from dspark_compile.models import DEMO_DRAFT_PATH, DEMO_PATH
+from dspark_compile.models.checkpoint_file import ALIGNMENT, align
 
 transformers = pytest.importorskip("transformers")
 
@@ -50,6 +52,25 @@ def test_sizes(model, tokenizer):
     assert model.config.model_type == "qwen3"
     assert model.config.max_position_embeddings == 2048
     assert len(tokenizer) == model.config.vocab_size == 4096
+
+
+def test_numbers_begin_at_a_cache_lines_start(tmp_path):
+    for folder in (DEMO_PATH, DEMO_DRAFT_PATH):
+        data = (folder / "model.safetensors").read_bytes()
+        assert (8 + int.from_bytes(data[:8], "little")) % ALIGNMENT == 0
+    odd = tmp_path / "odd.safetensors"
+    tensors = {"weight": torch.randn(3, 5), "a name": torch.arange(7)}
+    save_file(tensors, odd, metadata={"of": "x"})
+    before = odd.stat().st_size
+    align(odd)
+    align(odd)
+    assert before <= odd.stat().st_size < before + ALIGNMENT
+    found = load_file(odd)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[n], tensors[n]) for n in tensors)
+    odd.write_bytes(b"not one")
+    with pytest.raises(ValueError, match="odd.safetensors is no safetensors file"):
+        align(odd)
 
 
 def test_special_tokens(model, tokenizer):

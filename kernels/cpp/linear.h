@@ -42,9 +42,10 @@ class Staged {
   using Element = typename P::Element;
 
  public:
-  // Whether x [M, K] is used where it lies.
-  static bool direct(int64_t K) {
-    return std::is_same<T, Element>::value && P::FORM != Form::Tiles && K % P::STEP == 0;
+  // Whether x [M, K], its rows `ld` apart, is used where it lies.
+  static bool direct(int64_t K, int64_t ld) {
+    return std::is_same<T, Element>::value && P::FORM != Form::Tiles && K % P::STEP == 0 &&
+           !P::crowded(ld);
   }
   static bool alone(int64_t K) { return M == 1 || M * K <= 8192; }
   static size_t bytes(int64_t K, int threads) {
@@ -70,7 +71,7 @@ class Staged {
       ld = K;
     }
     ldx = P::padded(K);
-    if (direct(K)) {
+    if (direct(K, ld)) {
       x = reinterpret_cast<const Element*>(from);
       ldx = ld;
       return;

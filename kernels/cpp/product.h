@@ -12,9 +12,9 @@
 //
 // More than 16 rows of x are groups of 16: a block of W, in cache by then, meets two at a time.
 //
-// A software prefetch runs 2 KiB ahead in each row and, at a row's end, on into the next tile:
-// the hardware's own stops at every page. Where a CPU's own does not (SEQUENCE) one row of x
-// goes without, unless W's rows are short: then W is in cache.
+// A software prefetch runs some KiB ahead in each row and, at a row's end, on into a later tile: the
+// hardware's own stops at every page. Where a CPU's own does not (SEQUENCE) one row of x goes
+// without, and up to four do where W's rows are long.
 #pragma once
 #include <type_traits>
 
@@ -53,7 +53,15 @@ struct Packed {
   static constexpr int STEP = FORM == Form::Fused ? Vec::W : 32;
   using Element = typename std::conditional<FORM == Form::Fused, float, bf16>::type;
 
-  static int64_t padded(int64_t K) { return (K + STEP - 1) / STEP * STEP; }
+  // Whether rows that many elements apart fall on few sets of the first cache.
+  static bool crowded(int64_t ld) {
+    return FORM != Form::Tiles && M > 4 && ld * int64_t(sizeof(Element)) % 1024 == 0;
+  }
+  // A packed row's length.
+  static int64_t padded(int64_t K) {
+    const int64_t whole = (K + STEP - 1) / STEP * STEP;
+    return crowded(whole) ? whole + STEP : whole;
+  }
   // A tile's load reaches up to a line beyond the last row.
   static constexpr size_t BEYOND = FORM == Form::Tiles ? 64 : 0;
   static size_t bytes(int64_t K) { return aligned(sizeof(Element) * M * padded(K) + BEYOND); }
@@ -114,16 +122,51 @@ void pack(const T* x, int64_t ldx, int64_t K, int64_t first, int64_t last,
   }
 }
 
+// A step's numbers of a row of W, of x, and their products, by the form.
+using OfFused = std::integral_constant<Form, Form::Fused>;
+using OfDot = std::integral_constant<Form, Form::Dot>;
+template <class T>
+inline Vec load_w(const T* w, OfFused) {
+  return load(w);
+}
+template <class T>
+inline Vec load_w(const T* w, int count, OfFused) {
+  return load(w, count);
+}
+inline Vec load_x(const float* x, OfFused) { return load(x); }
+inline void multiply_add(Vec w, Vec x, Vec& a) { a = fma(w, x, a); }
+#if defined(DSPARK_DOT)
+inline __m512bh load_w(const bf16* w, OfDot) { return (__m512bh)_mm512_loadu_si512(w); }
+inline __m512bh load_w(const bf16* w, int count, OfDot) {
+  return (__m512bh)_mm512_maskz_loadu_epi16((1u << count) - 1, w);
+}
+inline __m512bh load_x(const bf16* x, OfDot) { return (__m512bh)_mm512_loadu_si512(x); }
+inline void multiply_add(__m512bh w, __m512bh x, Vec& a) { a.v = _mm512_dpbf16_ps(a.v, w, x); }
+#endif
+
+// How many rows of x one pass over W takes, and how many rows of W: as many sums as there are
+// registers for, 16 of AVX-512's 32 and 8 of 16 elsewhere. Five rows of x and more meet two of W:
+// each number of W is loaded once, those of x come from the first cache.
+template <int M>
+struct Shape {
+  static constexpr bool WIDE = Vec::W == 16;
+  static constexpr int PASSES = WIDE ? (M + 7) / 8 : (M + 1) / 2;
+  static constexpr int MT = (M + PASSES - 1) / PASSES;
+  static constexpr int R = !WIDE ? 4 : M <= 2 ? 8 : M <= 4 ? 4 : 2;
+};
+
+// How many bytes ahead a tile of R rows asks in each, of `row` bytes: fewer rows ask further.
+template <int R>
+constexpr int64_t asked(int64_t row) {
+  return R <= 2 && row < 2 * AHEAD ? 2 * AHEAD : AHEAD;
+}
+
 // Asks for what pass PASS of PASSES has to ask for: all rows where it is the only one. Several share
 // them, so that memory is asked all the time: if the first asked for all, it would wait and memory
-// would rest in the others. What is not read in this pass goes to the second cache.
+// would rest in the others.
 template <int PASS, int PASSES, class T, int R>
 inline __attribute__((always_inline)) void ask(const T* const (&w)[R], int64_t at) {
-  if constexpr (PASSES == 1) {
-    for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + at, 0, 3);
-  } else {
-    for (int r = PASS; r < R; r += PASSES) __builtin_prefetch(w[r] + at, 0, 2);
-  }
+  for (int r = PASS; r < R; r += PASSES) __builtin_prefetch(w[r] + at, 0, 3);
 }
 
 // How many numbers a tile of R rows of W and MT rows of x gives, in whole vectors.
@@ -133,7 +176,7 @@ constexpr int tile_results(int R, int MT) { return (R * MT + Vec::W - 1) / Vec::
 struct Unasked {};
 
 // The products of R rows of W with MT rows of x; result r, m goes to out[r * MT + m], or is added
-// there. It is pass PASS of PASSES over these rows: one alone asks AHEAD in each row, and from a
+// there. It is pass PASS of PASSES over these rows: one alone asks ahead in each row, and from a
 // row's end on into the one `next` elements on; several ask for the rows `next` elements on.
 template <class T, int R, int MT, Form FORM, int PASS = 0, int PASSES = 1>
 inline __attribute__((always_inline)) void tile(const T* const (&w)[R], int64_t next,
@@ -143,50 +186,60 @@ inline __attribute__((always_inline)) void tile(const T* const (&w)[R], int64_t 
   constexpr int COUNT = tile_results(R, MT);
   constexpr int STEP = FORM == Form::Fused ? W : 32;
   constexpr int LINE = 64 / int(sizeof(T)) / STEP > 1 ? 64 / int(sizeof(T)) : STEP;
+  using Element = typename std::conditional<FORM == Form::Fused, float, bf16>::type;
+  const std::integral_constant<Form, FORM> form;
   Vec a[COUNT];
   for (int i = 0; i < COUNT; ++i) a[i] = zero();
-  auto steps = [&](int64_t from, int64_t to, auto ahead) __attribute__((always_inline)) {
+  const auto steps = [&](int64_t from, int64_t to, auto ahead, auto part)
+                         __attribute__((always_inline)) {
+    // Three pointers reach up to nine rows: as one for each they would be fetched from the stack.
+    const Element* x0 = static_cast<const Element*>(packed) + from;
+    const Element *x3 = x0 + 3 * ldx, *x6 = x3 + 3 * ldx;
+    static_assert(MT <= 9, "the pointers reach no further");
     for (int64_t k = from; k < to; k += STEP) {
-      const bool whole = k + STEP <= K;
       if constexpr (!std::is_same<decltype(ahead), Unasked>::value)
         if (LINE == STEP || k % LINE == 0) ask<PASS, PASSES>(w, k + ahead);
-      if constexpr (FORM == Form::Fused) {
-        const float* x = static_cast<const float*>(packed) + k;
-        Vec b[MT];
-        for (int m = 0; m < MT; ++m) b[m] = load(x + m * ldx);
-        for (int r = 0; r < R; ++r) {
-          const Vec c = whole ? load(w[r] + k) : load(w[r] + k, int(K - k));
-          for (int m = 0; m < MT; ++m) a[r * MT + m] = fma(c, b[m], a[r * MT + m]);
+      const auto of_x = [&](int m) __attribute__((always_inline)) {
+        return load_x((m < 3 ? x0 : m < 6 ? x3 : x6) + m % 3 * ldx, form);
+      };
+      const auto of_w = [&](int r) __attribute__((always_inline)) {
+        return part ? load_w(w[r] + k, int(K - k), form) : load_w(w[r] + k, form);
+      };
+      if constexpr (R < MT) {
+        decltype(of_w(0)) c[R];
+        for (int r = 0; r < R; ++r) c[r] = of_w(r);
+        for (int m = 0; m < MT; ++m) {
+          const auto b = of_x(m);
+          for (int r = 0; r < R; ++r) multiply_add(c[r], b, a[r * MT + m]);
         }
       } else {
-#if defined(DSPARK_DOT)
-        const bf16* x = static_cast<const bf16*>(packed) + k;
-        __m512bh b[MT];
-        for (int m = 0; m < MT; ++m) b[m] = (__m512bh)_mm512_loadu_si512(x + m * ldx);
-        const __mmask32 lanes = whole ? 0xffffffffu : (1u << (K - k)) - 1;
+        decltype(of_x(0)) b[MT];
+        for (int m = 0; m < MT; ++m) b[m] = of_x(m);
         for (int r = 0; r < R; ++r) {
-          const __m512bh c = (__m512bh)(whole ? _mm512_loadu_si512(w[r] + k)
-                                              : _mm512_maskz_loadu_epi16(lanes, w[r] + k));
-          for (int m = 0; m < MT; ++m)
-            a[r * MT + m].v = _mm512_dpbf16_ps(a[r * MT + m].v, c, b[m]);
+          const auto c = of_w(r);
+          for (int m = 0; m < MT; ++m) multiply_add(c, b[m], a[r * MT + m]);
         }
-#endif
       }
+      x0 += STEP, x3 += STEP, x6 += STEP;
+      // The compiler must not see that one number would do for all three.
+      if (MT > 3) __asm__("" : "+r"(x0), "+r"(x3), "+r"(x6));
     }
   };
-  const int64_t whole = K / STEP * STEP;
+  const std::false_type all;
+  const std::true_type part;
+  const int64_t whole = K / STEP * STEP, row = whole * int64_t(sizeof(T));
   if constexpr (PASSES == 1) {
-    const int64_t ahead = std::min<int64_t>(AHEAD / int64_t(sizeof(T)), whole);
-    if (SEQUENCE && MT == 1 && whole * int64_t(sizeof(T)) >= AHEAD) {
-      steps(0, whole, Unasked{});
+    if (SEQUENCE && (MT == 1 || (MT <= 4 && row >= AHEAD))) {
+      steps(0, whole, Unasked{}, all);
     } else {
-      steps(0, whole - ahead, ahead);
-      steps(whole - ahead, whole, ahead - whole + next);
+      const int64_t ahead = std::min<int64_t>(asked<R>(row) / int64_t(sizeof(T)), whole);
+      steps(0, whole - ahead, ahead, all);
+      steps(whole - ahead, whole, ahead - whole + next, all);
     }
   } else {
-    steps(0, whole, next);
+    steps(0, whole, next, all);
   }
-  if (whole < K) steps(whole, K, Unasked{});
+  if (whole < K) steps(whole, K, Unasked{}, part);
   for (int i = 0; i < COUNT; i += W) {
     const Vec s = sums(a + i);
     store(out + i, add ? load(out + i) + s : s);
@@ -209,24 +262,27 @@ inline __attribute__((always_inline)) void tiles_of(const T* const (&w)[R], int6
   }
 }
 
-// How several passes go over rows of W: a run of `count` columns at a time, for `rows` rows of each
-// stream one after another. x's part of the run stays in the first cache meanwhile, and a row's
-// numbers from pass to pass.
-template <class T, int M, int MT, int R, Form FORM>
+// How many rows of x go over rows of W: a run of `count` columns at a time, for `rows` rows of each
+// stream one after another. x's part of the run stays in the first cache meanwhile.
+template <class T, int M, Form FORM>
 struct Chunks {
   using Element = typename std::conditional<FORM == Form::Fused, float, bf16>::type;
-  static constexpr bool ANY = M > MT;
+  static constexpr bool ANY = Shape<M>::PASSES > 1 || M > 4;
   static constexpr int64_t STEP = FORM == Form::Fused ? Vec::W : 32;
   static constexpr int64_t NEAR = 32768, FAR = 131072;  // bytes of x, of W
 
   int64_t count;
   int rows = 1;
 
-  explicit Chunks(int64_t K) : count(K) {
+  Chunks(int64_t K, int64_t ldw) : count(K) {
     if constexpr (ANY) {
-      const int64_t runs = (K * M * int64_t(sizeof(Element)) + NEAR - 1) / NEAR;
+      // Rows of W that lie whole pages apart fall on few sets, and stay there from pass to pass.
+      const bool crowded = Shape<M>::PASSES > 1 && ldw * int64_t(sizeof(T)) % 4096 == 0;
+      const int64_t near = crowded ? NEAR / 2 : NEAR;
+      const int64_t runs = (K * M * int64_t(sizeof(Element)) + near - 1) / near;
+      const int64_t row = Shape<M>::R * K * int64_t(sizeof(T));
       count = ((K + runs - 1) / runs + STEP - 1) / STEP * STEP;
-      rows = int(std::min<int64_t>(std::max<int64_t>(FAR / (R * K * int64_t(sizeof(T))), 1), 16));
+      rows = int(std::min<int64_t>(std::max<int64_t>(FAR / row, 1), 16));
     }
   }
 };
@@ -261,21 +317,22 @@ inline void spread_all(const float (*from)[STRIP][COUNT], float* to) {
 template <class T, int M, int MATS, Form FORM, class Done>
 inline void streams(int64_t first, int64_t last, const T* const (&w)[MATS], int64_t ldw, int64_t K,
                     const void* packed, int64_t ldx, Done&& done) {
-  // Accumulators: 16 of AVX-512's 32 registers, 8 of the 16 elsewhere.
-  constexpr bool WIDE = Vec::W == 16;
-  constexpr int MT = WIDE ? (M < 4 ? M : 4) : (M < 2 ? M : 2);
-  constexpr int R = WIDE && M <= 2 ? 8 : 4;
+  constexpr int MT = Shape<M>::MT, R = Shape<M>::R, PASSES = Shape<M>::PASSES;
   constexpr int STREAMS = R / MATS, STRIP = 16;
-  constexpr int COUNT = tile_results(R, MT), PASSES = (M + MT - 1) / MT;
-  using C = Chunks<T, M, MT, R, FORM>;
-  const C chunks(K);
+  constexpr int COUNT = tile_results(R, MT);
+  using C = Chunks<T, M, FORM>;
+  const C chunks(K, ldw);
+  // The tile that is asked for: so many on that there are the bytes in between.
+  const int64_t run = chunks.count * int64_t(sizeof(T));
+  const int64_t on = std::max<int64_t>(asked<R>(run) / run, 1);
   alignas(64) float raw[PASSES][STRIP][COUNT];
   alignas(64) float results[STREAMS][MATS][M][BLOCK];
   const int64_t each = (last - first + STREAMS - 1) / STREAMS;
   for (int64_t from = 0; from < each; from += STRIP) {
     const int strip = int(std::min<int64_t>(STRIP, each - from));
-    // Row j of every stream, `count` columns from `at` on.
-    const auto row = [&](int j, int64_t at, int64_t count) __attribute__((always_inline)) {
+    // Row j of every stream, `count` columns from `at` on; the tile to ask for is `next` on.
+    const auto row = [&](int j, int64_t at, int64_t count, int64_t next)
+                         __attribute__((always_inline)) {
       const T* rows[R];
       for (int s = 0; s < STREAMS; ++s) {
         // The last stream may be shorter; what it reads again is not used.
@@ -284,16 +341,22 @@ inline void streams(int64_t first, int64_t last, const T* const (&w)[MATS], int6
       }
       const T* const(&read)[R] = rows;
       const auto* x = static_cast<const typename C::Element*>(packed) + at;
-      tiles_of<T, R, M, MT, FORM>(read, chunks.rows * ldw, x, ldx, count, raw[0][j], STRIP * COUNT,
-                                  at > 0);
+      tiles_of<T, R, M, MT, FORM>(read, next, x, ldx, count, raw[0][j], STRIP * COUNT, at > 0);
     };
-    if constexpr (!C::ANY) {
-      for (int j = 0; j < strip; ++j) row(j, 0, K);
+    if (!C::ANY || chunks.count >= K) {
+      for (int j = 0; j < strip; ++j) row(j, 0, K, on * ldw);
     } else {
       for (int start = 0; start < strip; start += chunks.rows) {
         const int end = std::min(strip, start + chunks.rows);
         for (int64_t at = 0; at < K; at += chunks.count)
-          for (int j = start; j < end; ++j) row(j, at, std::min(chunks.count, K - at));
+          for (int j = start; j < end; ++j) {
+            // Behind these rows come their next columns, behind the last the next rows.
+            const int64_t over = j + on - end;
+            const int64_t next = over < 0                 ? on * ldw
+                                 : at + chunks.count < K ? (start + over - j) * ldw + chunks.count
+                                                         : (end + over - j) * ldw - at;
+            row(j, at, std::min(chunks.count, K - at), next);
+          }
       }
     }
     spread_all<STRIP, COUNT, R, MT, M>(raw, &results[0][0][0][0]);

@@ -92,6 +92,27 @@ def test_ways_to_read(reading, dtype, monkeypatch):
         check(call("linear", x, w, None), F.linear(x, w), want, dtype)
 
 
+# Passes of 4, 5, 7 and 8 rows, each alone and after another; rows that go in runs of columns, of whole
+# pages and with a rest.
+@pytest.mark.parametrize(
+    "dtype,rows,n,k",
+    [
+        (torch.bfloat16, 5, 70, 3110), (torch.bfloat16, 7, 97, 264), (torch.bfloat16, 9, 130, 2048),
+        (torch.bfloat16, 13, 70, 4113), (torch.bfloat16, 16, 97, 2048), (torch.float32, 5, 97, 2065),
+        (torch.float32, 9, 70, 512), (torch.float32, 14, 70, 1024), (torch.float16, 11, 70, 2048),
+    ],
+)  # fmt: skip
+def test_passes_and_runs(dtype, rows, n, k):
+    x, w = torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype)
+    want = F.linear(x.double(), w.double())
+    check(call("linear", x, w, None), F.linear(x, w), want, dtype)
+    # x's own stride, and the weight's, are not its length.
+    wide, strided = torch.randn(rows, k + 32).to(dtype), torch.randn(n, k + 8).to(dtype)
+    want = F.linear(wide[:, :k].double(), strided[:, 8:].double())
+    aten = F.linear(wide[:, :k], strided[:, 8:])
+    check(call("linear", wide[:, :k], strided[:, 8:], None), aten, want, dtype)
+
+
 def test_linear_without_intrinsics(monkeypatch):
     monkeypatch.setenv("DSPARK_CPU_ISA", "portable")
     x, w = torch.randn(6, 45).bfloat16(), torch.randn(37, 45).bfloat16()
