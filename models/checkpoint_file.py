@@ -1,7 +1,7 @@
 """Where the numbers of a safetensors file begin.
 
-A tensor that is read from the file lies in its mapped pages, at the offset that it has there. Behind
-a header of any length no vector load of 64 bytes meets a cache line's start: every one reads two.
+A tensor that is read from the file lies in its mapped pages, at the offset that it has there.
+Behind a header of any length vector loads of 64 bytes miss the cache lines' starts: each reads two.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ ALIGNMENT = 64
 
 
 def align(path: str | os.PathLike[str]) -> None:
-    """Lengthen the header of the safetensors file ``path`` so that its numbers begin at a multiple of
-    64 bytes.
+    """Lengthen the header of the safetensors file ``path``: its numbers begin at whole cache lines.
 
     The format allows spaces behind the header. What the file holds stays the same.
 

@@ -69,7 +69,7 @@ def test_numbers_begin_at_a_cache_lines_start(tmp_path):
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[n], tensors[n]) for n in tensors)
     odd.write_bytes(b"not one")
-    with pytest.raises(ValueError, match="odd.safetensors is no safetensors file"):
+    with pytest.raises(ValueError, match=r"odd\.safetensors is no safetensors file"):
         align(odd)
 
 
