@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dspark_compile.ops.cache import SCALE_DTYPE
+from dspark_compile.runtime.large_pages import zeros
 
 from .errors import KVCacheError
 from .kv_storage import SCHEMES
@@ -110,7 +111,6 @@ class CompressedLayer(_StaticLayer):  # type: ignore[misc, valid-type]
         self.batch_size, self.num_heads = key_states.shape[:2]
         self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
         shape = (self.batch_size, self.num_heads, self.max_cache_len)
-        zeros = torch.zeros
         self.key_data = zeros((*shape, self.k_head_dim), dtype=torch.int8, device=self.device)
         self.key_scale = zeros(shape, dtype=SCALE_DTYPE, device=self.device)
         self.value_data = zeros((*shape, self.v_head_dim), dtype=torch.int8, device=self.device)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from dspark_compile.ops.cache import SCALE_DTYPE
+from dspark_compile.runtime.large_pages import zeros
 
 from .errors import KVCacheError
 from .room import bucket
@@ -50,7 +51,7 @@ class DecodeLayer(StaticLayer):  # type: ignore[misc]
     def _zeros(self, room: int, heads: int, size: int) -> Tensor:
         # Zeros: what no token was written to is multiplied by a probability of 0.
         shape = (self.rows, heads, room, size)
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return zeros(shape, dtype=self.dtype, device=self.device)
 
     def _allocate(self, room: int) -> None:
         self.keys = self._zeros(room, self.num_heads, self.k_head_dim)
@@ -187,11 +188,9 @@ class Int8DecodeLayer(DecodeLayer):
     def _allocate(self, room: int) -> None:
         shape = (self.rows, self.num_heads, room)
         for name, size in (("key", self.k_head_dim), ("value", self.v_head_dim)):
-            data = torch.zeros((*shape, size), dtype=torch.int8, device=self.device)
+            data = zeros((*shape, size), dtype=torch.int8, device=self.device)
             setattr(self, f"{name}_data", data)
-            setattr(
-                self, f"{name}_scale", torch.zeros(shape, dtype=SCALE_DTYPE, device=self.device)
-            )
+            setattr(self, f"{name}_scale", zeros(shape, dtype=SCALE_DTYPE, device=self.device))
         self.max_cache_len = room
 
     def _append_compiled(

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from dspark_compile.ops.cache import SCALE_DTYPE
+from dspark_compile.runtime.large_pages import zeros
 
 from . import _poison
 from .errors import KVCacheError
@@ -214,8 +215,8 @@ def _empty_twin(tensor: Tensor, scheme: str) -> CompressedTensor:
     # Normal tensors even under inference_mode: they are written from both kinds of code later.
     with torch.inference_mode(False), torch.no_grad():
         return CompressedTensor(
-            torch.zeros(tensor.shape, dtype=torch.int8, device=tensor.device),
-            torch.zeros(tensor.shape[:-1], dtype=SCALE_DTYPE, device=tensor.device),
+            zeros(tensor.shape, dtype=torch.int8, device=tensor.device),
+            zeros(tensor.shape[:-1], dtype=SCALE_DTYPE, device=tensor.device),
             tensor.dtype,
             scheme,
         )
@@ -252,7 +253,7 @@ def restore(tensor: Tensor) -> Tensor:
         if entry is None:
             return tensor
         with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-            content = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            content = zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
             if entry.twin is not None:
                 for row, data, scale in zip(content, entry.twin.data, entry.twin.scale):
                     row.copy_(torch.ops.dspark.dequantize_kv(data, scale, tensor.dtype))
