@@ -7,10 +7,13 @@ native step, which are timed in the same calls: choosing, bookkeeping, Python.
 
 ``--shape`` takes a model of that shape with random weights, and a prompt of ``--prompt`` random
 tokens. A prompt is run eagerly by every engine, so the time of a call that makes one token is
-measured too, and what is left of a call is the time of decoding.
+measured too, and what is left of a call is the time of decoding. ``--quantized`` adds our
+``generate`` with that model's linear layers weight-only quantised by torchao, as in
+`benchmarks.decode`.
 
     python -m benchmarks.generate
     python -m benchmarks.generate --shape qwen3-0.6b --new 32 --rounds 3
+    python -m benchmarks.generate --shape qwen3-0.6b --quantized 8,4 --name generate_quantized
     python -m benchmarks.generate --dtype float32 --name generate_float32
 """
 
@@ -30,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dspark_compile
 from benchmarks._common import interleaved, write
-from benchmarks.decode import SHAPES, make
+from benchmarks.decode import SHAPES, make, quantized
 from dspark_compile.runtime.rounds import POOL
 
 MODEL = Path(__file__).parent.parent / "models" / "demo"
@@ -109,6 +112,11 @@ def load(shape: str | None, dtype: torch.dtype, prompt: int) -> tuple[Any, torch
     return model, torch.randint(0, model.config.vocab_size, (1, prompt))
 
 
+def ours_of(model: Any, ids: torch.Tensor, options: dict[str, Any], new: int) -> torch.Tensor:
+    """Our ``generate``."""
+    return dspark_compile.generate(model, ids, max_new_tokens=new, **options)
+
+
 def main() -> None:
     """Measure and write ``generate.json``, or what ``--name`` says."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -118,10 +126,13 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=0, help="of measuring the overhead")
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--prompt", type=int, default=512, help="tokens, with --shape")
+    parser.add_argument("--quantized", default="", help="bits, with commas; with --shape")
     parser.add_argument("--skip", default="", help="engines to leave out, with commas")
     parser.add_argument("--name")
     parser.add_argument("--no-write", action="store_true")
     args = parser.parse_args()
+    if args.quantized and args.shape is None:
+        parser.error("--quantized needs --shape: the shipped model is not quantised here")
     dtype = getattr(torch, args.dtype)
     name = args.name or ("generate" if args.shape is None else f"generate_{args.shape}")
     model, ids = load(args.shape, dtype, args.prompt)
@@ -130,8 +141,11 @@ def main() -> None:
     calls: dict[str, Callable[[int], torch.Tensor]] = {
         "hf_dynamic": lambda new: model.generate(ids, max_new_tokens=new, **greedy),
         "hf_static_inductor": lambda new: static_inductor(model, ids, new, room),
-        "dspark": lambda new: dspark_compile.generate(model, ids, max_new_tokens=new, **greedy),
+        "dspark": partial(ours_of, model, ids, greedy),
     }
+    for bits in filter(None, args.quantized.split(",")):
+        smaller = quantized(args.shape, dtype, 0, int(bits))
+        calls[f"dspark_w{bits}"] = partial(ours_of, smaller, ids, greedy)
     engines: dict[str, Callable[[], torch.Tensor]] = {
         n: partial(call, args.new) for n, call in calls.items() if n not in args.skip.split(",")
     }
