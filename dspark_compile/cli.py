@@ -203,9 +203,15 @@ def train_draft(
         raise typer.BadParameter(str(error)) from error
     found = result.evaluation
     typer.echo(
-        f"{result.folder}: tau {found.tau_greedy:.2f} at T=0, {found.tau_sampled:.2f} at T=1; "
+        f"{result.folder}: tau {found.told(found.tau_greedy)} at T=0, "
+        f"{found.told(found.tau_sampled)} at T=1; "
         "by position, given the prefix: " + " ".join(f"{c:.2f}" for c in found.conditional)
     )
+    if found.tau_greedy is None:
+        typer.echo(
+            "no held-out text was both written at temperature 0 and long enough; give more "
+            "--prompts or --new-tokens, or 0 among --temperatures"
+        )
     if found.ece_after:
         before, after = (100 * sum(e) / len(e) for e in (found.ece_before, found.ece_after))
         typer.echo(f"calibration error {before:.1f} % before, {after:.1f} % after scaling")

@@ -29,8 +29,9 @@ class Evaluation:
     """Numbers on held-out texts.
 
     Attributes:
-        tau_greedy: committed tokens a round, bonus included, of greedy decoding.
-        tau_sampled: the same expected at temperature 1, over the anchors.
+        tau_greedy: committed tokens a round, bonus included, of greedy decoding; None where no
+            held-out text was written at temperature 0.
+        tau_sampled: the same expected at temperature 1, over the anchors; None without any.
         conditional: c_k at temperature 0: accepted at k, given that it was reached.
         accept_sampled: acceptance probability at each k at temperature 1.
         rounds: greedy rounds walked; anchors: blocks looked at.
@@ -40,8 +41,8 @@ class Evaluation:
         reliability: ``(predicted, happened, count)`` of 15 bins, before and after, over all k.
     """
 
-    tau_greedy: float = 0.0
-    tau_sampled: float = 0.0
+    tau_greedy: float | None = None
+    tau_sampled: float | None = None
     conditional: list[float] = field(default_factory=list)
     accept_sampled: list[float] = field(default_factory=list)
     rounds: int = 0
@@ -59,8 +60,8 @@ class Evaluation:
             return [round(v, 4) for v in values]
 
         return {
-            "tau_greedy": round(self.tau_greedy, 4),
-            "tau_sampled": round(self.tau_sampled, 4),
+            "tau_greedy": None if self.tau_greedy is None else round(self.tau_greedy, 4),
+            "tau_sampled": None if self.tau_sampled is None else round(self.tau_sampled, 4),
             "conditional": short(self.conditional),
             "accept_sampled": short(self.accept_sampled),
             "rounds": self.rounds,
@@ -69,6 +70,11 @@ class Evaluation:
             "ece_after": short(self.ece_after),
             "temperatures": short(self.fitted.temperatures.tolist()) if self.fitted else None,
         }
+
+    @staticmethod
+    def told(tau: float | None) -> str:
+        """How a tau is printed."""
+        return "not measured" if tau is None else f"{tau:.2f}"
 
     def calibration(self) -> dict[str, Any] | None:
         """What is saved beside the draft; None without a confidence head."""
@@ -122,8 +128,8 @@ def evaluate(
         if text.temperature == 0:
             walked += _walk(prefix, blocks.anchors[0].cpu(), whole)
     result = Evaluation(
-        tau_greedy=sum(walked) / max(len(walked), 1),
-        tau_sampled=expected / max(blocks_seen, 1),
+        tau_greedy=sum(walked) / len(walked) if walked else None,
+        tau_sampled=expected / blocks_seen if blocks_seen else None,
         conditional=(passed / reached.clamp(min=1)).tolist(),
         accept_sampled=(accept / counts.clamp(min=1)).tolist(),
         rounds=len(walked),

@@ -79,7 +79,9 @@ def train_draft(
         ValueError: the data cannot be read.
     """
     options = options or TrainOptions()
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if Path(out).exists() and not Path(out).is_dir():
+        raise TrainError(f"--out {str(out)!r} is a file; give a folder, or a name that is free")
+    device = _device(options.device)
     dtype = _dtype(options.dtype, device)
     target, tokenizer = load_target(target, tokenizer, dtype)
     target = target.to(device).eval().requires_grad_(False)
@@ -88,6 +90,11 @@ def train_draft(
     options = options.resolve(parameters, width, _layers(target))
     torch.manual_seed(options.seed)
     draft = DraftModel(new_config(target, tokenizer, options))
+    if options.draft_vocab_size > draft.config.vocab_size:
+        raise TrainError(
+            f"draft_vocab_size={options.draft_vocab_size}: the target has "
+            f"{draft.config.vocab_size} tokens; give fewer, or 0 for all"
+        )
     if options.init in ("target", "random"):
         initialize(draft, target if options.init == "target" else None)
     else:
@@ -95,7 +102,10 @@ def train_draft(
     draft = draft.to(device)
     draft.bind(target)
     work = Path(out) / ".training"
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainError(f"--out {str(out)!r} cannot be written: {error}") from error
     _same_run(work, draft, options)
     texts, held = _texts(target, tokenizer, Path(data), work, options, quiet)
     batches = Batches(texts, options.batch, options.max_length, options.seed)
@@ -110,6 +120,25 @@ def train_draft(
     draft.calibration = evaluation.calibration()
     _finish(draft, evaluation, Path(out), trainer, options)
     return TrainResult(draft, evaluation, Path(out), trainer.step, trainer.elapsed / 60)
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of that name, or the best there is.
+
+    Raises:
+        TrainError: torch cannot use it here.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+        if device.type == "meta":
+            raise NotImplementedError("it holds no numbers")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrainError(
+            f"device={name!r} cannot be used here: {why}; give cpu, or a device that torch sees"
+        ) from error
+    return device
 
 
 def load_target(target: Any, tokenizer: Any, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +99,7 @@ class TrainOptions:
             "prompt_tokens",
             *("new_tokens", "max_length", "steps", "anchors", "lr", "checkpoint_seconds"),
         ):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise TrainError(f"{name}={getattr(self, name)}: positive, or 0 to choose")
         if self.markov_rank is not None and self.markov_rank < 0:
             raise TrainError(f"markov_rank={self.markov_rank}: give 0 (none) or more")
@@ -108,13 +109,13 @@ class TrainOptions:
             raise TrainError("init='': give target, random, or a draft to go on from")
         if self.optimizer not in ("adamw", "muon"):
             raise TrainError(f"optimizer={self.optimizer!r}: give adamw or muon")
-        if not self.temperatures or min(self.temperatures) < 0:
+        if not self.temperatures or not all(0 <= t < math.inf for t in self.temperatures):
             raise TrainError(f"temperatures={self.temperatures}: give one or more, none negative")
         if not 0 <= self.given_share <= 1:
             raise TrainError(f"given_share={self.given_share}: give a share from 0 to 1")
         if not 0 < self.held_out < 1:
             raise TrainError(f"held_out={self.held_out}: give a share between 0 and 1")
-        if self.minutes is not None and self.minutes <= 0:
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise TrainError(f"minutes={self.minutes}: give a positive number, or none")
         if self.dtype not in (None, "float32", "bfloat16"):
             raise TrainError(f"dtype={self.dtype!r}: give float32 or bfloat16")

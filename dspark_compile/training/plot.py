@@ -73,9 +73,10 @@ def render(evaluation: Evaluation) -> str:
         )
     for i, plot in enumerate(plots):
         plot["x"] = 50 + i * (SIDE + 70)
+    told = evaluation.told
     title = (
-        f"tau {evaluation.tau_greedy:.2f} at T=0 over {evaluation.rounds} rounds, "
-        f"{evaluation.tau_sampled:.2f} expected at T=1 over {evaluation.anchors} anchors"
+        f"tau {told(evaluation.tau_greedy)} at T=0 over {evaluation.rounds} rounds, "
+        f"{told(evaluation.tau_sampled)} expected at T=1 over {evaluation.anchors} anchors"
     )
     return env.get_template("evaluation.svg.j2").render(
         plots=plots,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import xml.etree.ElementTree as ElementTree
 
 import hypothesis.strategies as st
@@ -235,6 +236,9 @@ def test_missing_data(tmp_path):
         ({"optimizer": "sgd"}, "optimizer='sgd'"),
         ({"init": ""}, "init=''"),
         ({"minutes": 0}, "minutes=0"),
+        ({"minutes": math.nan}, "minutes=nan"),
+        ({"lr": math.inf}, "lr=inf"),
+        ({"temperatures": (0.0, math.nan)}, "temperatures=.*nan"),
     ],
 )
 def test_bad_options(changes, words):
@@ -333,6 +337,30 @@ def test_a_run_resumes_where_it_was_killed(tmp_path):
             model, data, tmp_path / "straight", tokenizer=Letters(), quiet=True,
             options=dataclasses.replace(SMALL, block_size=3),
         )  # fmt: skip
+
+
+def test_what_a_run_cannot_begin_with(tmp_path):
+    data = folder_data(tmp_path)
+    (tmp_path / "file").write_text("")
+    for out, changes, words in (
+        ("file", {}, r"--out '.*file' is a file; give a folder"),
+        ("file/below", {}, r"--out '.*below' cannot be written"),
+        ("out", {"device": "nowhere"}, "device='nowhere' cannot be used here"),
+        ("out", {"device": "meta"}, "device='meta' cannot be used here: it holds no numbers"),
+        ("out", {"draft_vocab_size": 1000}, r"draft_vocab_size=1000: the target has \d+ tokens"),
+    ):
+        with pytest.raises(TrainError, match=words):
+            train_draft(
+                target(), data, tmp_path / out, tokenizer=Letters(), quiet=True,
+                options=dataclasses.replace(SMALL, **changes),
+            )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_not_measured_is_not_a_number(tmp_path):
+    found = evaluate(target(), trained_shape(target()), [], SMALL.resolve(1_000, 24, 4))
+    assert found.tau_greedy is None and found.to_dict()["tau_sampled"] is None
+    assert "tau not measured at T=0" in render(found)
 
 
 def test_a_draft_to_go_on_from(tmp_path):
