@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import statistics
 import subprocess
@@ -14,6 +15,36 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+
+MEETING = """// The threads meet again and again: what one meeting takes, in nanoseconds.
+#include "program.h"
+
+extern "C" __attribute__((visibility("default"))) double dspark_meeting(int threads, int count) {
+  double each = 0;
+  dspark::parallel(threads, [&](dspark::Team team) {
+    team.barrier();
+    const int64_t start = dspark::now();
+    for (int i = 0; i < count; ++i) team.barrier();
+    if (team.thread == 0) each = double(dspark::now() - start) / count;
+  });
+  return each;
+}
+"""
+
+
+def meeting_ns() -> float | None:
+    """Nanoseconds in which torch's threads meet, the median of 9: how near their cores lie. Virtual
+    machines move between one cluster of cores and two, whose caches and memory links are others.
+    None without a C++ compiler."""
+    from dspark_compile.codegen.cpp import build, isa
+
+    try:
+        library = build.load("meeting", MEETING, isa.detect())
+    except build.BuildError:
+        return None
+    library.dspark_meeting.restype = ctypes.c_double
+    threads = torch.get_num_threads()
+    return statistics.median(library.dspark_meeting(threads, 2000) for _ in range(9))
 
 
 def conditions() -> dict[str, Any]:
@@ -32,6 +63,7 @@ def conditions() -> dict[str, Any]:
     return {
         **environment(),
         "threads": torch.get_num_threads(),
+        "meeting_ns": meeting_ns(),
         "commit": commit + ("+" if dirty else ""),
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
