@@ -47,6 +47,9 @@ def meeting_ns() -> float | None:
     return statistics.median(library.dspark_meeting(threads, 2000) for _ in range(9))
 
 
+_BEFORE = meeting_ns()
+
+
 def conditions() -> dict[str, Any]:
     """Versions, machine, threads, commit and time of a run."""
     from dspark_compile.diagnostics.environment import environment
@@ -63,7 +66,7 @@ def conditions() -> dict[str, Any]:
     return {
         **environment(),
         "threads": torch.get_num_threads(),
-        "meeting_ns": meeting_ns(),
+        "meeting_ns": {"before": _BEFORE, "after": meeting_ns()},
         "commit": commit + ("+" if dirty else ""),
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -103,7 +103,9 @@ def test_agrees_with_a_plain_reading(case, block):
         )
         assert tokens[row].tolist() == want
         torch.testing.assert_close(hidden[row].double(), torch.stack(rows), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(logits[row].double(), want_logits, atol=1e-5, rtol=1e-5)
+        # Of the largest: a row that a norm makes large carries its rounding into all its logits.
+        close = 1e-5 * max(1.0, want_logits.abs().max().item())
+        torch.testing.assert_close(logits[row].double(), want_logits, atol=close, rtol=1e-5)
         if confidence is None:
             assert want_confidence is None
         else:
