@@ -7,7 +7,7 @@ Behind a header of any length vector loads of 64 bytes miss the cache lines' sta
 from __future__ import annotations
 
 import os
-import struct
+import shutil
 from pathlib import Path
 
 ALIGNMENT = 64
@@ -22,19 +22,19 @@ def align(path: str | os.PathLike[str]) -> None:
         ValueError: it is no safetensors file.
     """
     path = Path(path)
-    data = path.read_bytes()
-    if len(data) < 8:
-        raise ValueError(f"{path} is no safetensors file: it has {len(data)} bytes")
-    (length,) = struct.unpack("<Q", data[:8])
-    header = data[8 : 8 + length]
-    if len(header) < length or not header.startswith(b"{"):
-        raise ValueError(f"{path} is no safetensors file: it has no header of {length} bytes")
-    more = -(8 + length) % ALIGNMENT
-    if not more:
-        return
-    temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(struct.pack("<Q", length + more) + header + b" " * more)
-        file.write(memoryview(data)[8 + length :])
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        # Before the header is read: of another file the number may be anything.
+        if len(start) < 8 or length > path.stat().st_size - 8 or file.read(1) != b"{":
+            raise ValueError(f"{path} is no safetensors file: it has no header")
+        more = -(8 + length) % ALIGNMENT
+        if not more:
+            return
+        header = b"{" + file.read(length - 1)
+        temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
+        with temporary.open("wb") as to:
+            to.write((length + more).to_bytes(8, "little") + header + b" " * more)
+            shutil.copyfileobj(file, to)
     temporary.chmod(path.stat().st_mode)
     os.replace(temporary, path)
