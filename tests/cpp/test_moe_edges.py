@@ -82,6 +82,8 @@ def test_experts(level, dtype, form):
     def check(tokens, count, k, features, inner, outputs, how, seed):
         torch.manual_seed(seed)
         k = min(k, count)
+        if form.get("norm"):
+            outputs += 15  # of few numbers near zero a norm makes what rounding leaves of them
         args = plain(dtype, tokens, count, k, features, inner, outputs, **form)
         args[1] = choices(tokens, count, k, how)
         near("moe_experts", args, dtype)
