@@ -148,7 +148,7 @@ inline void multiply_add(__m512bh w, __m512bh x, Vec& a) { a.v = _mm512_dpbf16_p
 // registers for, 16 of AVX-512's 32 and 8 of 16 elsewhere. Five rows of x and more meet two of W:
 // each number of W is loaded once, those of x come from the first cache.
 template <int M>
-struct Shape {
+struct Passes {
   static constexpr bool WIDE = Vec::W == 16;
   static constexpr int PASSES = WIDE ? (M + 7) / 8 : (M + 1) / 2;
   static constexpr int MT = (M + PASSES - 1) / PASSES;
@@ -267,7 +267,7 @@ inline __attribute__((always_inline)) void tiles_of(const T* const (&w)[R], int6
 template <class T, int M, Form FORM>
 struct Chunks {
   using Element = typename std::conditional<FORM == Form::Fused, float, bf16>::type;
-  static constexpr bool ANY = Shape<M>::PASSES > 1 || M > 4;
+  static constexpr bool ANY = Passes<M>::PASSES > 1 || M > 4;
   static constexpr int64_t STEP = FORM == Form::Fused ? Vec::W : 32;
   static constexpr int64_t NEAR = 32768, FAR = 131072;  // bytes of x, of W
 
@@ -277,10 +277,10 @@ struct Chunks {
   Chunks(int64_t K, int64_t ldw) : count(K) {
     if constexpr (ANY) {
       // Rows of W that lie whole pages apart fall on few sets, and stay there from pass to pass.
-      const bool crowded = Shape<M>::PASSES > 1 && ldw * int64_t(sizeof(T)) % 4096 == 0;
+      const bool crowded = Passes<M>::PASSES > 1 && ldw * int64_t(sizeof(T)) % 4096 == 0;
       const int64_t near = crowded ? NEAR / 2 : NEAR;
       const int64_t runs = (K * M * int64_t(sizeof(Element)) + near - 1) / near;
-      const int64_t row = Shape<M>::R * K * int64_t(sizeof(T));
+      const int64_t row = Passes<M>::R * K * int64_t(sizeof(T));
       count = ((K + runs - 1) / runs + STEP - 1) / STEP * STEP;
       rows = int(std::min<int64_t>(std::max<int64_t>(FAR / row, 1), 16));
     }
@@ -317,7 +317,7 @@ inline void spread_all(const float (*from)[STRIP][COUNT], float* to) {
 template <class T, int M, int MATS, Form FORM, class Done>
 inline void streams(int64_t first, int64_t last, const T* const (&w)[MATS], int64_t ldw, int64_t K,
                     const void* packed, int64_t ldx, Done&& done) {
-  constexpr int MT = Shape<M>::MT, R = Shape<M>::R, PASSES = Shape<M>::PASSES;
+  constexpr int MT = Passes<M>::MT, R = Passes<M>::R, PASSES = Passes<M>::PASSES;
   constexpr int STREAMS = R / MATS, STRIP = 16;
   constexpr int COUNT = tile_results(R, MT);
   using C = Chunks<T, M, FORM>;

@@ -103,7 +103,11 @@ def test_agrees_with_a_plain_reading(case, block):
         )
         assert tokens[row].tolist() == want
         torch.testing.assert_close(hidden[row].double(), torch.stack(rows), atol=1e-5, rtol=1e-5)
-        # Of the largest: a row that a norm makes large carries its rounding into all its logits.
+        # Each stage to 1e-5: the logits of these rows, whose own rounding the head may multiply.
+        _, given, _ = plain.sequence(
+            list(hidden[row].double()), int(anchors[row]), lambda u: int(u.argmax())
+        )
+        torch.testing.assert_close(logits[row].double(), given, atol=1e-5, rtol=1e-5)
         close = 1e-5 * max(1.0, want_logits.abs().max().item())
         torch.testing.assert_close(logits[row].double(), want_logits, atol=close, rtol=1e-5)
         if confidence is None:
