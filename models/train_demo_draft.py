@@ -111,6 +111,7 @@ def options_for(twin: bool, args) -> TrainOptions:
     if args.follow:
         args.init = followed(pathlib.Path(args.follow), pathlib.Path(args.work))
     own = {name: getattr(args, name) for name in ("block_size", "init", "seed", "lr")}
+    own["prompts"] = args.texts
     own = {name: value for name, value in own.items() if value is not None}
     rank = 0 if twin else 32
     return TrainOptions(**OPTIONS | own, markov_rank=rank, steps=args.steps, minutes=args.minutes)
@@ -245,6 +246,7 @@ def main() -> None:
     parser.add_argument("--follow", help="the folder of the draft of a smaller model before")
     parser.add_argument("--seed", type=int, help="of other prompts, texts and anchors")
     parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--texts", type=int, help=f"in place of {OPTIONS['prompts']} prompts")
     parser.add_argument("--vocabulary", type=int, default=0, help="tokens it can propose; 0: all")
     parser.add_argument("--out", default=str(OUT), help="where the draft is written")
     parser.add_argument("--threads", type=int, default=2)
