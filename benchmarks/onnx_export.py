@@ -63,7 +63,7 @@ def built(source: Path, folder: Path) -> Path:
 
 def plain(model: Any, path: Path) -> Path:
     """``torch.onnx.export`` of the model as it is, with a growing cache."""
-    from dspark_compile.export.subject import CausalLM
+    from dspark_compile.export.causal_lm import CausalLM
 
     subject = CausalLM(model, static=False)
     auto = torch.export.Dim.AUTO

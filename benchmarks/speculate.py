@@ -25,9 +25,7 @@ import argparse
 import contextlib
 import json
 import statistics
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,11 +64,10 @@ def hostile(draft: DraftModel, model: Any) -> DraftModel:
 
 def held_out(tokenizer: Any, count: int, length: int = 150) -> list[torch.Tensor]:
     """Prompts cut from the files that training never saw."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
-    import train_demo
+    from dspark_compile.models.demo_text import stdlib_sources
 
     names = json.loads((DEMO_PATH / "training.json").read_text())["held_out_files"]
-    sources = train_demo.stdlib_sources()
+    sources = stdlib_sources()
     cut: list[torch.Tensor] = []
     texts = [tokenizer(sources[n], return_tensors="pt").input_ids[0] for n in names if n in sources]
     at = 0

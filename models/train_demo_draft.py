@@ -37,7 +37,6 @@ import argparse
 import json
 import pathlib
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -46,6 +45,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dspark_compile.models import DEMO_DRAFT_PATH, DEMO_PATH
+from dspark_compile.models.demo_text import stdlib_sources
 from dspark_compile.models.draft import DraftModel
 from dspark_compile.models.draft_vocabulary import cut_vocabulary, frequent_tokens
 from dspark_compile.runtime.speculation.reference import speculate
@@ -74,11 +74,8 @@ def data_file(work: pathlib.Path) -> pathlib.Path:
     """The training files as one JSON-lines file."""
     path = work / "code.jsonl"
     if not path.exists():
-        sys.path.insert(0, str(ROOT / "models"))
-        import train_demo  # its data code needs transformers and tokenizers, as this script does
-
         held = set(json.loads((DEMO_PATH / "training.json").read_text())["held_out_files"])
-        sources = train_demo.stdlib_sources().items()
+        sources = stdlib_sources().items()
         lines = [json.dumps({"text": text}) for name, text in sources if name not in held]
         path.write_text("\n".join(lines) + "\n")
     return path

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from dspark_compile.passes.graph import is_dialect_op
 
+from .causal_lm import CausalLM
 from .errors import ExportError
 from .ops import quantize_static
 from .program import Program
-from .subject import Case, CausalLM
+from .subject import Case
 from .weights import _args
 
 MAX_TOKENS = 4096

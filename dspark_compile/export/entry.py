@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from dspark_compile.diagnostics.report import GraphReport
 
 from .calibrate import CacheScales, calibrated, packed_case, rotation_of, sample_ids
+from .causal_lm import CausalLM, is_causal_lm
 from .draft import DraftBlock, is_draft
 from .errors import ExportError
 from .options import ExportOptions, check_path
+from .plain_module import Plain
 from .program import Program, captured
 from .quantized_cache import quantized_case
 from .report import ExportReport, counts, translations
-from .subject import Case, CausalLM, Plain, Subject, is_causal_lm
+from .subject import Case, Subject
 
 
 def export_onnx(

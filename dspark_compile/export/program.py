@@ -35,7 +35,8 @@ from dspark_compile.passes.pipeline import run_pipeline
 from dspark_compile.passes.trace import trace
 
 from .errors import ExportError
-from .subject import Plain, Subject
+from .plain_module import Plain
+from .subject import Subject
 
 # Passes whose results only a runtime of our own understands.
 RUNTIME_ONLY = ("write_in_place", "kv_int8", "qk_rope_append", "fuse_dequantize_weight")

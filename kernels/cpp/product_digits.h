@@ -70,7 +70,7 @@ inline __attribute__((always_inline)) __m512i byte_dot(__m512i c, __m512i w, __m
   return c;
 }
 
-// The products of R rows of W with one row of x, as pass PASS of PASSES: see `tile` in product.h.
+// The products of R rows of W with one row of x, as pass PASS of PASSES: see `tile` in product_streams.h.
 // Row r's result goes to *out[r]; the rows read next are `next` bytes on.
 template <class T, int R, int PASS, int PASSES>
 __attribute__((noinline)) void digit_tile(const uint8_t* const (&w)[R], int64_t next,

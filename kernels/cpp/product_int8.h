@@ -12,7 +12,7 @@
 //
 // A group's scale multiplies the sum over 32 products (Bytes; Fused, M = 1), the widened weights
 // (Fused), or the weights before they are rounded to bf16 (Widened), as code does that dequantises.
-// Fused and Bytes read a share as several runs of rows side by side, see product.h.
+// Fused and Bytes read a share as several runs of rows side by side, see product_streams.h.
 #pragma once
 #include "product_digits.h"
 #include "product_int.h"

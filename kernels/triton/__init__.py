@@ -16,7 +16,7 @@ Triton; a kernel's module, and Triton with it, load at the first call.
     ``moe_experts`` ``moe_router``    `moe`, `router`: any number of tokens
     ``grouped_linear``                `grouped`: any number of rows
     ``cache_append_``                 `cache`, and ``cache_append_int8_``
-    ``qk_norm_rope_append_``          `cache`, and ``qk_norm_rope_append_int8_``: in place
+    ``qk_norm_rope_append_``          `qk_norm_rope_append`, and ``…_int8_``: in place
     ``attention``                     `attention`, and ``attention_int8``
     ================================  ===================================================
 """
@@ -50,8 +50,8 @@ OPS: dict[str, str] = {
     "grouped_linear": "grouped",
     "cache_append_": "cache",
     "cache_append_int8_": "cache",
-    "qk_norm_rope_append_": "cache",
-    "qk_norm_rope_append_int8_": "cache",
+    "qk_norm_rope_append_": "qk_norm_rope_append",
+    "qk_norm_rope_append_int8_": "qk_norm_rope_append",
     "attention": "attention",
     "attention_int8": "attention",
 }

@@ -10,7 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dspark_compile.kernels.triton import attention, cache, grouped, linear, moe, norm, rope, router
+from dspark_compile.kernels.triton import (
+    attention,
+    cache,
+    grouped,
+    linear,
+    moe,
+    norm,
+    qk_norm_rope_append,
+    rope,
+    router,
+)
 from dspark_compile.kernels.triton._launch import Launch, Target
 from dspark_compile.kernels.triton.linear_tiles import Shape, Tiles, candidates
 
@@ -87,7 +97,7 @@ def cache_cases() -> Iterator[Case]:
         launch = cache.plan_append(store, scale, new, positions)
         yield Case(f"cache_append {count}x{features} {kind}", launch)
         weight, cos = _meta(features), _meta(1, count, features)
-        launch = cache.plan_prepare(
+        launch = qk_norm_rope_append.plan_prepare(
             query, new, new, weight, weight, cos, cos, store, scale, store, scale, positions,
             1e-6, 0.0, False, True, features, False, False,
         )[0]  # fmt: skip
