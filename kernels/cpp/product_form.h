@@ -2,6 +2,7 @@
 #pragma once
 #include <type_traits>
 
+#include "parallel.h"
 #include "tiles.h"
 #include "vec.h"
 
