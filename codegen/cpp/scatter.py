@@ -324,8 +324,8 @@ def _put(given: _Given, out: Tensor, pointer: Pointer) -> list[str]:
             raise NotPrinted(f"{given.op} of rows of another shape")
     if values.dtype != x.dtype or not indices:
         raise NotPrinted(f"{given.op} of several dtypes")
-    # The shape of x[indices], as in `glue._index`: the indices' dimensions stand together, where
-    # the first of them does, or in front.
+    # The shape of x[indices], as in `glue_copies.index`: the indices' dimensions stand together,
+    # where the first of them does, or in front.
     shape = torch.broadcast_shapes(*(i.shape for i in indices.values()))
     axes = sorted(indices)
     together = axes == list(range(axes[0], axes[-1] + 1))
