@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from dspark_compile.codegen.cpp import emit, glue, sampling
+from dspark_compile.codegen.cpp.fusions import LINEARS, MLPS, NORMS, Fusions
 from dspark_compile.codegen.cpp.program import PlanError, Program
 from dspark_compile.kernels import cpp
 from dspark_compile.kernels.cpp import attention as attention_kernels
@@ -44,9 +45,6 @@ VIEWS = frozenset(
         aten.split.Tensor, aten.split_with_sizes.default, aten.lift_fresh_copy.default,
     }
 )  # fmt: skip
-_LINEARS = ("linear", "merged_linear")
-_MLPS = ("mlp", "gated_mlp", "gated_mlp_merged")
-_NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
 _OTHERS = (
     "rope", "cache_append_", "cache_append_int8_", "qk_norm_rope_append_",
     "qk_norm_rope_append_int8_", "attention", "attention_int8",
@@ -54,7 +52,7 @@ _OTHERS = (
 # Where cosines and sines stand among an op's arguments.
 ANGLES = {"rope": (1, 2), "qk_norm_rope_append_": (5, 6), "qk_norm_rope_append_int8_": (5, 6)}
 QUANTIZED = ("linear_int8", "linear_int4", "gated_mlp_int8", "gated_mlp_int4")
-PRODUCTS = (*_LINEARS, *_MLPS, *QUANTIZED)
+PRODUCTS = (*LINEARS, *MLPS, *QUANTIZED)
 INT_EXPERTS = ("moe_experts_int8", "moe_experts_int4")
 EXPERTS = ("moe_router", "moe_experts", "grouped_linear", *INT_EXPERTS)
 
@@ -69,7 +67,7 @@ def reason(node: fx.Node) -> str | None:
         return sampling.reason(node)
     if is_dialect_op(node):
         name = dialect_name(node)
-        if name not in (*PRODUCTS, *_NORMS, *_OTHERS, *EXPERTS):
+        if name not in (*PRODUCTS, *NORMS, *_OTHERS, *EXPERTS):
             return f"{name} has no stage"
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         if name in ("attention", "attention_int8"):
@@ -91,7 +89,7 @@ class Planner:
     def __init__(self, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]):
         self.program = Program()
         self.nodes = _early_first(nodes, inputs)
-        self.order = {node: i for i, node in enumerate(self.nodes)}
+        self.fusions = Fusions(self.nodes)
         self.values: dict[fx.Node, Any] = {}
         for number, node in enumerate(inputs):
             value = node.meta["val"]
@@ -100,131 +98,29 @@ class Planner:
                 self.program.add_input(value, number)
         self.inputs = set(inputs)
         self.done: set[fx.Node] = set()
-        # product -> what is added to its result; total node -> the product that computes it
-        self.residuals: dict[fx.Node, fx.Node] = {}
-        self.totals: dict[fx.Node, fx.Node] = {}
-        # the node a product reads -> the norm in front
-        self.prologues: dict[fx.Node, fx.Node] = {}
         self._glue: glue.Glue | None = None
         self._glue_names: list[str] = []
 
-    # ------------------------------------------------------------------------ finding fusions
-
-    def _source(self, node: Any) -> Any:
-        """``node`` with views that keep the last dimension taken off."""
-        while (
-            isinstance(node, fx.Node)
-            and is_op(node, aten.view.default, aten.reshape.default, aten._unsafe_view.default,
-                      aten.unsqueeze.default, aten.squeeze.dim)
-            and node in self.order
-            and node.args[0].meta["val"].dim()
-            and node.args[0].meta["val"].shape[-1] == node.meta["val"].shape[-1]
-        ):  # fmt: skip
-            node = node.args[0]
-        return node
-
-    def _leaves(self, node: fx.Node) -> list[fx.Node] | None:
-        """Users of ``node`` behind views that keep the last dimension; None if one is outside."""
-        found: list[fx.Node] = []
-        for user in node.users:
-            if user not in self.order:
-                return None
-            if self._source(user) is not user:
-                below = self._leaves(user)
-                if below is None:
-                    return None
-                found += below
-            else:
-                found.append(user)
-        return found
-
-    def find_residuals(self) -> None:
-        """Additions whose one operand is a product that nothing else reads."""
-        for node in self.nodes:
-            plain = is_op(node, aten.add.Tensor) and node.kwargs.get("alpha", 1) == 1
-            if not plain and dialect_name(node) not in ("add_rms_norm", "add_layer_norm"):
-                continue
-            operands = (node.args[0], node.args[1])
-            for product, other in (operands, operands[::-1]):
-                source = self._source(product)
-                if not isinstance(other, fx.Node) or not isinstance(source, fx.Node):
-                    continue
-                if dialect_name(source) not in ("linear", *_MLPS) or source in self.residuals:
-                    continue
-                leaves = self._leaves(source)
-                if leaves is None or len(leaves) != 1 or leaves[0] is not node:
-                    continue
-                a, b = product.meta["val"], other.meta["val"]
-                if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
-                    continue
-                base = self._source(other)
-                if base in self.order and self.order[base] > self.order[source]:
-                    continue
-                if any(
-                    s is not source
-                    and s in self.order
-                    and dialect_name(s) == "linear"
-                    and s.args[0] is source.args[0]
-                    for s in source.args[0].users
-                ):  # type: ignore[union-attr]
-                    continue  # one of several products on one input
-                self.residuals[source] = other
-                self.totals[node] = source
-                break
-
-    def find_prologues(self) -> None:
-        """Norms that only products read."""
-        for node in self.nodes:
-            name = dialect_name(node)
-            if name not in _NORMS:
-                continue
-            added = name.startswith("add_")
-            if added and node not in self.totals:
-                continue
-            result = node
-            if added:
-                parts = {u.args[1]: u for u in node.users if u.target is operator.getitem}
-                if 0 not in parts or len(parts) != len(node.users):
-                    continue
-                result = parts[0]
-            value = result.meta["val"]
-            source = node.args[0].meta["val"]  # type: ignore[union-attr]
-            if value.dtype != source.dtype or not isinstance(value.shape[-1], int):
-                continue
-            leaves = self._leaves(result)
-            if not leaves or any(dialect_name(leaf) not in (*_LINEARS, *_MLPS) for leaf in leaves):
-                continue
-            if any(self._source(leaf.args[0]) is not result for leaf in leaves):
-                continue
-            products = {
-                self._source(x.args[0]) if dialect_name(x) in _LINEARS else x for x in leaves
-            }
-            if value.numel() > value.shape[-1] and len(products) > 1:
-                continue  # several rows, several readers: once is cheaper
-            self.prologues[result] = node
-
-    # -------------------------------------------------------------------------------- planning
-
     def plan(self) -> None:
         """Fill ``program`` with the stages of every node."""
-        self.find_residuals()
-        self.find_prologues()
         for node in self.nodes:
             if node in self.done:
                 continue
             name = dialect_name(node)
             if name:
                 self._check(node)
-            if name in _LINEARS:
+            if name in LINEARS:
                 self._linears(node)
-            elif name in _MLPS:
+            elif name in MLPS:
                 self._mlp(node)
-            elif name in _NORMS:
+            elif name in NORMS:
                 self._norm(node)
             elif name:
                 self._other(node, name)
-            elif node in self.totals:
-                self.values[node] = self.values[self.totals[node]].reshape(node.meta["val"].shape)
+            elif node in self.fusions.totals:
+                self.values[node] = self.values[self.fusions.totals[node]].reshape(
+                    node.meta["val"].shape
+                )
             elif node.target is operator.getitem:
                 base = self.values.get(node.args[0])  # type: ignore[arg-type]
                 self.values[node] = None if base is None else base[node.args[1]]  # type: ignore[index]
@@ -316,7 +212,7 @@ class Planner:
         return self.program.knows(x) or any(p.untyped_storage()._cdata == key for p in pending)
 
     def _view(self, node: fx.Node) -> None:
-        if self._source(node) in self.prologues:
+        if self.fusions.source(node) in self.fusions.prologues:
             # Only products read it, and they look through it.
             self.values[node] = node.meta["val"]
             return
@@ -351,12 +247,12 @@ class Planner:
 
     def _operand(self, x: fx.Node) -> tuple[Tensor, linear_kernels.Norm | None]:
         """What a product reads: rows, and the norm in front of them."""
-        norm_node = self.prologues.get(self._source(x))
+        norm_node = self.fusions.prologues.get(self.fusions.source(x))
         if norm_node is None:
             return self.rows(self.get(x), x.name), None
         name = dialect_name(norm_node)
         if name.startswith("add_"):
-            value = self.values[self.totals[norm_node]]
+            value = self.values[self.fusions.totals[norm_node]]
         else:
             value = self.get(norm_node.args[0])
         weight, bias, eps, offset, in_compute = _norm_arguments(norm_node)
@@ -371,7 +267,7 @@ class Planner:
         return rows, linear_kernels.Norm(prologue, weight, bias, eps, offset)
 
     def _residual(self, node: fx.Node, out: Tensor) -> Tensor | None:
-        other = self.residuals.get(node)
+        other = self.fusions.residuals.get(node)
         if other is None:
             return None
         value = self.contiguous(self.get(other), node.name)
@@ -382,15 +278,15 @@ class Planner:
         x = node.args[0]
         assert isinstance(x, fx.Node)
         group = [node]
-        if node not in self.residuals:
+        if node not in self.fusions.residuals:
             group = [
                 user
                 for user in self.nodes
                 if user in x.users
                 and user not in self.done
-                and dialect_name(user) in _LINEARS
+                and dialect_name(user) in LINEARS
                 and user.args[0] is x
-                and user not in self.residuals
+                and user not in self.fusions.residuals
                 and all(w is None or w in self.values for w in user.args[1:3])
             ]
         rows, norm = self._operand(x)
@@ -440,13 +336,13 @@ class Planner:
     def _norm(self, node: fx.Node) -> None:
         name = dialect_name(node)
         added = name.startswith("add_")
-        fused = node in self.totals
+        fused = node in self.fusions.totals
         parts = {u.args[1]: u for u in node.users if u.target is operator.getitem} if added else {}
         result = parts.get(0) if added else node
-        total = self.values[self.totals[node]] if fused else None
+        total = self.values[self.fusions.totals[node]] if fused else None
         if total is not None:
             total = total.reshape(node.meta["val"][1].shape)
-        if result is not None and result in self.prologues:
+        if result is not None and result in self.fusions.prologues:
             # The products do it; those of ``add_`` are only here if the sum is a product's.
             self.values[node] = (result.meta["val"], total) if added else node.meta["val"]
             return
