@@ -8,13 +8,13 @@ import weakref
 import pytest
 import torch
 from transformers import (
-    DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     Qwen3Config,
     Qwen3ForCausalLM,
+    StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -365,17 +365,17 @@ def test_int8_cache(model):
     [
         ({"num_beams": 2}, "beam_search"),
         ({"use_cache": False, "return_dict_in_generate": True}, "use_cache is off"),
-        ({"past_key_values": "dynamic"}, "DynamicCache"),
+        ({"past_key_values": "static"}, "StaticCache"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "hidden_states"),
     ],
 )
 def test_the_rest_goes_to_transformers(model, given, says):
     given = dict(given)
     ids = prompt(1, 12)
-    if given.get("past_key_values") == "dynamic":
+    if given.get("past_key_values") == "static":
         both = []
         for _ in range(2):
-            cache = DynamicCache(config=model.config)
+            cache = StaticCache(config=model.config, max_cache_len=64)
             with torch.no_grad():
                 model(ids[:, :5], past_key_values=cache)
             both.append(cache)

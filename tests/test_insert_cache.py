@@ -212,7 +212,7 @@ def test_a_wrong_cache_is_found_out(monkeypatch):
     [
         ({}, "one of max_new_tokens and max_length"),
         ({"max_new_tokens": 0}, "max_new_tokens leaves no room"),
-        ({"max_new_tokens": 3, "temperature": 0.0}, "temperature=0.0"),
+        ({"max_new_tokens": 3, "temperature": 0.0, "do_sample": True}, "temperature=0.0"),
         ({"max_new_tokens": 3, "top_p": 1.5}, "top_p=1.5"),
         ({"max_new_tokens": 3, "num_beams": 2}, "num_beams: not known"),
         ({"max_new_tokens": 3, "kv_cache": "int8"}, "kv_cache='int8' is for Hugging Face"),

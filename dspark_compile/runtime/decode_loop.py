@@ -72,6 +72,7 @@ class Plan:
         max_length: tokens of prompt and text together, at most.
         choice: how tokens are chosen.
         eos, pad: tokens that end a row, and the one that fills it from there on.
+        pads: fill rows that ``asked`` has ended, too, without any ``eos``.
         called: logits processors called in Python, ``f(input_ids, scores)``.
         asked: stopping criteria asked in Python, ``f(input_ids, scores) -> [B] bool``.
         streamer: gets every token, as transformers has it.
@@ -86,6 +87,7 @@ class Plan:
     choice: TokenChoice = field(default_factory=TokenChoice)
     eos: Sequence[int] = ()
     pad: int = 0
+    pads: bool = False
     called: Any = None
     asked: Sequence[Any] = ()
     streamer: Any = None
@@ -265,7 +267,7 @@ class DecodeLoop:
             so_far = self.ids[:, : self.length]
             for criterion in plan.asked:
                 self.stopped |= criterion(so_far, self.scores)
-            if plan.eos:
+            if plan.eos or plan.pads:
                 chooser.done |= self.stopped
             still = int((~(chooser.done | self.stopped)).sum())
         look = self.length % LOOK == 0 or plan.streamer is not None or self.kept

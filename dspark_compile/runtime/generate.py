@@ -10,6 +10,7 @@ logits ``[B, S, V]`` gets a cache inserted by the compiler (`dspark_compile.runt
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -97,6 +98,8 @@ def generate(
     ):  # fmt: skip
         if value is not None and not isinstance(value, Iterable):
             raise ValueError(f"{name} is a {type(value).__name__}: give a list of them")
+    if input_ids is None:  # transformers' name for it
+        input_ids = kwargs.pop("inputs", None)
     if input_ids is not None and not (isinstance(input_ids, Tensor) and input_ids.dim() >= 2):
         shape = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise ValueError(f"input_ids are {shape}: give a tensor of token ids, int64 [B, L]")
@@ -113,7 +116,7 @@ def generate(
             model, input_ids, logits_processor, stopping_criteria, generation_config,  # type: ignore[arg-type]
             streamer, kwargs, own, report,
         )  # fmt: skip
-    elif hasattr(model, "generate") and hasattr(model, "config"):
+    elif _of_hugging_face(model):
         from .hf_generate import decode
 
         def custom(
@@ -146,6 +149,19 @@ def generate(
     return (output, report) if return_stats else output
 
 
+def _of_hugging_face(model: Any) -> bool:
+    """Whether ``model.generate`` is transformers', or hands on to it: nanoGPT and its kin have a
+    ``generate`` and a ``config`` of their own."""
+    try:
+        takes = inspect.signature(model.generate).parameters
+    except (AttributeError, TypeError, ValueError):
+        return False
+    any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values())
+    return "custom_generate" in takes or (
+        any_name and hasattr(getattr(model, "config", None), "to_dict")
+    )
+
+
 def _logits(out: Any) -> Tensor:
     """The logits in what a module returns: a tensor, an object or mapping that names them, or the
     first of several results."""
@@ -173,7 +189,7 @@ def _module(
     max_length: int | None = None,
     do_sample: bool = False,
     temperature: float = 1.0,
-    top_k: int = 0,
+    top_k: int | None = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
@@ -209,6 +225,9 @@ def _module(
     if length <= input_ids.shape[1]:
         name = "max_length" if max_length is not None else "max_new_tokens"
         raise ValueError(f"{name} leaves no room for a new token behind the prompt: raise it")
+    if not do_sample and temperature == 0:  # another way to say so
+        temperature = 1.0
+    top_k = 0 if top_k is None else top_k
     for name, value in (("temperature", temperature), ("repetition_penalty", repetition_penalty)):
         if not value > 0:
             raise ValueError(f"{name}={value!r}: it must be above 0")
@@ -222,6 +241,7 @@ def _module(
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
     if not all(isinstance(e, int) for e in eos):
         raise ValueError(f"eos_token_id={eos_token_id!r}: give token ids")
+
     sampling = (temperature, top_k, top_p, min_p) if do_sample else (1.0, 0, 1.0, 0.0)
 
     def called(ids: Tensor, scores: Tensor) -> Tensor:

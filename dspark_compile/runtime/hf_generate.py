@@ -18,6 +18,8 @@ from .decode_cache import DecodeCache, rigid, unsupported
 from .decode_loop import PREFILL_CHUNK, DecodeLoop, GenerationReport, Plan
 from .index_errors import explained, known_to
 from .inserted import InsertedRounds
+from .lent_cache import LentCache
+from .lent_cache import why_not as why_not_lent
 from .rounds import POOL, NotRounds, Rounds, batch_bucket, pool_key
 from .token_choice import TokenChoice, parse
 
@@ -65,7 +67,7 @@ def decode(
         given: keyword arguments of the model's.
         own: ``kv_cache`` and ``options`` of `generate`.
     """
-    reason = _refusal(model, input_ids, config, given)
+    reason = _refusal(model, input_ids, config, given, own)
     if reason is None:
         if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
             raise ValueError(f"input_ids are {input_ids.dtype}: give token ids, torch.int64")
@@ -103,6 +105,10 @@ def _decode(
 ) -> Any:
     """`decode`; with ``reason``, by transformers."""
     rounds: Rounds | None = None
+    callers, lent = given, None
+    if reason is None and _uses_cache(config, given) and _is_callers(_cache(given)):
+        lent = LentCache(_cache(given), model.config, input_ids.shape[0])
+        given = {**given, "past_key_values": lent.ours}
     if reason is None and own.get("draft") is not None:
         plan = _plan(input_ids, processors, criteria, config, streamer, given, report)
         sequences = _speculate(model, input_ids, config, plan, given, own, report)
@@ -126,7 +132,10 @@ def _decode(
         report.path = "transformers"
         report.notes.append(f"decoded by transformers: {reason}")
         log.info("decoded by transformers: %s", reason)
-        return _by_transformers(model, input_ids, processors, criteria, config, streamer, given)
+        return _by_transformers(model, input_ids, processors, criteria, config, streamer, callers)
+    if lent is not None:
+        lent.give_back()
+        loop.cache = lent.cache
     if not config.return_dict_in_generate:
         return sequences
     from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -173,12 +182,14 @@ def _speculate(
                 return sequences
             from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-            return GenerateDecoderOnlyOutput(sequences=sequences)
+            return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=loop.cache)
     report.notes.append(f"no speculation: {reason}")
     return None
 
 
-def _refusal(model: Any, input_ids: Any, config: Any, given: Mapping[str, Any]) -> str | None:
+def _refusal(
+    model: Any, input_ids: Any, config: Any, given: Mapping[str, Any], own: Mapping[str, Any]
+) -> str | None:
     """Why transformers' own loop must do it."""
     mode = str(getattr(config.get_generation_mode(), "value", ""))
     if mode not in ("greedy_search", "sample"):
@@ -205,11 +216,13 @@ def _refusal(model: Any, input_ids: Any, config: Any, given: Mapping[str, Any]) 
     positions = given.get("position_ids")
     if positions is not None and positions.dim() != 2:
         return "position_ids have more than two dimensions"
+    reason = unsupported(model.config) or _own_ways(model)
     cache = _cache(given)
-    if cache is not None and not isinstance(cache, DecodeCache):
-        if getattr(cache, "_is_user_defined", False) or _held(cache):
-            return f"past_key_values is a {type(cache).__name__} of the caller's"
-    return unsupported(model.config) or _own_ways(model)
+    if reason is None and _is_callers(cache):
+        if given.get("past_key_values") is not cache:
+            return f"cache_params is a {type(cache).__name__} of the caller's"
+        return why_not_lent(cache, model, input_ids.shape[0], own["kv_cache"])
+    return reason
 
 
 _WINDOW_MASKS = {
@@ -235,6 +248,13 @@ def _cache(given: Mapping[str, Any]) -> Any:
     """The cache that is to be used, by whichever name the model has for it."""
     cache = given.get("past_key_values")
     return given.get("cache_params") if cache is None else cache
+
+
+def _is_callers(cache: Any) -> bool:
+    """Whether ``cache`` is one that the caller will look at, and no `DecodeCache`."""
+    if cache is None or isinstance(cache, DecodeCache):
+        return False
+    return bool(getattr(cache, "_is_user_defined", False)) or _held(cache) > 0
 
 
 def _uses_cache(config: Any, given: Mapping[str, Any]) -> bool:
@@ -283,15 +303,18 @@ def _plan(
     if config.return_dict_in_generate:
         plan.keep_cache = True
         plan.keep_scores, plan.keep_logits = bool(config.output_scores), bool(config.output_logits)
+    from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
     eos, asked = [], []
     for criterion in criteria:
-        name = type(criterion).__name__
-        if name == "EosTokenCriteria":
+        if type(criterion) is EosTokenCriteria:
             eos += criterion.eos_token_id.flatten().tolist()
-        elif name != "MaxLengthCriteria":
+        elif type(criterion) is not MaxLengthCriteria:
             asked.append(criterion)
+            name = getattr(criterion, "__name__", type(criterion).__name__)
             report.notes.append(f"{name} is asked in Python at every step")
     plan.eos, plan.asked = eos, asked
+    plan.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
     parsed, reason = parse(processors, plan.choice.sample)
     if plan.keep_scores and len(processors):
         parsed, reason = None, "output_scores: logits processors are called in Python at every step"

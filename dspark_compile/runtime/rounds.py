@@ -151,6 +151,17 @@ class Rounds:
 
         return DecodeCache(self.model.config, scheme=self.scheme, rows=self.rows)
 
+    def copied_cache(self, tokens: int) -> Any:
+        """A cache that holds the first ``tokens`` of this one."""
+        cache = self.another_cache()
+        cache.prepare(self.cache, self.rows)
+        cache.reserve(tokens + 1)
+        pairs = zip(cache.tensors(), self.cache.tensors(), strict=True)
+        for (_, _, mine), (_, _, theirs) in pairs:
+            mine[:, :, :tokens].copy_(theirs[:, :, :tokens])
+        cache.set_length(tokens)
+        return cache
+
     def expect(self, tokens: int) -> None:
         """Sequences will perhaps reach ``tokens``: room at once, so that a short text never moves
         its cache."""
@@ -227,7 +238,7 @@ class Rounds:
             given: dict[str, Any] = {"input_ids": input_ids[:, part]}
             if attention_mask is not None:
                 given["attention_mask"] = attention_mask[:, : start + part.stop]
-            if position_ids is not None:
+            if position_ids is not None and self._positioned:
                 given["position_ids"] = position_ids[:, part]
             logits = self._forward(given)
         assert logits is not None
@@ -258,7 +269,7 @@ class Rounds:
         given: dict[str, Any] = {"input_ids": ids[:, -1:]}
         if attention_mask is not None:
             given["attention_mask"] = self.mask[:rows, : self.length + 1]
-        if position_ids is not None:
+        if position_ids is not None and self._positioned:
             given["position_ids"] = position_ids[:, -1:] + 1
         cache.use_rows(rows)
         self._forward(given)

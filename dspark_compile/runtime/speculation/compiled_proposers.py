@@ -19,6 +19,7 @@ from dspark_compile.kernels.cpp.linear import most_rows
 from dspark_compile.kernels.cpp.speculate import PANEL
 from dspark_compile.models.draft import DraftModel
 from dspark_compile.ops.token import draw, penalised
+from dspark_compile.runtime.index_errors import known_to
 from dspark_compile.runtime.rounds import signature
 from dspark_compile.runtime.speculation.accept import distribution
 from dspark_compile.runtime.speculation.draft_rounds import DraftRounds
@@ -236,6 +237,10 @@ class ModelProposals(Proposals):
             model, rounds.rows, rounds.masked, rounds.scheme, rounds.options,
             count=self.width - 1, placed=True,
         )  # fmt: skip
+        # It may have fewer positions than the text; what it drafts beyond them is only a guess.
+        known = known_to(model)[1]
+        if known is not None:
+            self.own.last.fill_(known - 1)
         rounds.growers.append(self._grow)
 
     @property
@@ -263,6 +268,10 @@ class ModelProposals(Proposals):
 
     def prefill(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, n: int) -> None:
         """The prompt, ``n`` tokens at a time."""
+        if positions is None and ids.shape[1] > int(self.own.last):
+            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        if positions is not None:
+            positions = torch.minimum(positions.to(ids.device), self.own.last)
         self.own.prefill(ids, mask, positions, n)
 
     def ensure(self) -> None:

@@ -188,8 +188,12 @@ def refusal(model: Any, draft: Any, plan: Plan, batch: int) -> str | None:
                 )
     if plan.called is not None or plan.keep_scores or plan.keep_logits:
         return "logits processors called in Python, or scores kept, want one token at a time"
-    if plan.cache is not None or plan.keep_cache:
+    if plan.cache is not None:
         return "a cache of the caller's has no context of the draft's beside it"
+    if plan.keep_cache and batch > 1:
+        return "return_dict_in_generate hands a cache over, and that of a batch has holes"
+    if plan.streamer is not None and batch > 1:
+        return "a streamer gets a token of every row at a time, and rows go on at their own pace"
     if plan.asked and batch > 1:
         return "stopping criteria called in Python want rows of one length"
     if batch > 1:
@@ -221,6 +225,7 @@ class SpeculativeLoop:
         self.rounds, self.proposer = speculator.rounds, speculator.proposer
         self.prompt = prompt.to(self.rounds.tokens.device)
         self.shown = self.asked = 0
+        self.cache: Any = None
         self.reason: str | None = None
         self.before = speculator.policy.parked_rounds, speculator.policy.probes
         # Look-ups are never parked, alone or where a draft beside them is: they cost nothing where
@@ -244,6 +249,8 @@ class SpeculativeLoop:
         self.proposer.begin()
         sequences = self._run()
         rounds.set_length(rounds.length)
+        if self.plan.keep_cache:  # programs and the draft's context stay on their own
+            self.cache = rounds.copied_cache(min(rounds.length, sequences.shape[1] - 1))
         POOL.give(rounds)
         return sequences
 
@@ -256,7 +263,8 @@ class SpeculativeLoop:
         engine = self._engine(state)
         report.spend("compile", clock() - began)
         began = clock()
-        while not state.finished() and not self._stopped(state):
+        # What ends by itself may have gone past where a criterion ends it.
+        while not self._stopped(state) and not state.finished():
             if not state.has_room():
                 start = clock()
                 closed = state.make_room()
@@ -292,6 +300,7 @@ class SpeculativeLoop:
         slack = rounds.count + 1 + self.proposer.slack
         rounds.reserve(min(plan.max_length, length + FIRST_ROOM) + slack)
         logits = rounds.prefill(prompt, mask, positions, plan.chunk)
+        rounds.reach(batch, limit)
         self.proposer.prefill(prompt, mask, positions, plan.chunk)
         kept = torch.ones_like(prompt) if mask is None else mask.to(prompt.device)
         lengths = kept.sum(1)
@@ -479,7 +488,7 @@ class SpeculativeLoop:
             parked_rounds=policy.parked_rounds - self.before[0],
             probes=policy.probes - self.before[1], lookup_rounds=self.looked_up,
         )  # fmt: skip
-        if max(state.widths) == 1 and state.limit > 1:
+        if max(state.widths) == 1 and most > 1:
             report.notes.append(
                 f"a batch of {state.batch} leaves no row for drafted tokens in a step: it is "
                 "decoded plainly"

@@ -77,6 +77,11 @@ def _check_causal_model(model: Any, draft: Any) -> None:
             f"draft={type(draft).__name__} is neither a DraftModel nor a causal language model of "
             "Hugging Face"
         )
+    if getattr(draft.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"draft={type(draft).__name__} is an encoder-decoder model: give a causal language "
+            "model"
+        )
     if draft is model:
         raise ValueError("draft is the model itself: nothing is gained")
     own, other = (_vocabulary(m) for m in (draft, model))

@@ -31,6 +31,8 @@ from dspark_compile.runtime.trace_whole import CaptureError
 
 # The part of the cache that may be holes.
 HOLES = 0.25
+# A position that no text has.
+FAR = 1 << 40
 
 Follow = Callable[[Tensor, int, Tensor], None]
 
@@ -47,6 +49,8 @@ class SpeculativeRounds(Rounds):
 
     Attributes:
         places: positions of the block's tokens ``[R, K + 1]``.
+        last: the position ``[1, 1]`` of the last token that is any use (`reach`): tokens drafted
+            beyond the end of a text stand there, because a model may have no table for more.
         states: by width M, tapped states ``[R, M, m * width]`` of the tokens verified last.
         programs: by width; None where the model is run eagerly.
         reasons: why a width has no program.
@@ -72,6 +76,7 @@ class SpeculativeRounds(Rounds):
         device = self.tokens.device
         self.block = torch.zeros(rows, count + 1, dtype=torch.long, device=device)
         self.placed, self.places = placed, torch.zeros_like(self.block)
+        self.last = torch.full((1, 1), FAR, dtype=torch.long, device=device)
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
         self.states: dict[int, Tensor] = {}
         self.programs: dict[int, Captured | None] = {}
@@ -115,6 +120,11 @@ class SpeculativeRounds(Rounds):
         self.slot.fill_(self.length)
         return logits
 
+    def reach(self, batch: int, new: int) -> None:
+        """Behind a prompt: each of ``batch`` rows gets ``new`` tokens, at most."""
+        # The last token of a text is never read.
+        self.last.fill_(int(self.positions[:batch].max()) + max(new, 2) - 2)
+
     # ------------------------------------------------------------------------------- programs
 
     def reserve(self, tokens: int) -> None:
@@ -156,9 +166,8 @@ class SpeculativeRounds(Rounds):
         given: dict[str, Any] = {"input_ids": self.block[:, :width]}
         if self._positioned:
             steps = torch.arange(width, device=self.positions.device)
-            given["position_ids"] = (
-                self.places[:, :width] if self.placed else self.positions + steps
-            )
+            places = self.places[:, :width] if self.placed else self.positions + steps
+            given["position_ids"] = torch.minimum(places, self.last)
         return given
 
     def _eager(self, width: int) -> Tensor:
@@ -207,7 +216,7 @@ class SpeculativeRounds(Rounds):
 
     def _kept(self, width: int) -> KeptProgram:
         """The place of a width's program among what earlier processes left."""
-        more = {"block": self.block, "places": self.places}
+        more = {"block": self.block, "places": self.places, "last": self.last}
         if self.taps:
             more["states"] = self.states[width]
         what = ("verify", width, self.taps, self._positioned, self.placed)
@@ -236,16 +245,17 @@ class SpeculativeRounds(Rounds):
     def _program(self, width: int, taps: Taps | None) -> Callable[[], Tensor]:
         """The step as a function of nothing."""
         model, cache, block, positions = self.model, self.cache, self.block, self.positions
-        positioned, states = self._positioned, self.states.get(width)
+        positioned, states, last = self._positioned, self.states.get(width), self.last
         places = self.places if self.placed and positioned else None
         given: dict[str, Any] = {"attention_mask": self.mask} if self.masked else {}
 
         def step() -> Tensor:
             more = dict(given)
             if places is not None:
-                more["position_ids"] = places[:, :width]
+                more["position_ids"] = torch.minimum(places[:, :width], last)
             elif positioned:
-                more["position_ids"] = positions + torch.arange(width, device=positions.device)
+                steps = torch.arange(width, device=positions.device)
+                more["position_ids"] = torch.minimum(positions + steps, last)
             ids = block[:, :width]
             logits = model(input_ids=ids, past_key_values=cache, use_cache=True, **more).logits
             if taps is not None:
