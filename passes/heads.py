@@ -121,7 +121,9 @@ class Heads:
         near: Sequence[fx.Node],
     ) -> None:
         self.graph, self.like, self.fake_mode, self.layout = graph, like, fake_mode, layout
-        self._near = [*near, *(n for node in near for n in node.all_input_nodes if is_tensor(n))]
+        near = [*near, *(n for node in near for n in node.all_input_nodes if is_tensor(n))]
+        # What is emitted stands before ``like``, which therefore lends it no size.
+        self._near = [n for n in near if n is not like]
 
     # --- single operations -------------------------------------------------------------------
 

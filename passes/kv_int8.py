@@ -26,6 +26,7 @@ from torch import fx
 from dspark_compile.ops.cache import SCALE_DTYPE
 from dspark_compile.passes.base import Match, Pass, PassContext, Problem, dialect
 from dspark_compile.passes.graph import dtype, emit, is_dialect_op, shape, val
+from dspark_compile.passes.write_in_place import written_input
 from dspark_compile.runtime.kv_storage import compress, why_not
 
 
@@ -110,8 +111,14 @@ class KVInt8(Pass):
         """One match: every cache of the graph, since keys and values go together."""
         caches: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
-            if is_dialect_op(node, "cache_append_") and node.args[0].op == "placeholder":
+            if not is_dialect_op(node, "cache_append_"):
+                continue
+            if node.args[0].op == "placeholder":
                 caches.setdefault(node.args[0], []).append(node)
+            elif written_input(node.args[0]) is not None:
+                ctx.reject(
+                    self.name, self.kind, node, "the cache is [B, N, H, D]", "use [B, H, N, D]"
+                )
         if caches:
             yield Match(next(iter(caches)), captures={"caches": caches})
 

@@ -20,6 +20,8 @@ from dspark_compile.codegen.registry import implementations
 from dspark_compile.ops import OPS
 from dspark_compile.passes.base import PassContext
 from dspark_compile.passes.graph import aten, dialect_name, emit, emit_getitem, is_dialect_op, is_op
+from dspark_compile.passes.raise_cache import SWAP
+from dspark_compile.passes.write_in_place import written_input
 
 
 def _device(node: fx.Node) -> torch.device:
@@ -50,7 +52,12 @@ def _inline(node: fx.Node, name: str, ctx: PassContext) -> None:
         else:
             raise AssertionError(name)
         for tensor, values in pairs:
-            emit(graph, write, (tensor, 2, positions, values), like=node, fake_mode=ctx.fake_mode)
+            whole, dim = written_input(tensor), 2
+            if whole not in (None, tensor):  # a write to a view would copy all of it there and back
+                call = (aten.permute.default, (values, SWAP))
+                values = emit(graph, *call, like=node, fake_mode=ctx.fake_mode)
+                tensor, dim = whole, 1
+            emit(graph, write, (tensor, dim, positions, values), like=node, fake_mode=ctx.fake_mode)
     graph.erase_node(node)
 
 

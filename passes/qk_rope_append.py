@@ -46,6 +46,7 @@ from dspark_compile.passes.graph import (
     shape,
     val,
 )
+from dspark_compile.passes.write_in_place import written_input
 
 # The implementations that are one kernel.
 _FUSED = ("triton", "cpp")
@@ -252,8 +253,8 @@ def _permuted(node: Any) -> tuple[Any, list[int] | None]:
 
 
 def _write(cache: Any) -> fx.Node | None:
-    """The one in-place append to a cache input."""
-    if not isinstance(cache, fx.Node) or cache.op != "placeholder":
+    """The one in-place append to a cache input, or to its view ``[B, H, N, D]``."""
+    if not isinstance(cache, fx.Node) or written_input(cache) is None:
         return None
     writes = [u for u in cache.users if is_dialect_op(u, "cache_append_", "cache_append_int8_")]
     writes = [u for u in writes if u.args[0] is cache]
@@ -331,7 +332,7 @@ def _place(match: Match) -> fx.Node | None:
     upper = position[attention]
     for write in writes:
         for cache in write.args[:parts]:
-            for reader in readers(cache) - old:
+            for reader in readers(written_input(cache) or cache) - old:
                 if position[reader] < position[write]:
                     lower = max(lower, position[reader])
                 else:

@@ -10,7 +10,8 @@ Growing caches:
 
     cat([past, new], 2)      where attention reads the result -> cache_extend
 
-A cache is a 4-d floating tensor ``[B, H, N, D]``. Other layouts and other updates of a
+A cache is a 4-d floating tensor ``[B, H, N, D]``, or ``[B, N, H, D]`` where rows of an input are
+replaced: then the op appends to its view ``[B, H, N, D]``. Other layouts and other updates of a
 graph input that attention reads are rejections, so that no cache is missed silently.
 """
 
@@ -46,6 +47,8 @@ _UPDATES = (
     aten.select_scatter.default,
     aten.where.self,
 )
+# [B, N, H, D] as [B, H, N, D], and back.
+SWAP = [0, 2, 1, 3]
 _READS = (
     aten.permute.default,
     aten.view.default,
@@ -77,6 +80,15 @@ def read_by_attention(node: fx.Node, depth: int = 8, latent: bool = False) -> bo
         ):
             return True
     return False
+
+
+def _read_swapped(node: fx.Node, depth: int = 4) -> bool:
+    """Whether heads and tokens change places on the way from ``node`` to a reader."""
+    return any(
+        (is_op(user, aten.permute.default) and list(user.args[1]) == SWAP)  # type: ignore[call-overload]
+        or (depth > 0 and is_op(user, *_READS) and _read_swapped(user, depth - 1))
+        for user in node.users
+    )
 
 
 def _last_dim(cat: fx.Node) -> bool:
@@ -130,11 +142,15 @@ class RaiseCache(Pass):
         found = _append(node)
         if isinstance(found, Problem):
             return found
-        match.captures["new"], match.captures["positions"] = found
+        match.captures["new"], match.captures["positions"], dim = found
+        match.captures["tokens_first"] = dim == 1
+        if dim == 1 and not _read_swapped(node):
+            return Problem("the cache is written along dimension 1, not 2", "use [B, H, N, D]")
         return None
 
     def rewrite(self, match: Match, graph: fx.Graph, ctx: PassContext) -> None:
         node = match.anchor
+        tokens_first = match.captures.get("tokens_first", False)
         with graph.inserting_before(node):
             if match.captures.get("grow"):
                 target, args = dialect("cache_extend"), tuple(node.args[0])  # type: ignore[arg-type]
@@ -154,11 +170,26 @@ class RaiseCache(Pass):
                 while val(entries).dim() < 4:
                     lifted = (aten.unsqueeze.default, (entries, 0))
                     entries = emit(graph, *lifted, like=node, fake_mode=ctx.fake_mode)
-                target, args = dialect("cache_append"), (match["cache"], entries, positions)
+                cache = match["cache"]
+                if tokens_first:
+                    cache, entries = (_swapped(x, node, ctx) for x in (cache, entries))
+                target, args = dialect("cache_append"), (cache, entries, positions)
             new = emit(graph, target, args, like=node, fake_mode=ctx.fake_mode)
-        node.replace_all_uses_with(new)
+            if tokens_first:
+                for user in list(node.users):
+                    if is_op(user, aten.permute.default) and list(user.args[1]) == SWAP:
+                        user.replace_all_uses_with(new)
+                        graph.erase_node(user)
+            whole = _swapped(new, node, ctx) if tokens_first and node.users else new
+        node.replace_all_uses_with(whole)
         graph.erase_node(node)
         ctx.raised("cache", new)
+
+
+def _swapped(x: fx.Node, like: fx.Node, ctx: PassContext) -> fx.Node:
+    """``x`` with heads and tokens in each other's place."""
+    call = (aten.permute.default, (x, SWAP))
+    return emit(x.graph, *call, like=like, fake_mode=ctx.fake_mode)
 
 
 def _is_input(node: Any, depth: int = 4) -> bool:
@@ -168,33 +199,36 @@ def _is_input(node: Any, depth: int = 4) -> bool:
     return isinstance(node, fx.Node) and node.op == "placeholder"
 
 
-def _append(node: fx.Node) -> Problem | tuple[fx.Node, Any]:
-    """``(new entries, positions)`` of an update; positions may be a ``(start, end)``."""
+def _append(node: fx.Node) -> Problem | tuple[fx.Node, Any, int]:
+    """``(new entries, positions, dimension)`` of an update; positions may be a ``(start, end)``."""
     cache = node.args[0]
     assert isinstance(cache, fx.Node)
+    dims = (1, 2) if cache.op == "placeholder" else (2,)
     if is_op(node, aten.index_copy.default):
         dim, positions, new = int(node.args[1]) % 4, node.args[2], node.args[3]  # type: ignore[arg-type]
-        if dim != 2:
+        if dim not in dims:
             return Problem(f"the cache is written along dimension {dim}, not 2", "use [B, H, N, D]")
     elif is_op(node, aten.index_put.default):
         index = list(node.args[1])  # type: ignore[arg-type]
         if argument(node, 3, "accumulate", False):
             return Problem("the cache is accumulated into, not written")
-        if len(index) < 3 or any(i is not None for i in (*index[:2], *index[3:])):
+        given = [i for i, x in enumerate(index) if x is not None]
+        if len(given) != 1 or given[0] not in dims:
             return Problem(
                 "the cache is written at indices of other dimensions than the sequence",
                 "write cache[:, :, positions] = new",
             )
-        positions, new = index[2], node.args[2]
+        dim = given[0]
+        positions, new = index[dim], node.args[2]
         if not is_tensor(positions) or dtype(positions) == torch.bool:
             return Problem("the cache is written at a boolean mask")
     elif is_op(node, aten.slice_scatter.default):
         new = node.args[1]
         dim = int(argument(node, 2, "dim", 0)) % 4
         start, end = argument(node, 3, "start", 0) or 0, argument(node, 4, "end")
-        if dim != 2 or argument(node, 5, "step", 1) != 1:
+        if dim not in dims or argument(node, 5, "step", 1) != 1:
             return Problem(f"the cache is sliced along dimension {dim}, not 2", "use [B, H, N, D]")
-        size = shape(cache)[2]
+        size = shape(cache)[dim]
         if not isinstance(start, int) or start < 0:
             return Problem("the cache is written at a slice whose start is not a known number")
         if end is None or (isinstance(end, int) and isinstance(size, int) and end > size):
@@ -215,7 +249,8 @@ def _append(node: fx.Node) -> Problem | tuple[fx.Node, Any]:
         rows = shape(positions)[0]
     else:
         rows = positions[1] - positions[0]
-    want = [*shape(cache)[:2], rows, shape(cache)[3]]
+    want = list(shape(cache))
+    want[dim] = rows
     # Indexed assignment drops leading dimensions of 1: ``cache[:, :, p] = new`` at batch 1.
     if val(new).dim() < 4 and is_op(new, *VIEWS) and same_shape(shape(new.args[0]), want):
         new = new.args[0]
@@ -225,4 +260,4 @@ def _append(node: fx.Node) -> Problem | tuple[fx.Node, Any]:
         return Problem(f"new entries are {tuple(shape(new))}, not {tuple(want)}")
     if dtype(new) != dtype(cache):
         return Problem(f"new entries are {dtype(new)} and the cache {dtype(cache)}")
-    return new, positions
+    return new, positions, dim

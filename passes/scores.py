@@ -293,6 +293,8 @@ def read(path: list[fx.Node]) -> Scores:
 
 def _baddbmm(scores: Scores, node: fx.Node) -> None:
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+    if not isinstance(alpha, (int, float)):
+        alpha = _of_head_size(alpha, scores.query)
     if not isinstance(beta, (int, float)) or not isinstance(alpha, (int, float)):
         raise Miss("baddbmm's alpha or beta is not a number", node=node)
     scores.scale *= float(alpha)

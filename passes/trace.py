@@ -32,16 +32,22 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule
     def run(*args: Any) -> Any:
         return fx.Interpreter(module).run(*args)
 
-    functional = torch.func.functionalize(run, remove="mutations")
+    ways = [torch.func.functionalize(run, remove="mutations"), functionalize_by_mode(run)]
     if _has_inner_transforms(module):
-        functional = functionalize_by_mode(run)
+        del ways[0]
     with (
         torch.no_grad(),
         mode,
         ignore_fresh_symbols(mode),
         fx_traceback.preserve_node_meta(),
     ):
-        traced = make_fx(functional)(*fakes)
+        try:
+            traced = make_fx(ways[0])(*fakes)
+        except RuntimeError as error:
+            # Some in-place ops take no symbolic sizes there: ``torch.full((n, n), x).triu_()``.
+            if len(ways) == 1 or "concrete integers" not in str(error):
+                raise
+            traced = make_fx(ways[1])(*fakes)
 
     old = [n for n in module.graph.nodes if n.op == "placeholder"]
     new = [n for n in traced.graph.nodes if n.op == "placeholder"]

@@ -19,8 +19,7 @@ def compiled(function, *args):
     run = torch.compile(function, backend="dspark", options=OPTIONS, dynamic=False)
     with torch.no_grad():
         want, got = function(*first), run(*second)
-    for g, w in zip([got, *second], [want, *first], strict=True):
-        torch.testing.assert_close(g, w, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close([got, *second], [want, *first], atol=1e-5, rtol=1e-5)
     return last_report().graphs[-1]
 
 
@@ -100,17 +99,86 @@ def test_read_through_eager_attention():
     assert record(compiled(f, *step(), torch.tensor([2]))).rewritten == 2
 
 
+def along_tokens(cache, new, at):
+    cache.index_copy_(1, at, new)
+
+
+def indexed_tokens(cache, new, at):
+    cache[:, at] = new
+
+
+def sliced_tokens(cache, new, at):
+    cache[:, 4:5] = new
+
+
+def tokens_first(count=1):
+    """`step` with tokens before heads in all but the query."""
+    q, *rest = step(count)
+    return q, *(x.transpose(1, 2).contiguous() for x in rest)
+
+
+@pytest.mark.parametrize("write", [along_tokens, indexed_tokens, sliced_tokens])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kernels", ["aten", pytest.param("auto", marks=pytest.mark.slow)])
+def test_tokens_before_heads(write, inner, kernels, monkeypatch):
+    """[B, N, H, D]: the view with heads first is appended to, in place."""
+    monkeypatch.setitem(OPTIONS, "inner", inner)
+    monkeypatch.setitem(OPTIONS, "kernels", kernels)
+
+    def f(q, k, v, keys, values, at):
+        write(keys, k, at)
+        write(values, v, at)
+        return attend(q, keys.transpose(1, 2), values.transpose(1, 2)), keys[:, :3] * 2
+
+    graph = compiled(f, *tokens_first(), torch.tensor([4]))
+    assert record(graph).rewritten == 2
+    assert graph.ops.get("cache_append_") == 2 and "cache_append" not in graph.ops
+
+
+def test_tokens_before_heads_read_before_the_write():
+    def f(q, k, v, keys, values, at):
+        old = keys.transpose(1, 2).sum(-1)
+        along_tokens(keys, k, at)
+        along_tokens(values, v, at)
+        return attend(q, keys.transpose(1, 2), values.transpose(1, 2)) + old.sum()
+
+    graph = compiled(f, *tokens_first(), torch.tensor([4]))
+    assert graph.ops.get("cache_append_") == 2
+
+    def late(q, k, v, keys, values, at):
+        old = keys.clone()
+        along_tokens(keys, k, at)
+        along_tokens(values, v, at)
+        out = attend(q, keys.transpose(1, 2), values.transpose(1, 2))
+        return out + old[:, 4].sum(), keys
+
+    compiled(late, *tokens_first(), torch.tensor([4]))
+
+
+def test_int8_wants_heads_first(monkeypatch):
+    monkeypatch.setitem(OPTIONS, "kv_cache", "int8")
+
+    def f(q, k, v, keys, values, at):
+        along_tokens(keys, k, at)
+        along_tokens(values, v, at)
+        return attend(q, keys.transpose(1, 2), values.transpose(1, 2))
+
+    graph = compiled(f, *tokens_first(), torch.tensor([4]))
+    found = [r.condition for r in graph.rejections if r.pass_name == "kv_int8"]
+    assert found == ["the cache is [B, N, H, D]"] * 2
+
+
 def test_other_layout_is_a_rejection():
-    """[B, N, H, D]: written along dimension 1."""
+    """Written along dimension 1, which attention takes for the heads."""
 
     def f(q, k, v, keys, values, at):
         keys.index_copy_(1, at, k)
         values.index_copy_(1, at, v)
-        return attend(q, keys.transpose(1, 2), values.transpose(1, 2))
+        return attend(q, keys, values)
 
-    q, k, v, keys, values = step()
-    args = [x.transpose(1, 2).contiguous() for x in (k, v, keys, values)]
-    graph = compiled(f, q, *args, torch.tensor([4]))
+    q, _, _, keys, values = step()
+    new = torch.randn(B, 1, N, D)
+    graph = compiled(f, q, new, new + 1, keys, values, torch.tensor([1]))
     assert record(graph).rewritten == 0
     assert reasons(graph) == ["the cache is written along dimension 1, not 2"] * 2
 
