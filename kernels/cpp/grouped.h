@@ -3,6 +3,7 @@
 // Experts without rows are not read, the others once for up to ROOM rows: an expert's rows are the
 // rows of one product, as in moe.h, and work is cut by expert and passes.
 #pragma once
+#include "linear.h"
 #include "moe_product.h"
 #include "moe_rows.h"
 
