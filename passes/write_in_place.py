@@ -11,6 +11,7 @@ whole cache a step where the inner compiler would not have found it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import fx
 
@@ -88,7 +89,7 @@ class WriteInPlace(Pass):
         ctx.report.rename_site(node.name, write.name, name)
 
 
-def written_input(view: object) -> fx.Node | None:
+def written_input(view: Any) -> fx.Node | None:
     """The input that an append to ``view`` writes: itself, or with heads and tokens swapped."""
     if is_op(view, aten.permute.default) and list(view.args[1]) == SWAP:
         view = view.args[0]

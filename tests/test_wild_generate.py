@@ -11,9 +11,14 @@ from torch import nn
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    CLIPVisionConfig,
     DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MaxLengthCriteria,
     StoppingCriteriaList,
     T5Config,
     T5ForConditionalGeneration,
@@ -133,11 +138,39 @@ def test_an_encoder_decoder_is_no_draft(model):
 # --------------------------------------------------------------------------------- arguments
 
 
+def test_a_vision_model_without_an_image():
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        text_config=LlamaConfig(
+            vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+            num_attention_heads=4,
+        ),
+        vision_config=CLIPVisionConfig(
+            hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            image_size=8, patch_size=4,
+        ),
+        image_token_index=96,
+    )  # fmt: skip
+    llava = settled(LlavaForConditionalGeneration(config))
+    given = {"eos_token_id": None, "pad_token_id": 0}
+    assert check(llava, input_ids=prompt() % 96, **given).path == "compiled"
+    ids = prompt() % 96
+    ids[:, 1:5] = 96
+    report = check(llava, input_ids=ids, pixel_values=torch.randn(1, 3, 8, 8), **given)
+    assert report.path == "transformers" and "besides tokens" in report.notes[0]
+
+
 def test_inputs_is_a_name_of_the_tokens(model):
     got = dspark_compile.generate(
         model, inputs=prompt(), max_new_tokens=5, do_sample=False, options=QUICK
     )
     assert torch.equal(got, model.generate(prompt(), max_new_tokens=5, do_sample=False))
+
+
+def test_the_shortest_of_several_lengths(model):
+    criteria = StoppingCriteriaList([MaxLengthCriteria(15), MaxLengthCriteria(11)])
+    report = check(model, input_ids=prompt(), stopping_criteria=criteria, max_new_tokens=30)
+    assert report.new_tokens == 4
 
 
 def test_a_criterion_that_knows_an_end_token_pads(model):
@@ -219,6 +252,24 @@ def test_a_draft_and_the_cache_that_is_handed_over(model):
 
 
 # ----------------------------------------------------------------------------------- modules
+
+
+@pytest.mark.parametrize("kind", ["plain", "draft", "module"])
+def test_inference_mode_comes_and_goes(kind):
+    """What a call under inference mode makes and keeps serves calls outside of it."""
+    with torch.inference_mode():
+        inside = settled(Small()) if kind == "module" else qwen()
+    for which in (inside, settled(Small()) if kind == "module" else qwen()):
+        own = {"draft": "ngram", "schedule": "fixed"} if kind == "draft" else {}
+        for mode in (True, False, True, False):
+            with torch.inference_mode(mode), torch.no_grad():
+                if kind == "module":
+                    got = dspark_compile.generate(which, prompt(), max_new_tokens=6, options=QUICK)
+                    assert torch.equal(got, which.generate(prompt(), 6))
+                else:
+                    report = check(which, input_ids=prompt(), own=own)
+                    assert report.path == "compiled", report.notes
+                    check(which, **ragged(), own=own)
 
 
 class Small(nn.Module):

@@ -22,7 +22,7 @@ from dspark_compile.options import Options
 
 from .decode_loop import DecodeLoop, GenerationReport, Plan
 from .index_errors import explained
-from .rounds import POOL, pool_key
+from .rounds import POOL, pool_key, written_anywhere
 from .speculation.options import check_draft
 from .token_choice import TokenChoice
 
@@ -141,10 +141,11 @@ def generate(
     else:
         if generation_config is not None:
             raise ValueError("generation_config is for Hugging Face models: give its fields")
-        output = _module(
-            model, input_ids, own, report, streamer, list(logits_processor or ()),
-            list(stopping_criteria or ()), **kwargs,
-        )  # fmt: skip
+        with written_anywhere():
+            output = _module(
+                model, input_ids, own, report, streamer, list(logits_processor or ()),
+                list(stopping_criteria or ()), **kwargs,
+            )  # fmt: skip
     _local.report = report
     return (output, report) if return_stats else output
 

@@ -20,7 +20,7 @@ from .index_errors import explained, known_to
 from .inserted import InsertedRounds
 from .lent_cache import LentCache
 from .lent_cache import why_not as why_not_lent
-from .rounds import POOL, NotRounds, Rounds, batch_bucket, pool_key
+from .rounds import POOL, NotRounds, Rounds, batch_bucket, pool_key, written_anywhere
 from .token_choice import TokenChoice, parse
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def decode(
         if _locals_of_generate().get("assistant_model") is not None:
             report.notes.append("assistant_model is not used: give it as draft=")
         input_ids = input_ids.long()  # as transformers' own loop gives them back
-        length = int(criteria.max_length or input_ids.shape[1])
+        length = _longest(criteria) or input_ids.shape[1]
         with explained(input_ids, length, *known_to(model)):
             return _decode(
                 model, input_ids, processors, criteria, config, streamer, given, own, report
@@ -104,45 +104,69 @@ def _decode(
     reason: str | None = None,
 ) -> Any:
     """`decode`; with ``reason``, by transformers."""
-    rounds: Rounds | None = None
-    callers, lent = given, None
-    if reason is None and _uses_cache(config, given) and _is_callers(_cache(given)):
+    outcome: _Outcome | str
+    if reason is None:
+        with written_anywhere():
+            outcome = _in_rounds(
+                model, input_ids, processors, criteria, config, streamer, given, own, report
+            )
+    else:
+        outcome = reason
+    if isinstance(outcome, str):
+        report.path = "transformers"
+        report.notes.append(f"decoded by transformers: {outcome}")
+        log.info("decoded by transformers: %s", outcome)
+        return _by_transformers(model, input_ids, processors, criteria, config, streamer, given)
+    if not config.return_dict_in_generate:
+        return outcome[0]
+    from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+    sequences, scores, logits, cache = outcome
+    return GenerateDecoderOnlyOutput(
+        sequences=sequences, scores=scores, logits=logits, past_key_values=cache
+    )
+
+
+# Sequences, scores, logits and the cache.
+_Outcome = tuple[Tensor, Any, Any, Any]
+
+
+def _in_rounds(
+    model: Any,
+    input_ids: Tensor,
+    processors: Any,
+    criteria: Any,
+    config: Any,
+    streamer: Any,
+    given: dict[str, Any],
+    own: Mapping[str, Any],
+    report: GenerationReport,
+) -> _Outcome | str:
+    """What rounds give, or why they do not."""
+    lent = None
+    if _uses_cache(config, given) and _is_callers(_cache(given)):
         lent = LentCache(_cache(given), model.config, input_ids.shape[0])
         given = {**given, "past_key_values": lent.ours}
-    if reason is None and own.get("draft") is not None:
+    if own.get("draft") is not None:
         plan = _plan(input_ids, processors, criteria, config, streamer, given, report)
-        sequences = _speculate(model, input_ids, config, plan, given, own, report)
-        if sequences is not None:
-            return sequences
+        outcome = _speculate(model, input_ids, config, plan, given, own, report)
+        if outcome is not None:
+            return outcome
         report.notes = [n for n in report.notes if n.startswith("no speculation")]
-    if reason is None:
-        try:
-            rounds = _take(model, input_ids.shape[0], config, given, own)
-        except NotIncremental as error:
-            reason = f"use_cache is off, and no cache can be inserted: {error}"
-    sequences = None
-    if rounds is not None:
-        plan = _plan(input_ids, processors, criteria, config, streamer, given, report)
-        loop = DecodeLoop(rounds, input_ids, plan, report)
-        try:
-            sequences = loop.run()
-        except NotRounds as error:  # found out behind the prompt, before there is any token
-            reason = str(error)
-    if sequences is None:
-        report.path = "transformers"
-        report.notes.append(f"decoded by transformers: {reason}")
-        log.info("decoded by transformers: %s", reason)
-        return _by_transformers(model, input_ids, processors, criteria, config, streamer, callers)
+    try:
+        rounds = _take(model, input_ids.shape[0], config, given, own)
+    except NotIncremental as error:
+        return f"use_cache is off, and no cache can be inserted: {error}"
+    plan = _plan(input_ids, processors, criteria, config, streamer, given, report)
+    loop = DecodeLoop(rounds, input_ids, plan, report)
+    try:
+        sequences = loop.run()
+    except NotRounds as error:  # found out behind the prompt, before there is any token
+        return str(error)
     if lent is not None:
         lent.give_back()
         loop.cache = lent.cache
-    if not config.return_dict_in_generate:
-        return sequences
-    from transformers.generation.utils import GenerateDecoderOnlyOutput
-
-    return GenerateDecoderOnlyOutput(
-        sequences=sequences, scores=loop.scores, logits=loop.logits, past_key_values=loop.cache
-    )
+    return sequences, loop.scores, loop.logits, loop.cache
 
 
 def _speculate(
@@ -153,7 +177,7 @@ def _speculate(
     given: Mapping[str, Any],
     own: Mapping[str, Any],
     report: GenerationReport,
-) -> Any | None:
+) -> _Outcome | None:
     """With a draft; None, with the reason in the report, where there must be none."""
     from .speculation.loop import SpeculativeLoop, refusal, take
     from .speculation.options import parts
@@ -178,11 +202,7 @@ def _speculate(
         except (NotRounds, DraftError) as error:
             reason = str(error)
         else:
-            if not config.return_dict_in_generate:
-                return sequences
-            from transformers.generation.utils import GenerateDecoderOnlyOutput
-
-            return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=loop.cache)
+            return sequences, None, None, loop.cache
     report.notes.append(f"no speculation: {reason}")
     return None
 
@@ -198,7 +218,8 @@ def _refusal(
         return "it is an encoder-decoder model"
     if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] == 0:
         return "there are no input_ids"
-    other = sorted(k for k, v in given.items() if k not in _KNOWN and v is not None)
+    # (An empty mapping is what transformers encoded of no images.)
+    other = sorted(k for k, v in given.items() if k not in _KNOWN and v is not None and v != {})
     if other:
         return f"the model gets {', '.join(other)} besides tokens"
     if config.output_attentions or config.output_hidden_states:
@@ -285,13 +306,22 @@ def _take(
     return POOL.take(model, batch_bucket(batch), masked, scheme, options)
 
 
+def _longest(criteria: Any) -> int | None:
+    """Tokens of a text at most, as the criteria say."""
+    from transformers.generation.stopping_criteria import MaxLengthCriteria
+
+    return min(
+        (int(c.max_length) for c in criteria if isinstance(c, MaxLengthCriteria)), default=None
+    )
+
+
 def _plan(
     input_ids: Tensor, processors: Any, criteria: Any, config: Any, streamer: Any,
     given: Mapping[str, Any], report: GenerationReport,
 ) -> Plan:  # fmt: skip
     cache, pad = _cache(given), config._pad_token_tensor
     plan = Plan(
-        max_length=int(criteria.max_length or input_ids.shape[1] + (1 << 40)),
+        max_length=_longest(criteria) or input_ids.shape[1] + (1 << 40),
         choice=TokenChoice(sample=bool(config.do_sample)),
         pad=0 if pad is None else int(pad.flatten()[0]),
         streamer=streamer,

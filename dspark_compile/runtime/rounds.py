@@ -10,10 +10,11 @@ that differs between calls (prompt lengths, cache room, which rows are done) is 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,14 @@ COARSE = 0.1
 
 class NotRounds(Exception):
     """A model does not hold one position for each token, so rounds cannot drive it."""
+
+
+@contextlib.contextmanager
+def written_anywhere() -> Iterator[None]:
+    """Inside, what is made may be written to by any later call: what inference mode makes may not
+    be outside of it, and steps, caches and tokens are kept from call to call."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def batch_bucket(rows: int) -> int:
