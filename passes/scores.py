@@ -496,12 +496,14 @@ def _sinks(scores: Scores, before: fx.Node, node: fx.Node) -> None:
     dims = list(shape(sink))
     dims = [1] * (rank - len(dims)) + dims
     heads = dims[:-2]
-    if not known_equal(dims[-2], 1) or not all(known_equal(d, 1) for d in heads[:-1]):
+    grouped = rank == 5 and same_shape(heads[1:], scores.lead[1:]) and known_equal(heads[0], 1)
+    alone = all(known_equal(d, 1) for d in heads[:-1])
+    if not known_equal(dims[-2], 1) or not (alone or grouped):
         value = constant(sink)
         if value is None:
             raise Miss("the sink is not one number for each head", node=node)
         scores.sinks, scores.sink_first = value, first
         return
-    if not heads or rank != 4:
+    if not heads or not (grouped or rank == 4):
         raise Miss("scores with a sink are not [B, H, M, N]", node=node)
     scores.sinks, scores.sink_first = sink, first

@@ -67,3 +67,25 @@ def test_a_mask_made_in_place_at_any_size():
     graph = same(attend, calls)
     assert sites(graph, "attention") == ["raised"]
     assert any("causal" in note for note in graph.notes)
+
+
+def test_a_sink_for_every_head_of_a_group():
+    """gpt-oss of old: the scores of a group's heads lie beside each other, and so do the sinks."""
+
+    def attend(query, key, value, sinks, allowed):
+        batch, heads, rows, size = query.shape
+        groups = key.shape[1]
+        query = query.view(batch, groups, heads // groups, rows, size)
+        scores = torch.einsum("bhgqd,bhkd->bhgqk", query, key) * size**-0.5
+        scores = scores + torch.where(allowed, 0.0, -math.inf)
+        sink = sinks.view(1, groups, heads // groups, 1, 1).expand(batch, -1, -1, rows, 1)
+        weights = torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
+        return torch.einsum("bhgqk,bhkd->bhgqd", weights, value).reshape(batch, heads, rows, size)
+
+    def args(batch, rows, keys):
+        sizes = ((batch, 6, rows, 8), (batch, 2, keys, 8), (batch, 2, keys, 8), (6,))
+        allowed = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows)
+        return [*(torch.randn(*s) for s in sizes), allowed]
+
+    graph = same(attend, [args(2, 5, 7), args(3, 4, 9)])
+    assert sites(graph, "attention") == ["raised"]
