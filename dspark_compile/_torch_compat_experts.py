@@ -27,6 +27,7 @@ from torch import fx
 
 from dspark_compile._torch_compat_left import Turns, effects_of, end, locals_of
 from dspark_compile._torch_compat_numbers import (
+    counts_may_be_fewer,
     experts_hit,
     hit_list,
     item,
@@ -110,7 +111,7 @@ def _iterator(tx: Any, hit: Any, found: tuple[fx.Node, int], listed: bool) -> An
     from torch._dynamo.variables import ConstantVariable
     from torch._dynamo.variables.base import ValueMutationNew
     from torch._dynamo.variables.builder import wrap_fx_proxy
-    from torch._dynamo.variables.lists import ListIteratorVariable
+    from torch._dynamo.variables.lists import ListIteratorVariable, ListVariable
 
     _, count = found
     example = hit.as_proxy().node.meta["example_value"]
@@ -125,7 +126,10 @@ def _iterator(tx: Any, hit: Any, found: tuple[fx.Node, int], listed: bool) -> An
     items: list[Any] = []
     for number in range(count):
         if listed:
-            items.append(ConstantVariable.create(number))
+            item: Any = ConstantVariable.create(number)
+            for _ in example.shape[1:]:  # a list of rows, of one number each
+                item = ListVariable([item], mutation_type=ValueMutationNew())
+            items.append(item)
             continue
         proxy = tx.output.create_proxy(
             "call_function",
@@ -152,9 +156,12 @@ def _for_iter(original: Any) -> Any:
             under_way.pop()  # it was left before its last turn: it gets no end
         if not under_way or under_way[-1].iterator is not iterator:
             number = getattr(iterator, "dspark_loop", None)
-            if number is None and not _may_skip(self, inst):
+            fewer = counts_may_be_fewer(self)
+            if number is None and not fewer and not _may_skip(self, inst):
                 return original(self, inst)
             under_way.append(_begun(self, inst, iterator, number))
+            if number is None and fewer:
+                _mark_begin(self, under_way[-1])
         pointer = self.instruction_pointer
         result = original(self, inst)
         if self.instruction_pointer == pointer:
@@ -209,12 +216,7 @@ def _jump(original: Any) -> Any:
         if mark is None:
             return original(self, inst)
         if turns.number is None:
-            turns.number = trial().loops
-            trial().loops += 1
-            with self.output.graph.inserting_after(turns.last):
-                self.output.graph.call_function(
-                    torch.ops.dspark.expert_loop_begin.default, (turns.number, None, 0)
-                )
+            _mark_begin(self, turns)
         name, *rest = mark
         self.output.graph.call_function(
             getattr(torch.ops.dspark, name).default, (turns.number, turns.turn, *rest)
@@ -225,6 +227,16 @@ def _jump(original: Any) -> Any:
         return None
 
     return jump
+
+
+def _mark_begin(tx: Any, turns: Turns) -> None:
+    """Mark the beginning of a loop through what the code goes through, all of it."""
+    turns.number = trial().loops
+    trial().loops += 1
+    with tx.output.graph.inserting_after(turns.last):
+        tx.output.graph.call_function(
+            torch.ops.dspark.expert_loop_begin.default, (turns.number, None, 0)
+        )
 
 
 def _mark(value: Any, runs: bool) -> tuple[Any, ...] | None:

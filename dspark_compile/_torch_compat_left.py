@@ -89,12 +89,10 @@ def end(tx: Any, turns: Turns) -> None:
     """
     if turns.number is None:
         return
-    from torch._dynamo.bytecode_analysis import livevars_analysis
-
-    live = livevars_analysis(tx.instructions, turns.inst.target)
+    live = _read_later(tx, turns.inst.target)
     values: dict[fx.Node, None] = {}
     for name, (value, held) in locals_of(tx).items():
-        if name not in live or (name in turns.before and turns.before[name] == (value, held)):
+        if name not in live or (name in turns.before and _same(turns.before[name], value, held)):
             continue
         old = turns.before.get(name)
         if old is not None and _same_constant(old[0], value):
@@ -115,6 +113,58 @@ def end(tx: Any, turns: Turns) -> None:
     tx.output.graph.call_function(
         torch.ops.dspark.expert_loop_end.default, (turns.number, list(values))
     )
+
+
+def _read_later(tx: Any, start: Any) -> set[str]:
+    """Names that may be read from ``start`` on before they are given another value. Dynamo's own
+    analysis takes what every turn of a loop around it sets anew for such a name."""
+    from torch._dynamo.bytecode_analysis import livevars_analysis
+
+    first = tx.indexof[start]
+    live: dict[int, set[str]] = {}
+    before: dict[int, list[int]] = {}
+    following = [_following(tx, at) for at in range(len(tx.instructions))]
+    for at, places in enumerate(following):
+        for place in places:
+            before.setdefault(place, []).append(at)
+    todo = list(range(len(tx.instructions)))
+    while todo:
+        at = todo.pop()
+        inst = tx.instructions[at]
+        after = set().union(*(live.get(place, set()) for place in following[at]))
+        names = inst.argval if isinstance(inst.argval, tuple) else (inst.argval,)
+        named = {n for n in names if isinstance(n, str)}
+        if inst.opname in ("STORE_FAST", "STORE_FAST_STORE_FAST"):
+            after -= named
+        elif any(part in inst.opname for part in ("FAST", "DEREF", "CLOSURE", "CELL")):
+            after |= named
+        if live.get(at) != after:
+            live[at] = after
+            todo += before.get(at, [])
+    return live.get(first, set()) & set(livevars_analysis(tx.instructions, start))
+
+
+def _following(tx: Any, at: int) -> list[int]:
+    """Where the code may go from an instruction."""
+    inst, found = tx.instructions[at], []
+    name = inst.opname
+    ends = name.startswith(("RETURN_", "RAISE_", "RERAISE"))
+    if not ends and not (name.startswith("JUMP_") and "IF" not in name):
+        found += [at + 1] if at + 1 < len(tx.instructions) else []
+    for target in (inst.target, getattr(inst.exn_tab_entry, "target", None)):
+        if target is not None and target in tx.indexof:
+            found.append(tx.indexof[target])
+    return found
+
+
+def _same(old: tuple[Any, Any], value: Any, held: Any) -> bool:
+    """Whether a name stands for what it stood for; what nobody had looked at yet may have been
+    looked at since."""
+    from torch._dynamo.variables.lazy import LazyVariableTracker
+
+    if isinstance(old[0], LazyVariableTracker) and old[0].is_realized():
+        return held is None and old[0].realize() is value
+    return old == (value, held)
 
 
 def _same_constant(a: Any, b: Any) -> bool:

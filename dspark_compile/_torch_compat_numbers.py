@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dspark_compile._torch_compat_trial import active, unbacked
+from dspark_compile._torch_compat_trial import active, again, unbacked
 
 _VIEWS = frozenset(
     {
@@ -77,9 +77,22 @@ def subscript(original: Any) -> Any:
         if len(self.stack) > 1 and (inst.opname == "BINARY_SUBSCR" or inst.argrepr == "[]"):
             if active(self):
                 self.stack[-1] = _known_key(self.stack[-1].realize())
+                held, place = self.stack[-2].realize(), _constant(self.stack[-1])
+                if type(place) is int and type(held) is _NumbersArray:
+                    item = held.number_at(self, place)
+                    if item is not None:
+                        self.popn(2)
+                        return self.push(item)
         return original(self, inst)
 
     return BINARY_SUBSCR
+
+
+def _constant(variable: Any) -> Any:
+    """A number of the code's own; None: it is none, or one that looking at would make a guard."""
+    from torch._dynamo.variables import ConstantVariable
+
+    return variable.value if isinstance(variable, ConstantVariable) else None
 
 
 def _known_key(key: Any) -> Any:
@@ -106,7 +119,9 @@ def tolist(original: Any) -> Any:
                 return ConstantVariable.create(number)
             if experts_hit(self) is not None:
                 return hit_list()(self)
-            self = _counts(self, tx)
+            self, sure = _counts(self, tx)
+            listed = original(self, tx, *args, **kwargs)
+            return listed if sure else _more_turns(tx, listed)
         return original(self, tx, *args, **kwargs)
 
     return method_tolist
@@ -140,30 +155,34 @@ def numpy(original: Any) -> Any:
     def method_numpy(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
         if not active(tx):
             return original(self, tx, *args, **kwargs)
-        numbers = _counts(self, tx)
+        numbers, sure = _counts(self, tx)
         array = original(numbers, tx, *args, **kwargs)
         value = numbers.as_proxy().node.meta.get("example_value")
         whole = isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32)
         if not whole or value.dim() != 1 or not isinstance(value.shape[0], int):
             return array
-        return numbers_array()(numbers=numbers, **array.__dict__)
+        listed = numbers_array()(numbers=numbers, sure=sure, **array.__dict__)
+        return listed if sure else _more_turns(tx, listed)
 
     method_numpy.__name__ = original.__name__
     return method_numpy
 
 
 def numbers_array() -> Any:
-    """An array of whole numbers: going through it gives the items of ``tolist``."""
+    """An array of whole numbers: going through it gives the items of ``tolist``, and so does its
+    running sum."""
     global _NumbersArray
     if _NumbersArray is None:
         from torch._dynamo.variables.tensor import NumpyNdarrayVariable
 
         class NumbersArray(NumpyNdarrayVariable):
-            _nonvar_fields = {"numbers", "listed", *NumpyNdarrayVariable._nonvar_fields}
+            _nonvar_fields = {"numbers", "listed", "sure", *NumpyNdarrayVariable._nonvar_fields}
 
-            def __init__(self, numbers: Any, listed: Any = None, **kwargs: Any) -> None:
+            def __init__(
+                self, numbers: Any, listed: Any = None, sure: bool = True, **kwargs: Any
+            ) -> None:
                 super().__init__(**kwargs)
-                self.numbers, self.listed = numbers, listed
+                self.numbers, self.listed, self.sure = numbers, listed, sure
 
             def unpack_var_sequence(self, tx: Any, idxes: Any = None) -> Any:
                 if not active(tx):
@@ -173,6 +192,29 @@ def numbers_array() -> Any:
                 items = self.listed.unpack_var_sequence(tx)
                 return items if idxes is None else [items[i] for i in idxes]
 
+            def number_at(self, tx: Any, place: int) -> Any:
+                """One of the numbers; None where it is not known which."""
+                items = self.unpack_var_sequence(tx)
+                known = -len(items) <= place < len(items) and (place >= 0 or self.sure)
+                return items[place] if known else None
+
+            def call_method(self, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+                if not active(tx):
+                    return super().call_method(tx, name, args, kwargs)
+                place = _constant(args[0]) if len(args) == 1 and not kwargs else None
+                if name == "cumsum" and ((not args and not kwargs) or place == 0):
+                    summed = _call(tx, "call_method", "cumsum", self.numbers.as_proxy(), 0)
+                    array = summed.call_method(tx, "numpy", [], {})
+                    array.sure = self.sure
+                    return array if self.sure else _more_turns(tx, array)
+                if name == "__getitem__" and type(place) is int:
+                    item = self.number_at(tx, place)
+                    if item is not None:
+                        return item
+                if not self.sure and name != "__iter__":
+                    again(tx, "how many counts there are is data")
+                return super().call_method(tx, name, args, kwargs)
+
         _NumbersArray = NumbersArray
     return _NumbersArray
 
@@ -180,9 +222,32 @@ def numbers_array() -> Any:
 _LENGTH_KEPT = ("cpu", "to", "long", "int", "cumsum", "detach")
 
 
-def _counts(variable: Any, tx: Any) -> Any:
+def _call(tx: Any, kind: str, target: Any, *args: Any) -> Any:
+    from torch._dynamo.variables.builder import wrap_fx_proxy
+
+    return wrap_fx_proxy(tx, tx.output.create_proxy(kind, target, args, {}))
+
+
+def _more_turns(tx: Any, variable: Any) -> Any:
+    """``variable``, whose items are more than the code's: loops that go through it are marked, so
+    that turns without rows are proved to add nothing (`counts_may_be_fewer`)."""
+    tx._dspark_fewer = True
+    tx.output.__dict__.setdefault("_dspark_fewer", []).append(variable)
+    return variable
+
+
+def counts_may_be_fewer(tx: Any) -> bool:
+    """Whether the frame of ``tx`` holds a list of counts that has fewer items in the code."""
+    if getattr(tx, "_dspark_fewer", False):
+        return True
+    known = getattr(tx.output, "_dspark_fewer", ())
+    return any(value is item for value in tx.symbolic_locals.values() for item in known)
+
+
+def _counts(variable: Any, tx: Any) -> tuple[Any, bool]:
     """``bincount(choice, minlength=E)`` as a tensor of E counts: that long it is where choices
-    are below E, and Dynamo does not know that; other variables as they are.
+    are below E, and Dynamo does not know that; other variables as they are. Without ``minlength``
+    it ends at the last expert that was chosen: then False, and E counts too, the last of them 0.
 
     That the choices are (``choice + 1`` is not) is proved on the graph, where the counts are
     computed for choices drawn at random.
@@ -195,16 +260,17 @@ def _counts(variable: Any, tx: Any) -> Any:
         then.append(moves)
         moves = moves.args[0]  # type: ignore[assignment]
     if moves is None or "bincount" not in (moves.target, getattr(moves.target, "__name__", "")):
-        return variable
+        return variable, True
     value = node.meta.get("example_value")  # type: ignore[union-attr]
     if len(moves.args) > 2 or moves.kwargs.get("weights") is not None:
-        return variable
+        return variable, True
     least = moves.kwargs.get("minlength", moves.args[1] if len(moves.args) == 2 else 0)
     bound = _bound(moves.args[0])
     if not isinstance(value, torch.Tensor) or not unbacked(value.shape[0]):
-        return variable
-    if not isinstance(least, int) or bound is None or bound > least:
-        return variable
+        return variable, True
+    if not isinstance(least, int) or bound is None or (bound > least and least > 0):
+        return variable, True
+    sure, least = least > 0, least or bound
     choices = variable.as_proxy().tracer.proxy(moves.args[0])
 
     def call(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -217,7 +283,7 @@ def _counts(variable: Any, tx: Any) -> Any:
     for move in reversed(then):
         args, kwargs = fx.node.map_arg((move.args[1:], move.kwargs), counts.tracer.proxy)
         counts = tx.output.create_proxy("call_method", move.target, (counts, *args), kwargs)
-    return wrap_fx_proxy(tx, counts)
+    return wrap_fx_proxy(tx, counts), sure
 
 
 def experts_hit(variable: Any) -> tuple[fx.Node, int] | None:

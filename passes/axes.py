@@ -10,6 +10,7 @@ What is read are axes, not values: nothing is evaluated, and sizes may be symbol
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -33,10 +34,12 @@ from dspark_compile.passes.graph import (
 
 @dataclass(eq=False)
 class Axis:
-    """An axis; two that a product has matched are one (`Axes.same`)."""
+    """An axis; two that a product has matched are one (`Axes.same`), and one that it has matched
+    with several (flat tokens with those of a batch) is these, its ``parts``."""
 
     size: Any
     twin: Axis | None = None
+    parts: tuple[Axis, ...] = ()
 
 
 # One run of axes for each dimension; a dimension of size 1 has none.
@@ -64,10 +67,15 @@ class Axes:
 
     Args:
         multiplies: which multiplications are factors; others are tensors of their own.
+        whole: a tensor of its own, whatever computes it.
     """
 
-    def __init__(self, multiplies: Callable[[fx.Node], bool] = lambda node: False):
-        self._multiplies = multiplies
+    def __init__(
+        self,
+        multiplies: Callable[[fx.Node], bool] = lambda node: False,
+        whole: fx.Node | None = None,
+    ):
+        self._multiplies, self._whole = multiplies, whole
         self._factors: dict[fx.Node, Factor] = {}
         self._terms: dict[fx.Node, Term] = {}
 
@@ -81,13 +89,21 @@ class Axes:
 
     def flat(self, dims: Dims) -> list[Axis]:
         """All axes, in order."""
-        return [self.same(a) for run in dims for a in run]
+        found: list[Axis] = []
+        for axis in (self.same(a) for run in dims for a in run):
+            found += self.flat((axis.parts,)) if axis.parts else [axis]
+        return found
 
     def _match(self, a: tuple[Axis, ...], b: tuple[Axis, ...]) -> bool:
-        if len(a) != len(b):
-            return False
-        for x, y in zip(a, b, strict=True):
-            x, y = self.same(x), self.same(y)
+        left, right = self.flat((a,)), self.flat((b,))
+        if len(left) != len(right):
+            one, several = (left, right) if len(left) == 1 else (right, left)
+            whole = math.prod(axis.size for axis in several)
+            if len(one) != 1 or not several or not known_equal(whole, one[0].size):
+                return False
+            one[0].parts = tuple(several)
+            return True
+        for x, y in zip(left, right, strict=True):
             if x is not y:
                 if not known_equal(x.size, y.size):
                     return False
@@ -106,7 +122,7 @@ class Axes:
     def term(self, node: fx.Node) -> Term:
         """``node`` as a product; one of a single factor where it is none that is known."""
         if node not in self._terms:
-            found = self._read(node)
+            found = None if node is self._whole else self._read(node)
             if found is None:
                 factor = self.factor(node)
                 found = Term((factor,), factor.dims)
@@ -156,7 +172,7 @@ class Axes:
         return dtype(node).is_floating_point and dtype(node.args[0]).is_floating_point  # type: ignore[arg-type]
 
     def _viewed(self, below: Term, sizes: tuple[Any, ...]) -> Term | None:
-        axes, dims = [a for run in below.dims for a in run], []
+        axes, dims = self.flat(below.dims), []
         for size in sizes:
             run: list[Axis] = []
             covered: Any = 1
@@ -184,7 +200,7 @@ class Axes:
         """Whether some factor runs over each of ``axes``: a sum over what was only expanded to is
         a multiplication."""
         held = {a for factor in factors for a in self.flat(factor.dims)}
-        return all(self.same(a) in held for a in axes)
+        return all(a in held for a in self.flat((tuple(axes),)))
 
     def _times(self, node: fx.Node) -> Term | None:
         if not all(is_tensor(x) for x in node.args[:2]):

@@ -25,9 +25,9 @@ from dspark_compile._torch_compat import outside_of_tracing
 from dspark_compile.passes.base import dialect
 from dspark_compile.passes.expert_loops import NotProved, draws, evaluate
 from dspark_compile.passes.expert_steps import MLPS
+from dspark_compile.passes.expert_table import chosen_among
 from dspark_compile.passes.expert_weights import activation_of, differ, stacked, stacks_of
 from dspark_compile.passes.graph import (
-    TRANSPARENT,
     VIEWS,
     argument,
     aten,
@@ -137,7 +137,7 @@ def prove_cuts(pieces: Sequence[Piece], sizes: dict[int, list[fx.Node]]) -> Cuts
         same = known_equal(val(flat).numel(), rows) and val(flat).dim() == 1
         if choice not in above or permutation is None or not same or val(choice).dim() > 2:
             continue
-        most = _most(choice)
+        most = chosen_among(choice, apart=val(choice).dim() > 1)
         if most != experts:
             among = "an unknown number of" if most is None else most
             reason = f"tokens choose among {among} experts, and there are {experts} parts"
@@ -203,26 +203,6 @@ def _above(nodes: Sequence[fx.Node]) -> set[fx.Node]:
 
 def _second(sort: fx.Node) -> fx.Node | None:
     return next((u for u in sort.users if u.args[1] == 1), None)
-
-
-def _most(choice: fx.Node) -> int | None:
-    """How many experts there are to choose from, one of them at most once for a token; None: it is
-    not known."""
-    node = peel(choice, TRANSPARENT | {aten._to_copy.default})
-    if is_op(node, aten.argmax.default):
-        inner, dim = node, argument(node, 1, "dim")
-    elif node.target is operator.getitem and node.args[1] == 1:
-        inner = node.args[0]
-        if not is_op(inner, aten.topk.default, aten.max.dim):
-            return None
-        dim = argument(inner, 2 if is_op(inner, aten.topk.default) else 1, "dim", -1)
-    else:
-        return None
-    scores = inner.args[0]
-    if dim is None or int(dim) % val(scores).dim() != val(scores).dim() - 1:
-        return None
-    size = shape(scores)[-1]
-    return size if isinstance(size, int) else None
 
 
 class Lift:

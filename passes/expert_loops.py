@@ -9,6 +9,7 @@ for choices drawn at random, and for ones in which all tokens agree.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from dspark_compile.passes.base import Pass, PassContext
 from dspark_compile.passes.expert_steps import Step
 from dspark_compile.passes.graph import (
     is_dialect_op,
+    is_op,
     is_tensor,
     known_equal,
     order,
@@ -95,36 +97,59 @@ def prove(loop: MarkedLoop, chain: list[Step]) -> None:
     Raises:
         NotProved: it may not.
     """
-    steps = {step.expert: step for step in chain}
     choice, asked = chain[0].choice, []
-    for turn, marks in loop.skips.items():
-        step = steps.get(turn)
-        for mark in marks:
-            if step is None:
-                raise NotProved("a branch depends on the data of no expert of the sum")
-            if is_dialect_op(mark, "expert_loop_skip_empty"):
-                if not known_equal(val(mark.args[2]), shape(step.part)[0]):  # type: ignore[arg-type]
-                    raise NotProved("a branch asks for the size of something else than its rows")
-            else:
-                asked.append((turn, mark.args[2], mark.args[3]))
+    for mark, guarded in _guarded(loop, chain):
+        if not guarded:
+            raise NotProved("a branch depends on the data of no expert of the sum")
+        if is_dialect_op(mark, "expert_loop_skip_empty"):
+            # What is no expert's rows themselves may still be their number: it is counted below.
+            rows = mark.args[2]
+            if all(known_equal(val(rows), shape(s.part)[0]) for s in guarded):  # type: ignore[arg-type]
+                continue
+            asked.append((guarded, rows, True))
+        else:
+            asked.append((guarded, mark.args[2], mark.args[3]))
     if loop.hit is None and not asked:
         return
+    count = 1 + max(s.expert for s in chain)
     try:
         with outside_of_tracing(), torch.no_grad():
-            for draw in draws(choice, len(chain)):
+            for draw in draws(choice, count, chain[0].single):
                 values: dict[fx.Node, Any] = {choice: draw}
                 chosen = set(draw.flatten().tolist())
                 if loop.hit is not None:
                     hit = set(evaluate(loop.hit, values).flatten().tolist())
                     if not chosen <= hit or not hit <= set(range(loop.count)):
                         raise NotProved("the loop goes through other experts than those chosen")
-                for turn, condition, runs in asked:
-                    if turn in chosen and bool(evaluate(condition, values)) != runs:
-                        raise NotProved("a branch skips an expert that tokens have chosen")
+                for guarded, condition, runs in asked:
+                    if bool(evaluate(condition, values)) != runs:
+                        if any(_chosen(s, draw) for s in guarded):
+                            raise NotProved("a branch skips an expert that tokens have chosen")
     except NotProved:
         raise
     except Exception as error:
         raise NotProved(f"which experts are hit is no function of the choices: {error}") from error
+
+
+def _chosen(step: Step, draw: torch.Tensor) -> bool:
+    """Whether a token's choice is the step's expert."""
+    return bool(((draw if step.slot is None else draw[..., step.slot]) == step.expert).any())
+
+
+def _guarded(loop: MarkedLoop, chain: list[Step]) -> Iterator[tuple[fx.Node, list[Step]]]:
+    """Each branch's mark with the steps of its turn that it guards: those behind it, up to the next
+    turn's first mark. What comes before that mark in the next turn would be among them, which asks
+    for more than is needed."""
+    place = order(loop.begin.graph)
+    last = len(place) if loop.end is None else place[loop.end]
+    for turn, marks in loop.skips.items():
+        for mark in marks:
+            behind = [
+                place[m] for t, ms in loop.skips.items() if t != turn for m in ms
+                if place[m] > place[mark]
+            ]  # fmt: skip
+            end = min([last, *behind])
+            yield mark, [s for s in chain if place[mark] < place[s.node] < end]
 
 
 def finish(graph: fx.Graph, loops: list[MarkedLoop]) -> None:
@@ -137,7 +162,32 @@ def finish(graph: fx.Graph, loops: list[MarkedLoop]) -> None:
             sized = [] if loop.hit is None else _of_unknown_size(loop.hit)
             for mark in reversed(loop.marks):
                 graph.erase_node(mark)
-            drop_checks(graph, sized)
+            drop_checks(graph, [*sized, *_unread_numbers(graph)])
+
+
+def _unread_numbers(graph: fx.Graph) -> list[fx.Node]:
+    """Tensors whose number or size is data and was read by marks and assertions alone."""
+    found: list[Any] = []
+    for node in graph.nodes:
+        number = is_op(node, torch.ops.aten._local_scalar_dense.default)
+        sized = is_tensor(node) and any(
+            free_unbacked_symbols(n) for n in shape(node) if isinstance(n, torch.SymInt)
+        )
+        if (number or sized) and not _reaches_tensor(node):
+            found.append(node.args[0] if number else node)
+    return found
+
+
+def _reaches_tensor(node: fx.Node) -> bool:
+    todo, seen = [node], {node}
+    while todo:
+        for user in todo.pop().users:
+            if user.op == "output" or is_tensor(user) or is_dialect_op(user):
+                return True
+            if user not in seen:
+                seen.add(user)
+                todo.append(user)
+    return False
 
 
 def drop_checks(graph: fx.Graph, sized: list[fx.Node]) -> None:
@@ -171,18 +221,19 @@ def _of_unknown_size(node: fx.Node) -> list[fx.Node]:
     return list(found)
 
 
-def draws(choice: fx.Node, experts: int) -> Iterator[torch.Tensor]:
-    """Choices ``[T, k]`` or ``[T]`` of that many experts, of the shape, dtype and device of
-    ``choice``, in which no token chooses an expert twice.
+def draws(choice: fx.Node, experts: int, single: bool = False) -> Iterator[torch.Tensor]:
+    """Choices ``[..., k]`` or ``[T]`` of that many experts, of the shape, dtype and device of
+    ``choice``, in which no token chooses an expert twice; if ``single``, each item is a token's.
 
     Raises:
         NotProved: they have another shape, or more columns than there are experts.
     """
     fake = val(choice)
     sizes = [n if isinstance(n, int) else int(n.node.hint) for n in fake.shape]
-    tokens, k = sizes[0], sizes[-1] if len(sizes) > 1 else 1
-    if not 0 < len(sizes) <= 2 or k > experts:
+    k = sizes[-1] if len(sizes) > 1 and not single else 1
+    if not sizes or k > experts:
         raise NotProved("the choices are no matrix of fewer columns than there are experts")
+    tokens = math.prod(sizes) // max(k, 1)
     random = torch.Generator().manual_seed(0)
 
     def shaped(draw: torch.Tensor) -> torch.Tensor:
@@ -229,6 +280,10 @@ def _needed(node: fx.Node, values: dict[fx.Node, Any]) -> list[fx.Node]:
     while todo:
         item = todo.pop()
         if item in seen or item in values or item.op != "call_function":
+            continue
+        size = item.meta.get("val")
+        if isinstance(size, torch.SymInt) and not free_unbacked_symbols(size):
+            values[item] = int(size.node.hint)  # of the tensors that were traced, as the draws are
             continue
         seen.add(item)
         todo += item.all_input_nodes

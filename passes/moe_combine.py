@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import fx
 
+from dspark_compile.ops.expert_loop import MARKS
+from dspark_compile.passes.expert_steps import spread_rows
 from dspark_compile.passes.expert_table import is_zero
 from dspark_compile.passes.graph import (
     VIEWS,
@@ -68,7 +70,8 @@ class Combine:
 
 def readers(node: fx.Node) -> list[fx.Node]:
     """The users of ``node`` that read its values."""
-    return [user for user in node.users if not is_op(user, *_SHAPE_ONLY)]
+    users = [user for user in node.users if not is_op(user, *_SHAPE_ONLY)]
+    return [user for user in users if not is_dialect_op(user, *MARKS)]
 
 
 def combine_of(down: RowProduct, experts: Any) -> Combine:
@@ -176,13 +179,7 @@ def _added_to_tokens(user: fx.Node, rows: fx.Node, order: Order) -> bool:
     elif is_op(user, aten.scatter_add.default, aten.scatter_reduce.two):
         summed = is_op(user, aten.scatter_add.default) or user.args[4:] == ("sum",)
         if user.args[3] is rows and user.args[1] == 0 and summed and not user.kwargs:
-            index = peel(user.args[2])
-            if not (is_op(index, aten.expand.default, aten.repeat.default)
-                    and shape(index.args[0])[-1] == 1):  # fmt: skip
-                return False
-            index = peel(index.args[0])
-            while is_op(index, *VIEWS, aten.unsqueeze.default):
-                index = peel(index.args[0])
+            index = spread_rows(user.args[2])
     if index is None or val(user.args[0]).dim() != 2:  # type: ignore[arg-type]
         return False
     return divided(index) is order.permutation and known_equal(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from dspark_compile.passes.expert_steps import spread_rows
 from dspark_compile.passes.graph import (
     VIEWS,
     argument,
@@ -139,7 +140,7 @@ def _gathered(node: Any) -> bool:
 
 
 def _sorted(offsets: Any, experts: Any) -> Order:
-    """The order behind ``cumsum(histc(sort(choices)))``."""
+    """The order behind ``cumsum(histc(sort(choices)))``; the choices may be counted unsorted."""
     node = peel(offsets)
     if is_op(node, aten._to_copy.default):
         node = peel(node.args[0])
@@ -150,7 +151,8 @@ def _sorted(offsets: Any, experts: Any) -> Order:
         counts = peel(counts.args[0])
     if is_op(counts, aten.histc.default):
         bins = [argument(counts, i, n) for i, n in ((1, "bins"), (2, "min"), (3, "max"))]
-        if not (known_equal(bins[0], experts) and bins[1] == 0 and bins[2] == bins[0] - 1):
+        last = isinstance(bins[2], (int, float)) and bins[0] - 1 <= bins[2] <= bins[0]
+        if not (known_equal(bins[0], experts) and bins[1] == 0 and last):
             raise Miss("the experts are not counted from 0 to their number", counts)
     elif not is_op(counts, aten.bincount.default):
         raise Miss("the groups' offsets do not count the experts", counts)
@@ -159,7 +161,7 @@ def _sorted(offsets: Any, experts: Any) -> Order:
         ids = ids.args[0]  # type: ignore[union-attr]
     ids = peel(ids)
     if not (ids.target is operator.getitem and is_op(ids.args[0], aten.sort.default)):
-        raise Miss("the rows are not sorted by expert", ids)
+        return _permuted(ids)
     sort, permutation = ids.args[0], None
     if argument(sort, 2, "descending", False) or val(sort.args[0]).dim() != 1:
         raise Miss("the rows are not sorted by rising expert", sort)
@@ -178,16 +180,27 @@ def _counted(ends: Any) -> Order:
     if not is_op(node, aten.le.Tensor) or not is_op(node.args[0], aten.unsqueeze.default):
         raise Miss("the groups' ends do not count the experts", node)
     choices = node.args[0].args[0]
-    for sort in choices.users:
+    return _permuted(choices)
+
+
+def _permuted(choices: fx.Node) -> Order:
+    """The order by which flat ``choices`` are sorted.
+
+    Raises:
+        Miss: none sorts them.
+    """
+    for sort in choices.users if val(choices).dim() == 1 else ():
         if is_op(sort, aten.argsort.default, aten.argsort.stable):
+            down = argument(sort, 2, "descending", False)
             permutation: fx.Node | None = sort
         elif is_op(sort, aten.sort.default, aten.sort.stable):
+            down = argument(sort, 2, "descending", False)
             permutation = next((u for u in sort.users if u.args[1] == 1), None)
         else:
             continue
-        if permutation is not None:
+        if permutation is not None and not down:
             return Order(_sorted_choices(choices, permutation), choices, permutation)
-    raise Miss("the rows are not sorted by expert", node)
+    raise Miss("the rows are not sorted by expert", choices)
 
 
 def _sorted_choices(choices: fx.Node, permutation: fx.Node) -> fx.Node:
@@ -275,9 +288,14 @@ def tokens_of(rows: Any, order: Order, k: Any) -> tuple[fx.Node, fx.Node | None]
         # What a masked row would be does not matter: its expert is another rank's.
         node = peel(node.args[0])
     if order.permutation is not None:
-        if not is_op(node, aten.index.Tensor) or len(node.args[1]) != 1:
+        if is_op(node, aten.index.Tensor) and len(node.args[1]) == 1:
+            picked = peel(node.args[1][0])
+        elif is_op(node, aten.gather.default) and node.args[1] == 0 and val(node).dim() == 2:
+            picked = spread_rows(node.args[2])
+        elif is_op(node, aten.index_select.default) and node.args[1] == 0:
+            picked = peel(node.args[2])
+        else:
             raise Miss("the experts' rows are not gathered from the tokens", node)
-        picked = peel(node.args[1][0])
         permutation = order.permutation
         divided = is_op(picked, aten.floor_divide.default, aten.div.Tensor_mode)
         if divided and picked.args[1] == k:

@@ -2,7 +2,7 @@
 
     t, transpose, numpy_T            -> permute
     _unsafe_view, reshape            -> view          (lowering prints reshape again)
-    split, split_with_sizes, chunk, unbind + getitem -> slice / select
+    split, split_with_sizes, chunk, unbind + getitem, slice + squeeze -> slice / select
     square, pow(x, 2)                -> pow(x, 2)
     mul/add/sub/div.Scalar           -> .Tensor; neg-free rsub
     rsqrt written as reciprocal(sqrt), 1 / sqrt, pow(-0.5) -> rsqrt
@@ -149,6 +149,8 @@ def _respell(node: fx.Node, graph: fx.Graph) -> None:
             node.args = (source, list(shape(node)))
     elif is_op(node, aten.slice.Tensor) and isinstance(source, fx.Node):
         _respell_slice(node, source)
+    elif is_op(node, aten.squeeze.dim) and is_op(source, aten.slice.Tensor):
+        _respell_squeeze(node, source)  # type: ignore[arg-type]
     elif is_op(node, aten.copy.default) and isinstance(node.args[1], fx.Node):
         old, new = val(node), val(node.args[1])
         same = same_shape(old.shape, new.shape) and old.dtype == new.dtype
@@ -218,6 +220,15 @@ def _respell_slice(node: fx.Node, source: fx.Node) -> None:
         end = max(start, end)
     node.args = (source, dim, start, end) if step == 1 else (source, dim, start, end, step)
     node.kwargs = {}
+
+
+def _respell_squeeze(node: fx.Node, source: fx.Node) -> None:
+    """One item of a dimension, sliced and squeezed (``x.chunk(n)[i].squeeze(0)``), is selected."""
+    dim = int(argument(source, 1, "dim", 0)) % val(source).dim()
+    start = argument(source, 2, "start", 0)
+    one = shape(source)[dim] == 1 and isinstance(start, int) and start >= 0
+    if one and int(node.args[1]) % val(source).dim() == dim:  # type: ignore[arg-type]
+        node.target, node.args = aten.select.int, (source.args[0], dim, start)
 
 
 def _respell_getitem(node: fx.Node) -> None:

@@ -25,6 +25,7 @@ from dspark_compile.passes.raise_mlp import RaiseMLP
 from dspark_compile.passes.raise_moe_cuts import RaiseMoECuts
 from dspark_compile.passes.raise_moe_dense import RaiseMoEDense
 from dspark_compile.passes.raise_moe_experts import RaiseMoEExperts
+from dspark_compile.passes.raise_moe_gather import RaiseMoEGather
 from dspark_compile.passes.raise_moe_loop import RaiseMoELoop
 from dspark_compile.passes.raise_moe_router import RaiseMoERouter
 from dspark_compile.passes.raise_moe_table import RaiseMoETable
@@ -46,6 +47,7 @@ RAISE: list[type[Pass]] = [
     RaiseMLP,
     RaiseMoECuts,
     RaiseMoEExperts,
+    RaiseMoEGather,
     RaiseMoEDense,
     RaiseMoETable,
     RaiseMoELoop,

@@ -27,11 +27,11 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from dspark_compile.passes import expert_loops
 from dspark_compile.passes.base import Match, PassContext, Problem, dialect
-from dspark_compile.passes.expert_cuts import Cuts, Lift, Piece, piece, prove_cuts
+from dspark_compile.passes.expert_cuts import Lift, Piece, piece, prove_cuts
 from dspark_compile.passes.expert_loops import MarkedLoop, NotProved
+from dspark_compile.passes.expert_steps import addition
 from dspark_compile.passes.fuse_quantized_experts import kernel_for
 from dspark_compile.passes.graph import (
-    VIEWS,
     argument,
     aten,
     emit,
@@ -39,7 +39,6 @@ from dspark_compile.passes.graph import (
     is_dialect_op,
     is_op,
     is_tensor,
-    peel,
     shape,
     val,
 )
@@ -48,7 +47,6 @@ from dspark_compile.passes.moe_rows import Miss, Order, RowProduct, tokens_of
 from dspark_compile.passes.raise_moe_experts import as_rows
 
 _CAST = aten._to_copy.default
-_ADDS = (aten.index_add.default, aten.scatter_add.default, aten.scatter_reduce.two)
 
 
 class RaiseMoECuts(expert_loops.LoopPass):
@@ -60,7 +58,7 @@ class RaiseMoECuts(expert_loops.LoopPass):
         if not any(is_op(n, aten._local_scalar_dense.default) for n in graph.nodes):
             return
         nodes = list(graph.nodes)
-        sums = {n: found for n in nodes if (found := _addition(n)) is not None}
+        sums = {n: found for n in nodes if (found := addition(n)) is not None}
         continued = {found[0] for found in sums.values()}
         for node in nodes:
             if node._erased:
@@ -125,43 +123,15 @@ class RaiseMoECuts(expert_loops.LoopPass):
         ctx.report.sites[:] = [s for s in ctx.report.sites if s.node not in names]
         _sized_again(graph, result, ctx)
         for new, rows in lift.experts:
-            whole, old, summed = _combined(graph, new, rows, cuts, ctx)
+            column: Any = new.args[1].args[0]  # type: ignore[union-attr]
+            order = Order(column, cuts.flat, cuts.permutation)
+            whole, old, summed = combined(graph, new, rows, order, ctx)
             ctx.raised("experts", whole)
             for loop in match["loops"]:
                 loop.proved |= {summed} if old in loop.proved else set()
         sized = [n.args[0] for n in graph.nodes if is_op(n, aten._local_scalar_dense.default)]
         sized += [n for n in graph.nodes if is_tensor(n) and _of_data_size(n)]
         expert_loops.drop_checks(graph, sized)  # type: ignore[arg-type]
-
-
-def _addition(node: Any) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """(before, places, part) if ``node`` adds rows of a part to rows of ``before``."""
-    if is_op(node, *_ADDS) and node.args[1] == 0:
-        before, _, places, part = node.args[:4]
-        if is_op(node, aten.index_add.default):
-            if node.kwargs.get("alpha", 1) != 1:
-                return None
-        else:
-            summed = is_op(node, aten.scatter_add.default) or node.args[4:] == ("sum",)
-            places = peel(places)
-            wide = is_op(places, aten.expand.default, aten.repeat.default)
-            if not summed or node.kwargs or not wide or val(node).dim() != 2:
-                return None
-            places = peel(places.args[0])
-            if shape(places)[-1] != 1:
-                return None
-            while is_op(places, *VIEWS, aten.unsqueeze.default):
-                places = peel(places.args[0])
-    elif is_op(node, aten.index_put.default) and argument(node, 3, "accumulate", False):
-        before, where, part = node.args[:3]
-        if len(where) != 1:
-            return None
-        (places,) = where
-    else:
-        return None
-    if not is_tensor(places) or val(places).dim() != 1 or not is_tensor(part):
-        return None
-    return before, places, part
 
 
 def _piece_of(part: Any) -> Piece | None:
@@ -223,17 +193,15 @@ def _sized_again(graph: fx.Graph, start: fx.Node, ctx: PassContext) -> None:
                 node.replace_all_uses_with(size)  # type: ignore[arg-type]
 
 
-def _combined(
-    graph: fx.Graph, new: fx.Node, rows: fx.Node, cuts: Cuts, ctx: PassContext
+def combined(
+    graph: fx.Graph, new: fx.Node, rows: fx.Node, order: Order, ctx: PassContext
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """The experts' op over tokens in place of ``new`` over sorted rows, if what precedes and
-    follows is known, else ``new``; the sums, and what replaced them."""
-    column = new.args[1].args[0]  # type: ignore[union-attr]
-    order = Order(column, cuts.flat, cuts.permutation)  # type: ignore[arg-type]
-    down = new.args[5][0]  # type: ignore[index]
+    """The experts' op over tokens in place of ``new`` over their choices' rows, if what precedes
+    and follows is known, else ``new``; the sums, and what replaced them."""
+    down: Any = new.args[5]
     try:
-        product = RowProduct(new, rows, down, False, order)  # type: ignore[arg-type]
-        combine = combine_of(product, cuts.experts)
+        product = RowProduct(new, rows, down[0], False, order)
+        combine = combine_of(product, shape(down[0])[0] if len(down) == 1 else len(down))
         if combine.bias is not None:
             return new, new, new
         plain, weights = scaled(rows, product, combine)
@@ -251,7 +219,7 @@ def _combined(
     tokens = shape(x)[0]
     norm, eps = (None, 0.0) if combine.norm is None else combine.norm.args[1:3]
     result = whole = make(
-        dialect("moe_experts"), x, as_rows(cuts.flat, tokens, k, make),
+        dialect("moe_experts"), x, as_rows(order.choices, tokens, k, make),
         as_rows(weights, tokens, k, make), *new.args[3:11], combine.weights is None, norm, eps,
         new.args[14],
     )  # fmt: skip

@@ -21,6 +21,7 @@ Worth: E gathers, products and scatters become one op, which reads only the expe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,22 +29,31 @@ from torch import fx
 
 from dspark_compile.passes import expert_loops
 from dspark_compile.passes.base import Match, PassContext, Problem, dialect
-from dspark_compile.passes.expert_steps import Step, column, first_step, step
-from dspark_compile.passes.expert_table import is_zero
-from dspark_compile.passes.expert_weights import activation_of, differ, stacks_of, weights_of
+from dspark_compile.passes.expert_rows import column
+from dspark_compile.passes.expert_steps import Step, first_step, step
+from dspark_compile.passes.expert_table import chosen_among, is_zero
+from dspark_compile.passes.expert_weights import (
+    activation_of,
+    biases_of,
+    differ,
+    stacks_of,
+    weights_of,
+)
 from dspark_compile.passes.fuse_quantized_experts import kernel_for
 from dspark_compile.passes.graph import (
-    argument,
     aten,
     emit,
     is_dialect_op,
     is_op,
+    known_equal,
     module_path,
-    peel,
     same_shape,
     shape,
     val,
+    view_sizes,
 )
+from dspark_compile.passes.moe_rows import Order
+from dspark_compile.passes.raise_moe_cuts import combined
 
 _CAST = aten._to_copy.default
 
@@ -67,12 +77,13 @@ class RaiseMoELoop(expert_loops.LoopPass):
                 chain.insert(0, steps[node])
                 node = steps[node].before
             base: Any = node
-            start = first_step(node) if chain[0].mlp is not None else None
+            start = first_step(node) if not chain[0].rows else None
             if start is not None:
                 chain.insert(0, start)
                 base = 0
-            chain.sort(key=lambda s: s.expert)
-            loops = [loop for loop in self.loops if last in loop.values]
+            sums = {s.node for s in chain}
+            chain.sort(key=lambda s: (s.expert, -1 if s.slot is None else s.slot))
+            loops = [loop for loop in self.loops if sums & set(loop.values)]
             if len(chain) > 1 or loops:
                 yield Match(last, captures={"chain": chain, "base": base, "loops": loops})
 
@@ -93,23 +104,46 @@ class RaiseMoELoop(expert_loops.LoopPass):
         for item in chain[1:]:
             if item.x is not first.x or item.choice is not first.choice:
                 return Problem("the experts see different tokens or choices", "", item.part)
-            if item.weight is not first.weight:
+            if item.weight != first.weight or item.single != first.single:
                 return Problem("the experts have different weights", "", item.part)
+            if item.overwrites != first.overwrites:
+                return Problem("some experts' rows are written, some added", "", item.part)
             if item.mlp is None:
                 continue
             difference = differ(item.mlp, first.mlp)
             if difference is not None:
                 return Problem(difference, "", item.mlp)
-        if [s.expert for s in chain] != list(range(len(chain))):
-            return Problem("the experts are not numbered from 0 without a gap", "", first.mlp)
-        lead = shape(first.choice)[:-1]
-        if not same_shape(shape(first.x)[:-1], lead):
+        problem = self._numbered(chain) or _written_once(chain, match["base"])
+        if problem is not None:
+            return problem
+        if not known_equal(_rows(first.x, 1), _rows(first.choice, 0 if first.single else 1)):
             return Problem("tokens and choices differ in shape", "flatten both", first.mlp)
         try:
             for loop in match["loops"]:
                 expert_loops.prove(loop, chain)
         except expert_loops.NotProved as error:
             return Problem(str(error), "", first.mlp)
+        return None
+
+    def _numbered(self, chain: list[Step]) -> Problem | None:
+        """What is wrong with the experts' numbers, or the choices that are gone through."""
+        first = chain[0]
+        slots = sorted({-1 if s.slot is None else s.slot for s in chain})
+        count = len(chain) // len(slots)
+        found = [(s.expert, -1 if s.slot is None else s.slot) for s in chain]
+        if found != [(e, slot) for e in range(count) for slot in slots]:
+            return Problem("the experts are not numbered from 0 without a gap", "", first.mlp)
+        if slots != [-1] and slots != list(range(len(slots))):
+            return Problem("some of the choices are not gone through", "", first.mlp)
+        if slots != [-1] and not known_equal(shape(first.choice)[-1], len(slots)):
+            return Problem("some of the choices are not gone through", "", first.mlp)
+        by_expert: dict[int, list[Any]] = {}
+        for item in chain:
+            same = [] if item.mlp is None else [*weights_of(item.mlp), *biases_of(item.mlp)]
+            if any(a is not b for a, b in zip(by_expert.setdefault(item.expert, same), same)):
+                return Problem("an expert is another for another choice", "", item.mlp)
+        if slots != [-1] and any(s.mlp is None for s in chain):
+            return Problem("experts that give their input back, choice by choice", "", first.mlp)
         return None
 
     def rewrite(self, match: Match, graph: fx.Graph, ctx: PassContext) -> None:
@@ -120,35 +154,87 @@ class RaiseMoELoop(expert_loops.LoopPass):
         def make(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
             return emit(graph, target, args, kwargs, like=first.mlp, fake_mode=ctx.fake_mode)
 
-        working = [s for s in chain if s.mlp is not None]
+        working = [s for s in chain if s.mlp is not None and s.slot in (None, 0)]
         stacks = stacks_of([s.mlp for s in working], make)
+        choice = make(aten.unsqueeze.default, first.choice, -1) if first.single else first.choice
+        weight, x = _weights(first, choice, make), first.x
+        if not same_shape(shape(x)[:-1], shape(choice)[:-1]):
+            sizes = view_sizes((*shape(choice)[:-1], shape(x)[-1]), choice, make)
+            x = make(aten.view.default, x, sizes)
         new = make(
-            dialect("moe_experts"), first.x, first.choice, first.weight, *stacks,
+            dialect("moe_experts"), x, choice, weight, *stacks,
             activation_of(first.mlp), [], False, None, 0.0, module_path(first.mlp),
         )  # fmt: skip
         result = new
         if val(node).dtype != val(new).dtype:
             result = make(_CAST, new, dtype=val(node).dtype)
-        if len(working) < len(chain):
+        if any(s.mlp is None for s in chain):
             result = make(aten.add.Tensor, result, _unchanged(chain, len(working), node, make))
-        if not is_zero(base):
+        if not same_shape(shape(result), shape(node)):
+            result = make(aten.view.default, result, view_sizes(shape(node), choice, make))
+        if not first.overwrites and not is_zero(base):
             result = make(aten.add.Tensor, base, result)
         node.replace_all_uses_with(result)
         for loop in match["loops"]:
-            loop.proved.add(result)
-        names = {s.mlp.name for s in working}
+            loop.proved |= {result, *(s.node for s in chain)}
+        names = {s.mlp.name for s in chain if s.mlp is not None}
         ctx.report.sites[:] = [s for s in ctx.report.sites if s.node not in names]
-        ctx.raised("experts", new)
-        expert_loops.drop_checks(graph, [n for s in chain for n in _sized(s)])
+        sized = [n for s in chain for n in _sized(s)]
+        whole = new
+        if first.single and first.weight is None:
+            # The code weighs the rows behind the loop, one for each choice of a token.
+            order = Order(first.choice, first.choice, None)
+            whole, old, summed = combined(graph, new, first.x, order, ctx)
+            for loop in match["loops"]:
+                loop.proved |= {summed} if old in loop.proved else set()
+        ctx.raised("experts", whole)
+        expert_loops.drop_checks(graph, sized)
+
+
+def _rows(node: fx.Node, last: int) -> Any:
+    """How many rows a tensor has, but for its ``last`` dimensions."""
+    sizes = shape(node)
+    return math.prod(sizes[: len(sizes) - last])
+
+
+def _written_once(chain: list[Step], base: Any) -> Problem | None:
+    """What keeps experts that write their rows from being a sum."""
+    first = chain[0]
+    if not first.overwrites:
+        return None
+    if not (first.single or (first.slot == 0 and known_equal(shape(first.choice)[-1], 1))):
+        return Problem("the rows of a token's choices are written over each other", "", first.part)
+    among = chosen_among(first.choice, apart=False)
+    if not is_zero(base) and among != len(chain):
+        return Problem("some rows may be no expert's and keep what they were", "", first.part)
+    return None
+
+
+def _weights(first: Step, choice: fx.Node, make: Any) -> fx.Node:
+    """The weights of the choices, of their shape."""
+    weight = first.weight
+    if weight is None:
+        return make(aten.ones_like.default, choice, dtype=val(first.x).dtype)  # type: ignore[no-any-return]
+    node = weight.node
+    if weight.dense:
+        wide = (*shape(choice)[:-1], shape(node)[-1])
+        if not same_shape(shape(node), wide):
+            node = make(aten.view.default, node, view_sizes(wide, choice, make))
+        return make(aten.gather.default, node, -1, choice)  # type: ignore[no-any-return]
+    if not same_shape(shape(node), shape(choice)):
+        node = make(aten.view.default, node, view_sizes(shape(choice), choice, make))
+    return node
 
 
 def _unchanged(chain: list[Step], working: int, like: fx.Node, make: Any) -> fx.Node:
     """``x`` times the weights of the choices that give it back, of the dtype of ``like``."""
     first = chain[0]
-    idle = make(aten.ge.Scalar, first.choice, working)
-    if len(chain) < _most(first.choice):
-        idle = make(aten.logical_and.default, idle, make(aten.lt.Scalar, first.choice, len(chain)))
-    share = make(aten.mul.Tensor, first.weight, idle)
+    choice = make(aten.unsqueeze.default, first.choice, -1) if first.single else first.choice
+    idle = make(aten.ge.Scalar, choice, working)
+    among = chosen_among(first.choice, apart=False)
+    if among is None or len(chain) < among:
+        idle = make(aten.logical_and.default, idle, make(aten.lt.Scalar, choice, len(chain)))
+    share = make(aten.mul.Tensor, _weights(first, choice, make), idle)
     total = make(aten.sum.dim_IntList, share, [-1], True)
     part = make(aten.mul.Tensor, first.x, total)
     if val(part).dtype != val(like).dtype:
@@ -156,28 +242,15 @@ def _unchanged(chain: list[Step], working: int, like: fx.Node, make: Any) -> fx.
     return part
 
 
-def _most(choice: fx.Node) -> float:
-    """Below what the choices are, if that is known."""
-    node = peel(choice)
-    source: Any = node.args[0] if node.op == "call_function" and node.args else None
-    if is_op(source, aten.topk.default) and int(argument(source, 2, "dim", -1)) in (-1, 1):
-        size = shape(source.args[0])[-1]
-        return size if isinstance(size, int) else float("inf")
-    return float("inf")
-
-
 # -- what is left ---------------------------------------------------------------------------------
 
 
 def _sized(step: Step) -> list[fx.Node]:
     """The nodes whose results' size is the number of an expert's rows."""
-    node: Any = step.part if step.mlp is None else step.mlp.args[0]
-    while isinstance(node, fx.Node) and not is_op(node, aten.index.Tensor):
-        node = node.args[0] if node.args else None
-    if node is None:
-        return []
-    rows = peel(next(w for w in node.args[1] if w is not None))  # type: ignore[union-attr]
-    place = column(rows) if rows.op == "call_function" else None
-    if place is not None:
-        return [place[0]]
-    return [u for u in rows.users if is_op(u, aten.index.Tensor)]
+    found: list[fx.Node] = []
+    for rows in step.rows:
+        place = column(rows)
+        if place is not None:
+            found.append(place[0])
+        found += [u for u in rows.users if is_op(u, aten.index.Tensor, aten.index_select.default)]
+    return found

@@ -186,6 +186,8 @@ def region(weights: fx.Node, indices: fx.Node) -> Region | Problem:
                 return Problem("the router reads a number of the caller's", "", node)
             corrections.append(node)
             continue
+        if isinstance(node.meta.get("val"), torch.SymInt):
+            continue  # a size
         target = node.target
         pure = target is operator.getitem or (
             isinstance(target, torch._ops.OpOverload)

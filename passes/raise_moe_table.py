@@ -74,7 +74,9 @@ class RaiseMoETable(Pass):
             try:
                 captures = _experts(table, found)
             except Miss as miss:
-                yield Match(found, captures={"miss": miss})
+                # A softmax of few scores may be an attention's: what is of no experts goes unsaid.
+                if not is_op(table.node, aten._softmax.default):
+                    yield Match(found, captures={"miss": miss})
             else:
                 yield Match(found, captures=captures)
 
@@ -170,7 +172,7 @@ def _reader(table: fx.Node) -> Axes:
             for a in node.args
         )  # fmt: skip
 
-    return Axes(lambda node: node is not table and leads(node))
+    return Axes(lambda node: node is not table and leads(node), table)
 
 
 @dataclass(frozen=True)
@@ -276,9 +278,9 @@ def _up(
         elif not axes._match(a, b):
             raise Miss("the experts' products run over different axes", leaf)
     x, weight = term.factors
-    if set(axes.flat(weight.dims)) & {axes.same(t) for t in tokens}:
+    lead = axes.flat((tuple(tokens),))  # as the products have matched them by now
+    if set(axes.flat(weight.dims)) & set(lead):
         x, weight = weight, x
-    lead = [axes.same(t) for t in tokens]
     taken = axes.flat(x.dims)
     if mine is None or len(mine) != 1 or taken[:-1] != lead or len(taken) != len(lead) + 1:
         raise Miss("an expert's tokens are not what its scores are of", leaf)
@@ -293,6 +295,7 @@ def _modules(
     if not all(is_dialect_op(m, *MLPS) for m in mlps):
         raise Miss("experts that are stacked are no MLPs", stack.node)
     flat = axes.flat(stack.dims)
-    if [a for a in flat if a is not expert] != [*tokens, features] or expert not in flat:
+    wanted = axes.flat(((*tokens, features),))
+    if [a for a in flat if a is not expert] != wanted or expert not in flat:
         raise Miss("a stack of experts is summed over something else", stack.node)
     return mlps
