@@ -282,6 +282,10 @@ class Maker:
         def convert(x: fx.Node) -> Any:
             if isinstance(x.meta["val"], Tensor):
                 return self.get(x, self.default(x, ALL))
+            if isinstance(x.meta["val"], (tuple, list)):  # several results, of weights alone
+                if (x, ()) not in self.made:
+                    self.made[x, ()] = self._again(x)
+                return self.made[x, ()]
             return self.size(x, ALL)
 
         if node.op != "call_function":

@@ -28,7 +28,8 @@ ALONG = {
     aten.argmax.default: 1, aten.topk.default: 2, aten.sort.default: 1, aten.argsort.default: 1,
     aten.cumsum.default: 1, aten.cumprod.default: 1, aten.gather.default: 1,
     aten.scatter.src: 1, aten.scatter.value: 1, aten.any.dim: 1, aten.var_mean.correction: 1,
-    aten.linalg_vector_norm.default: 2, aten.logsumexp.default: 1, aten.max.dim: 1,
+    aten.var.correction: 1, aten.std.correction: 1, aten.linalg_vector_norm.default: 2,
+    aten.logsumexp.default: 1, aten.max.dim: 1,
     aten.glu.default: 1,
 }  # fmt: skip
 FILLS = frozenset(

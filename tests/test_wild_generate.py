@@ -124,6 +124,20 @@ def test_a_criterion_ends_inside_of_the_last_block(model, length):
         assert report.speculation is not None
 
 
+def test_a_seed_where_speculation_is_found_to_be_impossible():
+    """The first call finds it out on the way; the text is that of later calls."""
+    target, texts = qwen(), []
+    for _ in range(3):
+        torch.manual_seed(3)
+        texts.append(
+            dspark_compile.generate(
+                target, **ragged(), do_sample=True, max_new_tokens=9, draft="ngram", options=QUICK
+            )
+        )
+        assert "no speculation" in last_generation().notes[0]
+    assert all(torch.equal(text, texts[0]) for text in texts)
+
+
 def test_an_encoder_decoder_is_no_draft(model):
     config = T5Config(
         vocab_size=V, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
@@ -310,3 +324,19 @@ def test_a_module_with_a_generate_of_its_own():
         assert torch.equal(got, want) and last_generation().path == "compiled"
     with pytest.raises(ValueError, match=r"temperature=0\.0: it must be above 0"):
         dspark_compile.generate(small, prompt(), max_new_tokens=3, temperature=0.0, do_sample=True)
+
+
+def test_weights_in_two_parts_and_a_deviation():
+    """What is computed of weights alone may have several results; a deviation over features keeps
+    tokens apart."""
+
+    class Odd(Small):
+        def forward(self, idx, targets=None):
+            out = super().forward(idx)[0]
+            return out / (out.std(-1, keepdim=True) + out.var(-1, keepdim=True)), None
+
+    torch.manual_seed(0)
+    odd = settled(Odd())
+    torch.nn.utils.parametrizations.weight_norm(odd.join)
+    got = dspark_compile.generate(odd, prompt(2), max_new_tokens=9, options=QUICK)
+    assert torch.equal(got, odd.generate(prompt(2), 9)) and last_generation().path == "compiled"

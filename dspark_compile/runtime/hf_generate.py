@@ -192,6 +192,7 @@ def _speculate(
     if reason is None:
         masked = batch > 1 or given.get("attention_mask") is not None
         fixed = own["schedule"] == "fixed"
+        drawn = torch.get_rng_state()
         try:
             speculator = take(
                 model, own["draft"], batch, masked, own["kv_cache"], own["options"],
@@ -201,6 +202,7 @@ def _speculate(
             sequences = loop.run()
         except (NotRounds, DraftError) as error:
             reason = str(error)
+            torch.set_rng_state(drawn)  # as in later calls, which know of it
         else:
             return sequences, None, None, loop.cache
     report.notes.append(f"no speculation: {reason}")
