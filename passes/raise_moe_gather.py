@@ -83,7 +83,9 @@ class RaiseMoEGather(Pass):
             try:
                 yield Match(root, captures=_experts(axes, node, root))
             except Miss as miss:
-                yield Match(root, captures={"miss": miss})
+                stacks = [u for u in node.args[1][0].users if _is_gathered(u, 3)]
+                if len(stacks) > 1:  # one product alone is no experts' second
+                    yield Match(root, captures={"miss": miss})
 
     def check(self, match: Match, ctx: PassContext) -> Problem | None:
         miss: Miss | None = match.captures.get("miss")
