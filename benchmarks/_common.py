@@ -72,13 +72,6 @@ def conditions() -> dict[str, Any]:
     }
 
 
-def guards(skip: bool) -> dict[str, Any]:
-    """Options of ``torch.compile`` with which Dynamo checks all guards, or those on modules not."""
-    if not skip:
-        return {}
-    return {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-
-
 def random_model(kind: Any, config: Any, dtype: torch.dtype) -> Any:
     """A Hugging Face model of a config, its weights drawn at random and its norms 1; the seed is
     the caller's."""

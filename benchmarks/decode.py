@@ -11,7 +11,6 @@ at which the bytes of weights and cache were read.
     python -m benchmarks.decode --engines dspark,dspark_int8 --context 8192
     python -m benchmarks.decode --engines dspark,dspark@8,dspark@16 --name decode_rows
     python -m benchmarks.decode --engines dspark,dspark_w8,dspark_w4 --name decode_quantized
-    python -m benchmarks.decode --skip-guards --name decode_skip_guards
 
 ``dspark_w8`` and ``dspark_w4`` are weight-only quantised by torchao: int8 by rows, int4 in groups
 of 32, lm_head included, the embedding not.
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, StaticCache
 
-from benchmarks._common import guards, interleaved, random_model, write
+from benchmarks._common import interleaved, random_model, write
 from dspark_compile.codegen.machine import _probes
 
 SHAPES = {
@@ -76,9 +75,8 @@ class Engine:
     """One way to run a decode step, with its own cache."""
 
     def __init__(
-        self, name: str, model: Any, context: int, length: int, kernels: str, rows: int = 1,
-        skip_guards: bool = False,
-    ):  # fmt: skip
+        self, name: str, model: Any, context: int, length: int, kernels: str, rows: int = 1
+    ):
         name, _, own = name.partition("@")
         rows = int(own or rows)
         self.keep = rows if rows <= 16 else 1
@@ -86,16 +84,14 @@ class Engine:
         self.cache = StaticCache(model.config, max_cache_len=length)
         self.token = torch.zeros(1, rows, dtype=torch.long)
         self.freezing = name == "freezing"
-        options: dict[str, Any]
         if name == "eager":
             self.forward = model.forward
         elif name in ("inductor", "freezing"):
             # Options of its own: Dynamo would share one compilation among equal backends.
-            options = {"freezing": True} if self.freezing else {}
-            options |= guards(skip_guards)
-            self.forward = torch.compile(model.forward, dynamic=False, options=options or None)
+            options = {"freezing": True} if self.freezing else None
+            self.forward = torch.compile(model.forward, dynamic=False, options=options)
         else:
-            options = {"kernels": kernels, **guards(skip_guards)}
+            options: dict[str, Any] = {"kernels": kernels}
             if name == "dspark_int8":
                 options["kv_cache"] = "int8"
             self.forward = torch.compile(
@@ -157,7 +153,6 @@ def main() -> None:
     parser.add_argument("--engines", default="eager,inductor,freezing,dspark")
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--skip-guards", action="store_true", help="those on modules, everywhere")
     parser.add_argument("--name", default="decode")
     parser.add_argument("--no-write", action="store_true")
     args = parser.parse_args()
@@ -188,8 +183,7 @@ def main() -> None:
         return quantized(args.shape, dtype, args.layers, 8 if name == "dspark_w8" else 4)
 
     engines = {
-        n: Engine(n, model_of(n), args.context, length, args.kernels, args.rows, args.skip_guards)
-        for n in names
+        n: Engine(n, model_of(n), args.context, length, args.kernels, args.rows) for n in names
     }
     checked = compile_and_check(engines)
     probes, buffer = _probes(), torch.ones(PROBE_BYTES // 4)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, StaticCache
 
-from benchmarks._common import guards, interleaved, random_model, write
+from benchmarks._common import interleaved, random_model, write
 from dspark_compile.codegen.machine import _probes
 from dspark_compile.runtime.expert_load import expert_load
 
@@ -70,31 +70,25 @@ def twin(model: Qwen3MoeForCausalLM, experts: str) -> Qwen3MoeForCausalLM:
 class Engine:
     """One way to run a step, with its own cache."""
 
-    def __init__(
-        self, name: str, model: Any, context: int, length: int, batch: int, rows: int,
-        skip_guards: bool = False,
-    ):  # fmt: skip
+    def __init__(self, name: str, model: Any, context: int, length: int, batch: int, rows: int):
         kind, _, experts = name.partition("_")
         if experts:
             model = twin(model, f"{experts}_mm")
         self.context, self.freezing = context, kind == "freezing"
-        options: dict[str, Any]
         self.cache = StaticCache(model.config, max_cache_len=length)
         self.token = torch.zeros(batch, rows, dtype=torch.long)
         if kind == "eager":
             self.forward = model.forward
         elif kind in ("inductor", "freezing"):
             # Options of its own: Dynamo would share one compilation among equal backends.
-            options = {"freezing": True} if self.freezing else {}
-            options |= guards(skip_guards)
+            options = {"freezing": True} if self.freezing else None
             self.forward = torch.compile(
-                model.forward, dynamic=False, fullgraph=True, options=options or None
+                model.forward, dynamic=False, fullgraph=True, options=options
             )
         else:
             self.forward = torch.compile(
-                model.forward, backend="dspark", dynamic=False, fullgraph=True,
-                options=guards(skip_guards) or None,
-            )  # fmt: skip
+                model.forward, backend="dspark", dynamic=False, fullgraph=True
+            )
         self.fill(model, context)
 
     def fill(self, model: Any, context: int) -> None:
@@ -145,7 +139,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="fewer layers; 0: the shape's own")
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--skip-guards", action="store_true", help="those on modules, everywhere")
     parser.add_argument("--name", default="moe")
     parser.add_argument("--no-write", action="store_true")
     args = parser.parse_args()
@@ -158,9 +151,7 @@ def main() -> None:
     rows, context = args.prefill or 1, 0 if args.prefill else args.context
     length = context + rows + 63
     load_before = os.getloadavg()[0]
-    engines = {
-        n: Engine(n, model, context, length, args.batch, rows, args.skip_guards) for n in names
-    }
+    engines = {n: Engine(n, model, context, length, args.batch, rows) for n in names}
     generator = torch.Generator().manual_seed(2)
     tokens = [
         torch.randint(0, model.config.vocab_size, (args.batch, rows), generator=generator)
