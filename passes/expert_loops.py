@@ -9,6 +9,7 @@ for choices drawn at random, and for ones in which all tokens agree.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -111,6 +112,8 @@ def prove(loop: MarkedLoop, chain: list[Step]) -> None:
             asked.append((guarded, mark.args[2], mark.args[3]))
     if loop.hit is None and not asked:
         return
+    if loop.hit is not None:
+        _own_turns(loop, chain)
     count = 1 + max(s.expert for s in chain)
     try:
         with outside_of_tracing(), torch.no_grad():
@@ -129,6 +132,21 @@ def prove(loop: MarkedLoop, chain: list[Step]) -> None:
         raise
     except Exception as error:
         raise NotProved(f"which experts are hit is no function of the choices: {error}") from error
+
+
+def _own_turns(loop: MarkedLoop, chain: list[Step]) -> None:
+    """A turn that is not made must be that of an expert whom nobody chose: turn e adds expert e.
+    Turns were traced from the first expert to the last, so their sum goes through them in order.
+
+    Raises:
+        NotProved: it does not.
+    """
+    place = order(loop.begin.graph)
+    last = len(place) if loop.end is None else place[loop.end]
+    inside = [s for s in chain if place[loop.begin] < place[s.node] < last] or chain
+    experts = [s.expert for s in sorted(inside, key=lambda s: place[s.node])]
+    if any(a > b for a, b in itertools.pairwise(experts)):
+        raise NotProved("a turn runs another expert than its own")
 
 
 def _chosen(step: Step, draw: torch.Tensor) -> bool:

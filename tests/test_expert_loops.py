@@ -182,6 +182,16 @@ class AsksTheNext(Block):
         return out
 
 
+class TurnsOfOthers(Block):
+    """A turn is made where its expert is chosen, and runs another."""
+
+    def mix(self, x, weight, choice):
+        out = torch.zeros_like(x)
+        for e in torch.bincount(choice.flatten(), minlength=EXPERTS).nonzero().flatten().tolist():
+            self.add(out, x, weight, choice, EXPERTS - 1 - e)
+        return out
+
+
 class OnlyBusy(Block):
     def mix(self, x, weight, choice):
         out = torch.zeros_like(x)
@@ -382,7 +392,7 @@ def test_loops_over_data_become_one_op(kind, fullgraph):
     assert not {"gated_mlp", "gated_mlp_merged", "mlp"} & set(ops)
 
 
-LEFT = [CountsTurns, SumsTurns, AsksTheNext, OnlyBusy, SplitMean, SplitLater]
+LEFT = [CountsTurns, SumsTurns, AsksTheNext, TurnsOfOthers, OnlyBusy, SplitMean, SplitLater]
 MORE_LEFT = [SplitOther, SplitFew, CountsCalls]
 
 
