@@ -120,8 +120,8 @@ def tolist(original: Any) -> Any:
             if experts_hit(self) is not None:
                 return hit_list()(self)
             self, sure = _counts(self, tx)
-            listed = original(self, tx, *args, **kwargs)
-            return listed if sure else _more_turns(tx, listed)
+            if not sure:  # a list's length and its last item would be others than the code's
+                again(tx, "how many counts there are is data")
         return original(self, tx, *args, **kwargs)
 
     return method_tolist
