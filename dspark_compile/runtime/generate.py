@@ -242,7 +242,6 @@ def _module(
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
     if not all(isinstance(e, int) for e in eos):
         raise ValueError(f"eos_token_id={eos_token_id!r}: give token ids")
-
     sampling = (temperature, top_k, top_p, min_p) if do_sample else (1.0, 0, 1.0, 0.0)
 
     def called(ids: Tensor, scores: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,57 +68,57 @@ def decode(
         given: keyword arguments of the model's.
         own: ``kv_cache`` and ``options`` of `generate`.
     """
-    reason = _refusal(model, input_ids, config, given, own)
-    if reason is None:
-        if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-            raise ValueError(f"input_ids are {input_ids.dtype}: give token ids, torch.int64")
-        mask, cache = given.get("attention_mask"), _cache(given)
-        held = cache is not None and _held(cache)
-        if mask is not None and mask.dim() == 2 and not held and mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask is {list(mask.shape)} and input_ids are {list(input_ids.shape)}: "
-                "give a number for every token"
-            )
-        if _locals_of_generate().get("assistant_model") is not None:
-            report.notes.append("assistant_model is not used: give it as draft=")
-        input_ids = input_ids.long()  # as transformers' own loop gives them back
-        length = _longest(criteria) or input_ids.shape[1]
-        with explained(input_ids, length, *known_to(model)):
-            return _decode(
-                model, input_ids, processors, criteria, config, streamer, given, own, report
-            )
-    return _decode(
-        model, input_ids, processors, criteria, config, streamer, given, own, report, reason
-    )
+    call = _Call(model, input_ids, processors, criteria, config, streamer, given, own, report)
+    reason = _refusal(call)
+    if reason is not None:
+        return _decode(call, reason)
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise ValueError(f"input_ids are {input_ids.dtype}: give token ids, torch.int64")
+    mask, cache = given.get("attention_mask"), _cache(given)
+    held = cache is not None and _held(cache)
+    if mask is not None and mask.dim() == 2 and not held and mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask is {list(mask.shape)} and input_ids are {list(input_ids.shape)}: "
+            "give a number for every token"
+        )
+    if _locals_of_generate().get("assistant_model") is not None:
+        report.notes.append("assistant_model is not used: give it as draft=")
+    call = replace(call, input_ids=input_ids.long())  # as transformers' own loop gives them back
+    length = _longest(criteria) or input_ids.shape[1]
+    with explained(call.input_ids, length, *known_to(model)):
+        return _decode(call)
 
 
-def _decode(
-    model: Any,
-    input_ids: Tensor,
-    processors: Any,
-    criteria: Any,
-    config: Any,
-    streamer: Any,
-    given: dict[str, Any],
-    own: Mapping[str, Any],
-    report: GenerationReport,
-    reason: str | None = None,
-) -> Any:
+@dataclass(frozen=True)
+class _Call:
+    """What transformers has prepared, and what `generate` was asked for beside: `decode`'s
+    arguments."""
+
+    model: Any
+    input_ids: Tensor
+    processors: Any
+    criteria: Any
+    config: Any
+    streamer: Any
+    given: dict[str, Any]
+    own: Mapping[str, Any]
+    report: GenerationReport
+
+
+def _decode(call: _Call, reason: str | None = None) -> Any:
     """`decode`; with ``reason``, by transformers."""
     outcome: _Outcome | str
     if reason is None:
         with written_anywhere():
-            outcome = _in_rounds(
-                model, input_ids, processors, criteria, config, streamer, given, own, report
-            )
+            outcome = _in_rounds(call)
     else:
         outcome = reason
     if isinstance(outcome, str):
-        report.path = "transformers"
-        report.notes.append(f"decoded by transformers: {outcome}")
+        call.report.path = "transformers"
+        call.report.notes.append(f"decoded by transformers: {outcome}")
         log.info("decoded by transformers: %s", outcome)
-        return _by_transformers(model, input_ids, processors, criteria, config, streamer, given)
-    if not config.return_dict_in_generate:
+        return _by_transformers(call)
+    if not call.config.return_dict_in_generate:
         return outcome[0]
     from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -131,34 +132,23 @@ def _decode(
 _Outcome = tuple[Tensor, Any, Any, Any]
 
 
-def _in_rounds(
-    model: Any,
-    input_ids: Tensor,
-    processors: Any,
-    criteria: Any,
-    config: Any,
-    streamer: Any,
-    given: dict[str, Any],
-    own: Mapping[str, Any],
-    report: GenerationReport,
-) -> _Outcome | str:
+def _in_rounds(call: _Call) -> _Outcome | str:
     """What rounds give, or why they do not."""
-    lent = None
-    if _uses_cache(config, given) and _is_callers(_cache(given)):
-        lent = LentCache(_cache(given), model.config, input_ids.shape[0])
-        given = {**given, "past_key_values": lent.ours}
-    if own.get("draft") is not None:
-        plan = _plan(input_ids, processors, criteria, config, streamer, given, report)
-        outcome = _speculate(model, input_ids, config, plan, given, own, report)
+    lent, report = None, call.report
+    cache = _cache(call.given)
+    if _uses_cache(call.config, call.given) and _is_callers(cache):
+        lent = LentCache(cache, call.model.config, call.input_ids.shape[0])
+        call = replace(call, given={**call.given, "past_key_values": lent.ours})
+    if call.own.get("draft") is not None:
+        outcome = _speculate(call)
         if outcome is not None:
             return outcome
         report.notes = [n for n in report.notes if n.startswith("no speculation")]
     try:
-        rounds = _take(model, input_ids.shape[0], config, given, own)
+        rounds = _take(call)
     except NotIncremental as error:
         return f"use_cache is off, and no cache can be inserted: {error}"
-    plan = _plan(input_ids, processors, criteria, config, streamer, given, report)
-    loop = DecodeLoop(rounds, input_ids, plan, report)
+    loop = DecodeLoop(rounds, call.input_ids, _plan(call), report)
     try:
         sequences = loop.run()
     except NotRounds as error:  # found out behind the prompt, before there is any token
@@ -169,22 +159,15 @@ def _in_rounds(
     return sequences, loop.scores, loop.logits, loop.cache
 
 
-def _speculate(
-    model: Any,
-    input_ids: Tensor,
-    config: Any,
-    plan: Plan,
-    given: Mapping[str, Any],
-    own: Mapping[str, Any],
-    report: GenerationReport,
-) -> _Outcome | None:
+def _speculate(call: _Call) -> _Outcome | None:
     """With a draft; None, with the reason in the report, where there must be none."""
     from .speculation.loop import SpeculativeLoop, refusal, take
     from .speculation.options import parts
 
-    batch = input_ids.shape[0]
+    model, own, given, report = call.model, call.own, call.given, call.report
+    plan, batch = _plan(call), call.input_ids.shape[0]
     reason = refusal(model, own["draft"], plan, batch)
-    if reason is None and not _uses_cache(config, given):
+    if reason is None and not _uses_cache(call.config, given):
         reason = "use_cache is off"
     for which in (model, parts(own["draft"])[1]):
         if reason is None and hasattr(getattr(which, "config", None), "get_text_config"):
@@ -198,7 +181,7 @@ def _speculate(
                 model, own["draft"], batch, masked, own["kv_cache"], own["options"],
                 own["num_drafted"], fixed,
             )  # fmt: skip
-            loop = SpeculativeLoop(speculator, input_ids, plan, report, fixed)
+            loop = SpeculativeLoop(speculator, call.input_ids, plan, report, fixed)
             sequences = loop.run()
         except (NotRounds, DraftError) as error:
             reason = str(error)
@@ -209,10 +192,9 @@ def _speculate(
     return None
 
 
-def _refusal(
-    model: Any, input_ids: Any, config: Any, given: Mapping[str, Any], own: Mapping[str, Any]
-) -> str | None:
+def _refusal(call: _Call) -> str | None:
     """Why transformers' own loop must do it."""
+    model, input_ids, config, given = call.model, call.input_ids, call.config, call.given
     mode = str(getattr(config.get_generation_mode(), "value", ""))
     if mode not in ("greedy_search", "sample"):
         return f"the generation mode is {mode}"
@@ -244,7 +226,7 @@ def _refusal(
     if reason is None and _is_callers(cache):
         if given.get("past_key_values") is not cache:
             return f"cache_params is a {type(cache).__name__} of the caller's"
-        return why_not_lent(cache, model, input_ids.shape[0], own["kv_cache"])
+        return why_not_lent(cache, model, input_ids.shape[0], call.own["kv_cache"])
     return reason
 
 
@@ -291,11 +273,10 @@ def _held(cache: Any) -> int:
         return 0
 
 
-def _take(
-    model: Any, batch: int, config: Any, given: Mapping[str, Any], own: Mapping[str, Any]
-) -> Rounds:
-    options = own["options"]
-    if not _uses_cache(config, given):
+def _take(call: _Call) -> Rounds:
+    model, given, batch = call.model, call.given, call.input_ids.shape[0]
+    options = call.own["options"]
+    if not _uses_cache(call.config, given):
         idle = POOL.idle(model, pool_key(batch, "inserted", "model", options))
 
         def function(ids: Tensor) -> Tensor:
@@ -304,7 +285,7 @@ def _take(
         return idle or InsertedRounds(model, function, batch, options)
     masked = batch > 1 or given.get("attention_mask") is not None
     cache = _cache(given)
-    scheme = cache.scheme if isinstance(cache, DecodeCache) else own["kv_cache"]
+    scheme = cache.scheme if isinstance(cache, DecodeCache) else call.own["kv_cache"]
     return POOL.take(model, batch_bucket(batch), masked, scheme, options)
 
 
@@ -317,16 +298,14 @@ def _longest(criteria: Any) -> int | None:
     )
 
 
-def _plan(
-    input_ids: Tensor, processors: Any, criteria: Any, config: Any, streamer: Any,
-    given: Mapping[str, Any], report: GenerationReport,
-) -> Plan:  # fmt: skip
+def _plan(call: _Call) -> Plan:
+    config, given, processors = call.config, call.given, call.processors
     cache, pad = _cache(given), config._pad_token_tensor
     plan = Plan(
-        max_length=_longest(criteria) or input_ids.shape[1] + (1 << 40),
+        max_length=_longest(call.criteria) or call.input_ids.shape[1] + (1 << 40),
         choice=TokenChoice(sample=bool(config.do_sample)),
         pad=0 if pad is None else int(pad.flatten()[0]),
-        streamer=streamer,
+        streamer=call.streamer,
         chunk=getattr(config, "prefill_chunk_size", None) or PREFILL_CHUNK,
         attention_mask=given.get("attention_mask"),
         position_ids=given.get("position_ids"),
@@ -338,15 +317,15 @@ def _plan(
     from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
     eos, asked = [], []
-    for criterion in criteria:
+    for criterion in call.criteria:
         if type(criterion) is EosTokenCriteria:
             eos += criterion.eos_token_id.flatten().tolist()
         elif type(criterion) is not MaxLengthCriteria:
             asked.append(criterion)
             name = getattr(criterion, "__name__", type(criterion).__name__)
-            report.notes.append(f"{name} is asked in Python at every step")
+            call.report.notes.append(f"{name} is asked in Python at every step")
     plan.eos, plan.asked = eos, asked
-    plan.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+    plan.pads = any(hasattr(criterion, "eos_token_id") for criterion in call.criteria)
     parsed, reason = parse(processors, plan.choice.sample)
     if plan.keep_scores and len(processors):
         parsed, reason = None, "output_scores: logits processors are called in Python at every step"
@@ -354,24 +333,22 @@ def _plan(
         plan.choice = parsed
     else:
         plan.called = processors
-        report.notes.append(reason or "")
+        call.report.notes.append(reason or "")
     return plan
 
 
-def _by_transformers(
-    model: Any, input_ids: Any, processors: Any, criteria: Any, config: Any, streamer: Any,
-    given: dict[str, Any],
-) -> Any:  # fmt: skip
+def _by_transformers(call: _Call) -> Any:
     from transformers.generation.utils import GENERATION_MODES_MAPPING
 
-    mode = config.get_generation_mode()
+    mode = call.config.get_generation_mode()
     method = GENERATION_MODES_MAPPING[mode]
     if "/" in method:
         raise ValueError(
             f"{mode.value} is a custom_generate of its own: call "
             f"model.generate(..., custom_generate={method!r})"
         )
-    return getattr(type(model), method)(
-        model, input_ids, logits_processor=processors, stopping_criteria=criteria,
-        generation_config=config, streamer=streamer, **given,
+    return getattr(type(call.model), method)(
+        call.model, call.input_ids, logits_processor=call.processors,
+        stopping_criteria=call.criteria, generation_config=call.config, streamer=call.streamer,
+        **call.given,
     )  # fmt: skip

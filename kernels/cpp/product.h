@@ -61,7 +61,7 @@ void product(int64_t first, int64_t last, const T* const (&w)[MATS], int64_t ldw
 #if defined(DSPARK_TILES)
     static_assert(MATS <= 2, "a product takes one or two weights");
     alignas(64) float results[MATS][M][BLOCK];
-    configure_tiles();
+    configure_square_tiles();
     const int64_t Kp = P::padded(K);
     for (int64_t n = first; n < last; n += BLOCK) {
       const int count = int(std::min<int64_t>(BLOCK, last - n));

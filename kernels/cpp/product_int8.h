@@ -452,7 +452,7 @@ struct IntProduct<Int8, T, M, GROUPED> {
                       const Element* x, const float* sums, char* work, Done&& done) {
 #if defined(DSPARK_TILES)
     alignas(64) float results[MATS][M][BLOCK];
-    configure_tiles();
+    configure_square_tiles();
     // Rows that a last block lacks are multiplied too.
     std::memset(work, 0, IntProduct::work(K));
     for (int64_t n = first; n < last; n += BLOCK) {

@@ -35,22 +35,6 @@ void pack_groups(const bf16* x, int64_t ldx, int64_t K, int64_t padded, int64_t 
     pack_groups<M - 16>(x + 16 * ldx, ldx, K, padded, first, last, to + 16 * padded);
 }
 
-// Tiles 0, 1: results; 2, 3: rows of W; 4: x; 5, 6, 7: results and x of a second group of its rows.
-// Each row of x's tile has 64 bytes, of which M pairs are
-// meant and the others are the rows behind, for results that nobody reads: narrower tiles are loaded
-// and multiplied at half the speed.
-inline void configure_tiles() {
-  struct alignas(64) {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-  } c;
-  for (int i = 0; i < 8; ++i) c.bytes[i] = 64, c.rows[i] = 16;
-  // GCC 12 may drop the stores above without it.
-  __asm__ volatile("" : : "r"(&c) : "memory");
-  _tile_loadconfig(&c);
-}
-
 // Up to 16 rows by 32 columns, with zeros around them.
 inline void copy_tile(const bf16* w, int64_t ldw, int rows, int columns, bf16 (*to)[32]) {
   std::memset(to, 0, 16 * 64);
@@ -84,6 +68,10 @@ struct Next {
 };
 
 // Two groups of up to 16 rows of W, at wa and wb, with M rows of x, and MORE at `more`.
+// Tiles 0, 1: results; 2, 3: rows of W; 4: x; 5, 6, 7: results and x of a second group of its rows.
+// They are square: each row of x's has 64 bytes, of which M pairs are meant and the others are the
+// rows behind, for results that nobody reads. Narrower tiles are loaded and multiplied at half the
+// speed.
 template <int M, int MORE>
 inline void tile_pair(const bf16* wa, int rows_a, const bf16* wb, int rows_b, int64_t ldw,
                       Next next, const bf16* packed, const bf16* more, int64_t K, float* out_a,

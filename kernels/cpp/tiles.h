@@ -30,6 +30,7 @@ struct alignas(64) TileRoom {
   bf16 k[STRIP][D];
 };
 
+// Eight tiles of 16 rows of 64 bytes.
 inline void configure_square_tiles() {
   struct alignas(64) {
     uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -37,6 +38,7 @@ inline void configure_square_tiles() {
     uint8_t rows[16] = {};
   } c;
   for (int i = 0; i < 8; ++i) c.bytes[i] = 64, c.rows[i] = 16;
+  // GCC 12 may drop the stores above without it.
   __asm__ volatile("" : : "r"(&c) : "memory");
   _tile_loadconfig(&c);
 }
