@@ -30,14 +30,20 @@ inline void multiply_add(__m512bh w, __m512bh x, Vec& a) { a.v = _mm512_dpbf16_p
 #endif
 
 // How many rows of x one pass over W takes, and how many rows of W: as many sums as there are
-// registers for, 16 of AVX-512's 32 and 8 of 16 elsewhere. Five rows of x and more meet two of W:
-// each number of W is loaded once, those of x come from the first cache.
-template <int M>
+// registers for, 16 of AVX-512's 32 and 8 of 16 elsewhere.
+//
+// More rows of x than 4: of bf16 and fp16 eight at a time meet two of W, so that each number of W is
+// loaded, and widened, once; those of x come from the first cache. Of float a number of W is twice
+// as many bytes for the same work. Then four by four, in passes, do it with the fewest loads and
+// leave the most room to what waits for memory: eight rows took as long as their products and
+// their reading together, and now take what the longer of the two does. Five and six are one pass.
+template <class T, int M>
 struct Passes {
-  static constexpr bool WIDE = Vec::W == 16;
-  static constexpr int PASSES = WIDE ? (M + 7) / 8 : (M + 1) / 2;
+  static constexpr bool WIDE = Vec::W == 16, FLOAT = std::is_same<T, float>::value;
+  static constexpr int MOST = !WIDE ? 2 : !FLOAT ? 8 : M <= 6 ? 6 : 4;
+  static constexpr int PASSES = (M + MOST - 1) / MOST;
   static constexpr int MT = (M + PASSES - 1) / PASSES;
-  static constexpr int R = !WIDE ? 4 : M <= 2 ? 8 : M <= 4 ? 4 : 2;
+  static constexpr int R = !WIDE ? 4 : M <= 2 ? 8 : M <= 4 || FLOAT ? 4 : 2;
 };
 
 // How many bytes ahead a tile of R rows asks in each, of `row` bytes: fewer rows ask further.
@@ -151,7 +157,7 @@ inline __attribute__((always_inline)) void tiles_of(const T* const (&w)[R], int6
 template <class T, int M, Form FORM>
 struct Chunks {
   using Element = typename Step<FORM>::Element;
-  static constexpr bool ANY = Passes<M>::PASSES > 1 || M > 4;
+  static constexpr bool ANY = Passes<T, M>::PASSES > 1 || M > 4;
   static constexpr int64_t STEP = Step<FORM>::SIZE;
   static constexpr int64_t NEAR = 32768, FAR = 131072;  // bytes of x, of W
 
@@ -161,10 +167,10 @@ struct Chunks {
   Chunks(int64_t K, int64_t ldw) : count(K) {
     if constexpr (ANY) {
       // Rows of W that lie whole pages apart fall on few sets, and stay there from pass to pass.
-      const bool crowded = Passes<M>::PASSES > 1 && ldw * int64_t(sizeof(T)) % 4096 == 0;
+      const bool crowded = Passes<T, M>::PASSES > 1 && ldw * int64_t(sizeof(T)) % 4096 == 0;
       const int64_t near = crowded ? NEAR / 2 : NEAR;
       const int64_t runs = (K * M * int64_t(sizeof(Element)) + near - 1) / near;
-      const int64_t row = Passes<M>::R * K * int64_t(sizeof(T));
+      const int64_t row = Passes<T, M>::R * K * int64_t(sizeof(T));
       count = ((K + runs - 1) / runs + STEP - 1) / STEP * STEP;
       rows = int(std::min<int64_t>(std::max<int64_t>(FAR / row, 1), 16));
     }
@@ -201,7 +207,7 @@ inline void spread_all(const float (*from)[STRIP][COUNT], float* to) {
 template <class T, int M, int MATS, Form FORM, class Done>
 inline void streams(int64_t first, int64_t last, const T* const (&w)[MATS], int64_t ldw, int64_t K,
                     const void* packed, int64_t ldx, Done&& done) {
-  constexpr int MT = Passes<M>::MT, R = Passes<M>::R, PASSES = Passes<M>::PASSES;
+  constexpr int MT = Passes<T, M>::MT, R = Passes<T, M>::R, PASSES = Passes<T, M>::PASSES;
   constexpr int STREAMS = R / MATS, STRIP = 16;
   constexpr int COUNT = tile_results(R, MT);
   using C = Chunks<T, M, FORM>;
