@@ -5,7 +5,8 @@ that layout and what other writers make of it:
 
 =============  ================================================================================
 DeepSpec       ``architectures: [Qwen3DSparkModel | Gemma4DSparkModel]``, fields at the top
-SpecForge      ``DSparkDraftModel`` / ``DFlashDraftModel``, some fields under ``dflash_config``
+SpecForge      ``DSparkDraftModel`` / ``DFlashDraftModel``, taps and heads under
+               ``dflash_config``
 speculators    ``speculators_model_type``, the layers' own fields under
                ``transformer_layer_config``, ``draft_vocab_size`` with ``d2t``/``t2d``
 =============  ================================================================================
@@ -105,6 +106,9 @@ class DraftConfig:
             "layer_types": tuple(self.layer_types) or ("full_attention",) * self.num_hidden_layers,
             "target_layer_ids": tuple(int(i) for i in self.target_layer_ids),
         }
+        if "sliding_attention" not in fill["layer_types"]:
+            # A draft's file often carries its target's: no layer of this one has a window.
+            fill["sliding_window"] = None
         for name, value in fill.items():
             object.__setattr__(self, name, value)
         self._check()
@@ -170,6 +174,9 @@ class DraftConfig:
             *("markov_rank", "enable_confidence_head", "block_size", "hidden_act", "rms_norm_eps"),
             *("rope_parameters", "max_position_embeddings", "attention_bias", "layer_types"),
         }
+        if self.sliding_window is not None:
+            # Writers differ in what they mean by leaving it out.
+            always.add("sliding_window_non_causal")
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if f.name in ("family", "extra"):
@@ -234,39 +241,102 @@ def parse_config(data: Mapping[str, Any]) -> DraftConfig:
         DraftError: it is not a draft's configuration, or a field is missing or out of range.
     """
     flat = dict(data)
-    architecture = str((flat.get("architectures") or [""])[0])
+    if flat.get("quantization_config"):
+        raise DraftError(
+            "quantization_config: drafts are read in bfloat16, float16 or float32; take the "
+            "checkpoint that this one was quantised from"
+        )
+    names = flat.get("architectures") or [""]
+    architecture = names if isinstance(names, str) else str(names[0])
     speculators = "transformer_layer_config" in flat or "speculators_model_type" in flat
     if speculators:
         flat = _from_speculators(flat)
-    nested = flat.pop("dflash_config", None) or {}
-    for name in ("target_layer_ids", "mask_token_id", "block_size", "sample_from_anchor"):
-        if name in nested:
-            flat.setdefault(name, nested[name])
-    modes = {nested.get("attention_mode", "gqa"), *nested.get("attention_modes", ())}
+    nested = _nested(flat)
+    for name in _NESTED:
+        if flat.get(name) is None and nested.get(name) is not None:
+            flat[name] = nested[name]
+    modes = {nested.get("attention_mode") or "gqa", *(nested.get("attention_modes") or ())}
     if modes - {"gqa", "mha"}:
         raise DraftError(
             f"dflash_config has attention modes {sorted(modes)}; this reads gqa and mha drafts"
         )
-    if nested.get("projector_type", flat.get("projector_type", "dflash")) not in ("dflash", None):
+    projector = nested.get("projector_type") or flat.get("projector_type") or "dflash"
+    if projector not in ("dflash", "dspark"):
         raise DraftError(
-            "projector_type: only dflash is read, no Domino or DFlash-2 correction heads"
+            f"projector_type={projector!r}: only dflash and dspark are read, no Domino or DFlash-2 "
+            "correction heads"
         )
     family = _family(architecture, flat)
-    if "sample_from_anchor" not in flat:
+    published = architecture.startswith(("DFlash", "Qwen3DFlash")) and projector == "dflash"
+    if flat.get("sample_from_anchor") is None:
         # DFlash as published predicts in place; DeepSpec trains its DFlash like DSpark.
-        flat["sample_from_anchor"] = not architecture.startswith(("DFlash", "Qwen3DFlash"))
-    missing = [
-        n
-        for n in ("target_layer_ids", "mask_token_id", "block_size", "hidden_size", "vocab_size")
-        if flat.get(n) is None
-    ]
+        flat["sample_from_anchor"] = bool(nested.get("shift_label", not published))
+    if not speculators and architecture not in ARCHITECTURES.values():
+        _causality(flat, nested)
+        if flat.get("enable_confidence_head") is None:
+            # SpecForge: the head is there if it had a share in the loss.
+            flat["enable_confidence_head"] = bool(nested.get("confidence_head_alpha"))
+        if nested.get("markov_rank") and flat.get("confidence_head_with_markov") is None:
+            flat["confidence_head_with_markov"] = False
+        layers, count = flat.get("num_target_layers"), flat.get("num_hidden_layers")
+        if flat.get("target_layer_ids") is None and _is_whole(layers) and _is_whole(count):
+            flat["target_layer_ids"] = _published_taps(layers, count)
+    missing = [n for n in _NEEDED if flat.get(n) is None]
     if missing:
         raise DraftError(
-            f"no {', '.join(missing)} in config.json: not a DSpark or DFlash draft "
-            f"(architectures: {architecture or 'none'})"
+            f"no {', '.join(missing)} in config.json (architectures: {architecture or 'none'}), "
+            "without which it is no DSpark or DFlash draft"
         )
     _check_kinds(flat)
     return DraftConfig(**_fields(flat, family))
+
+
+# What every file says.
+_NEEDED = (
+    *("target_layer_ids", "mask_token_id", "block_size", "hidden_size", "vocab_size"),
+    *("intermediate_size", "num_hidden_layers", "num_attention_heads"),
+)
+# What SpecForge and others keep under ``dflash_config``.
+_NESTED = (
+    *("target_layer_ids", "mask_token_id", "block_size", "sample_from_anchor", "markov_rank"),
+    *("markov_head_type", "enable_confidence_head", "confidence_head_with_markov"),
+)
+
+
+def _nested(flat: dict[str, Any]) -> Mapping[str, Any]:
+    """Take the fields under ``dflash_config`` (or ``dspark_config``) out of a file."""
+    found: dict[str, Any] = {}
+    for name in ("dflash_config", "dspark_config"):
+        part = flat.pop(name, None) or {}
+        if not isinstance(part, Mapping):
+            raise DraftError(f"{name}={part!r}: must be an object")
+        found |= part
+    if found.get("use_swa"):
+        raise DraftError(
+            "dflash_config has use_swa: windows are read from layer_types and sliding_window only"
+        )
+    return found
+
+
+def _causality(flat: dict[str, Any], nested: Mapping[str, Any]) -> None:
+    """Whether rows of a block see those behind them: SGLang's and vLLM's reading, which is that
+    ``is_causal`` (or ``causal``) is of all layers, and without it sliding layers are causal."""
+    said = [flat.pop("is_causal", None), nested.get("is_causal"), nested.get("causal")]
+    causal = next((x for x in said if x is not None), None)
+    kinds = flat.get("layer_types") or ["full_attention"]
+    if causal and "full_attention" in kinds:
+        raise DraftError(
+            f"is_causal={causal!r}: layers of full attention see their whole block here; blocks "
+            "that are causal are read in sliding layers only"
+        )
+    flat.setdefault("sliding_window_non_causal", causal is not None and not causal)
+
+
+def _published_taps(layers: int, count: int) -> list[int]:
+    """What DFlash's writers mean where a file has no taps: one a draft layer, evenly."""
+    if count < 2:
+        return [layers // 2]
+    return [round(1 + i * (layers - 4) / (count - 1)) for i in range(count)]
 
 
 _KINDS: dict[str, tuple[str, Any]] = {
@@ -327,7 +397,7 @@ def _family(architecture: str, data: Mapping[str, Any]) -> str:
 
 def _fields(flat: dict[str, Any], family: str) -> dict[str, Any]:
     """Keyword arguments of `DraftConfig` from a flat file, names of the families resolved."""
-    heads = flat.get("num_attention_heads", 1)
+    heads = flat["num_attention_heads"]
     values: dict[str, Any] = {
         f.name: flat[f.name]
         for f in dataclasses.fields(DraftConfig)
@@ -335,7 +405,9 @@ def _fields(flat: dict[str, Any], family: str) -> dict[str, Any]:
     }
     values["family"] = family
     values.setdefault("num_key_value_heads", heads)
-    values.setdefault("head_dim", values["hidden_size"] // heads)
+    if flat.get("model_type") == "qwen3":
+        values.setdefault("head_dim", 128)  # whatever the width, as Qwen3's own files mean it
+    values.setdefault("head_dim", values["hidden_size"] // max(heads, 1))
     ids = values["target_layer_ids"]
     values.setdefault("num_target_layers", max(ids) + 2)
     values["rope_parameters"] = _rope(flat)

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from dspark_compile.models.draft import DraftModel
 
 CALIBRATION = "calibration.json"
-_PREFIXES = ("module.", "draft_model.", "model.")
+_PREFIXES = ("module.", "draft_model.", "model.", "logit_head.")
 _NAMES = {"context_proj.weight": "fc.weight", "hidden_states_norm.weight": "hidden_norm.weight"}
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Copies of the target's tensors, and constants, that some writers keep in the file.
 _IGNORED = ("verifier_lm_head.", "verifier_norm.", "rotary_emb.", "mask_token_id")
 
@@ -48,6 +49,9 @@ def load(
     config = parse_config(data)
     tensors = {rename(name): t for name, t in _read(folder).items()}
     tensors = {n: t for n, t in tensors.items() if not n.startswith(_IGNORED)}
+    whole = config.draft_vocab_size == config.vocab_size
+    if data.get("tie_word_embeddings") and whole and "embed_tokens.weight" in tensors:
+        tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])
     draft = cls(config)
     draft.declared = frozenset(data)
     draft.set_vocabulary(_vocabulary(tensors, config.vocab_size))
@@ -65,7 +69,15 @@ def load(
     _fill(draft, tensors, folder, dtype)
     calibration = folder / CALIBRATION
     if calibration.is_file():
-        draft.calibration = json.loads(calibration.read_text(encoding="utf-8"))
+        try:
+            draft.calibration = json.loads(calibration.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DraftError(
+                f"{str(calibration)!r} is not JSON ({error}); without it the draft's confidences "
+                "are taken as they are"
+            ) from None
+        if not isinstance(draft.calibration, dict):
+            raise DraftError(f"{str(calibration)!r} holds no fields: it is no JSON object")
     return draft.to(device=device).eval()
 
 
@@ -156,6 +168,11 @@ def _read(folder: Path) -> dict[str, Tensor]:
                 f"{str(index)!r} has no weight_map of tensors to files: {error!r}"
             ) from error
         files = [folder / Path(name).name for name in names]
+        other = [file.name for file in files if file.suffix != ".safetensors"]
+        if other:
+            raise DraftError(
+                f"{str(index)!r} names {other[0]}, which is no safetensors; convert it first"
+            )
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -202,6 +219,8 @@ def _vocabulary(tensors: dict[str, Tensor], size: int) -> Tensor | None:
     ]
     if t2d is not None:
         inside = t2d.bool().flatten()
+        if len(inside) != size:
+            raise DraftError(f"t2d has {len(inside)} entries for a vocabulary of {size}")
         legal = [ids for ids in legal if int(inside.sum()) == len(ids) and bool(inside[ids].all())]
     if not legal:
         raise DraftError(
@@ -232,16 +251,21 @@ def _fill(
         parts.append(f"of another shape: {_some(shapes, '; ')}")
     if parts:
         raise DraftError(f"the tensors in {str(folder)!r} do not fit: " + ", ".join(parts))
-    whole = [f"{n} ({t.dtype})" for n, t in tensors.items() if not t.is_floating_point()]
-    if whole:
-        raise DraftError(f"the tensors in {str(folder)!r} are not all floating: {_some(whole)}")
+    odd = [f"{n} ({t.dtype})" for n, t in tensors.items() if t.dtype not in _DTYPES]
+    if odd:
+        raise DraftError(
+            f"the tensors in {str(folder)!r} are not all bfloat16, float16, float32 or float64: "
+            f"{_some(odd)}"
+        )
     asked = dtype
     if dtype in (None, "auto"):
         dtype = tensors["fc.weight"].dtype
     elif isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise DraftError(f"dtype={asked!r}: a floating dtype, its name, or 'auto'")
+    if dtype not in _DTYPES:
+        raise DraftError(
+            f"dtype={asked!r}: bfloat16, float16, float32 or float64 (or the name), or 'auto'"
+        )
     draft.to(dtype)
     draft.load_state_dict({n: t.to(dtype) for n, t in tensors.items()}, strict=False)
 

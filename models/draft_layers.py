@@ -94,6 +94,9 @@ def inverse_frequencies(rope: dict[str, Any], width: int, longest: int) -> tuple
         return inverse / factor, 1.0
     original = float(rope.get("original_max_position_embeddings") or longest)
     if kind == "llama3":
+        lacking = [n for n in ("low_freq_factor", "high_freq_factor") if rope.get(n) is None]
+        if lacking:
+            raise DraftError(f"rope_type='llama3' needs {' and '.join(lacking)}")
         low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
         turns = original * inverse / (2 * math.pi)  # of each feature within the original length
         blend = ((turns - low) / (high - low)).clamp(0, 1)

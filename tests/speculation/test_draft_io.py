@@ -366,3 +366,117 @@ def test_what_is_no_configuration_and_no_dtype(tmp_path):
     whole = weights | {"fc.weight": torch.ones(D, 2 * D, dtype=torch.int8)}
     with pytest.raises(DraftError, match=r"fc\.weight \(torch\.int8\)"):
         DraftModel.from_pretrained(write(tmp_path / "b", DEEPSPEC, whole))
+
+
+HEADS = {
+    "mask_token_id": 39, "target_layer_ids": [1, 3], "projector_type": "dspark", "markov_rank": R,
+    "markov_head_type": "vanilla", "confidence_head_alpha": 1.0, "enable_confidence_head": True,
+    "confidence_head_with_markov": True,
+}  # fmt: skip
+
+
+def specforge(heads=HEADS, **changes):
+    """A file as SpecForge's templates have it: what is a draft's own in ``dflash_config``."""
+    known = {"num_anchors", *HEADS}
+    data = {k: v for k, v in DEEPSPEC.items() if k not in known}
+    return data | {"architectures": ["DSparkDraftModel"], "dflash_config": dict(heads)} | changes
+
+
+@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
+def test_specforge_heads_under_dflash_config(tmp_path, head):
+    """The projector is named dspark, and all about the heads is nested too."""
+    weights = tensors(parse_config(DEEPSPEC | {"markov_head_type": head}), own=False)
+    # Early checkpoints have the heads in a container.
+    early = {f"logit_head.{n}" if "_head." in n else n: t for n, t in weights.items()}
+    data = specforge(HEADS | {"markov_head_type": head}, rope_scaling=None, sliding_window=None)
+    draft = DraftModel.from_pretrained(write(tmp_path / "a", data, early), target=target())
+    config = draft.config
+    assert (config.markov_rank, config.markov_head_type) == (R, head)
+    assert config.enable_confidence_head and config.confidence_head_with_markov
+    assert config.sample_from_anchor and config.num_drafted == 7
+    own = DEEPSPEC | {"markov_head_type": head}
+    same = DraftModel.from_pretrained(write(tmp_path / "b", own, weights), target=target())
+    same.borrowed = draft.borrowed
+    assert run(draft).equal(run(same))
+
+
+def test_specforge_defaults():
+    """What its templates leave out: the confidence head's share in the loss, one tap a layer."""
+    left_out = ("target_layer_ids", "enable_confidence_head")
+    less = {k: v for k, v in HEADS.items() if k not in left_out}
+    config = parse_config(specforge(less))
+    assert config.enable_confidence_head and config.target_layer_ids == (1, 3)
+    config = parse_config(specforge(less | {"confidence_head_alpha": 0.0}))
+    assert not config.enable_confidence_head
+    dflash = {"mask_token_id": 39, "target_layer_ids": [1, 3]}
+    config = parse_config(specforge(dflash, architectures=["DFlashDraftModel"]))
+    assert config.markov_rank == 0 and not config.sample_from_anchor
+    shifted = dflash | {"shift_label": True}
+    assert parse_config(specforge(shifted, architectures=["DFlashDraftModel"])).sample_from_anchor
+    # The heads say what it is, whatever the class is called.
+    assert parse_config(specforge(architectures=["DFlashDraftModel"])).sample_from_anchor
+
+
+def test_which_blocks_are_causal(tmp_path):
+    """As SGLang and vLLM read these files: a sliding layer's block is, unless the file says no."""
+    sliding = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 4}
+    assert not parse_config(specforge(**sliding)).sliding_window_non_causal
+    assert parse_config(specforge(is_causal=False, **sliding)).sliding_window_non_causal
+    config = parse_config(specforge(HEADS | {"causal": False}, **sliding))
+    assert config.sliding_window_non_causal
+    for said in ({"is_causal": True}, {"heads": HEADS | {"causal": True}}):
+        assert not parse_config(specforge(**said, **sliding)).sliding_window_non_causal
+        with pytest.raises(DraftError, match="is_causal=True"):
+            parse_config(specforge(**said))
+    with pytest.raises(DraftError, match="use_swa"):
+        parse_config(specforge(HEADS | {"use_swa": True}))
+    # Both survive being saved.
+    for said in (True, False):
+        data = DEEPSPEC | sliding | {"sliding_window_non_causal": said}
+        draft = DraftModel(parse_config(data))
+        draft.save_pretrained(tmp_path)
+        again = DraftModel.from_pretrained(tmp_path).config
+        assert again.sliding_window_non_causal is said and again.sliding_window == 4
+
+
+def test_a_window_that_no_layer_has():
+    """Files copied from a target's (Gemma4) name its window beside layers of full attention."""
+    assert parse_config(DEEPSPEC | {"sliding_window": 512}).sliding_window is None
+
+
+def test_tied_vocabulary(tmp_path):
+    weights = tensors(parse_config(DEEPSPEC))
+    del weights["lm_head.weight"]
+    tied = write(tmp_path / "a", DEEPSPEC | {"tie_word_embeddings": True}, weights)
+    draft = DraftModel.from_pretrained(tied, target=target())
+    assert draft.lm_head.weight.equal(weights["embed_tokens.weight"])
+
+
+def test_more_that_is_refused(tmp_path):
+    weights = tensors(parse_config(DEEPSPEC))
+    for name in ("num_attention_heads", "intermediate_size", "num_hidden_layers", "mask_token_id"):
+        with pytest.raises(DraftError, match=f"no {name} in config.json"):
+            parse_config({k: v for k, v in DEEPSPEC.items() if k != name})
+    with pytest.raises(DraftError, match="low_freq_factor and high_freq_factor"):
+        DraftModel(parse_config(DEEPSPEC | {"rope_scaling": {"type": "llama3", "factor": 8.0}}))
+    with pytest.raises(DraftError, match="quantization_config"):
+        parse_config(DEEPSPEC | {"quantization_config": {"quant_method": "fp8"}})
+    low = {n: t.to(torch.float8_e4m3fn) for n, t in weights.items()}
+    with pytest.raises(DraftError, match=r"torch\.float8_e4m3fn"):
+        DraftModel.from_pretrained(write(tmp_path / "a", DEEPSPEC, low))
+    folder = write(tmp_path / "b", DEEPSPEC, weights)
+    with pytest.raises(DraftError, match="dtype='float8_e4m3fn'"):
+        DraftModel.from_pretrained(folder, dtype="float8_e4m3fn")
+    for text, words in (("{", "is not JSON"), ("[1]", "no JSON object")):
+        (folder / "calibration.json").write_text(text)
+        with pytest.raises(DraftError, match=words):
+            DraftModel.from_pretrained(folder)
+    torch.save(weights, folder / "pytorch_model.bin")
+    index = {"weight_map": dict.fromkeys(weights, "pytorch_model.bin")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(DraftError, match=r"names pytorch_model\.bin"):
+        DraftModel.from_pretrained(folder)
+    cut = DEEPSPEC | {"draft_vocab_size": 9}
+    short = tensors(parse_config(cut)) | {"d2t": torch.arange(9), "t2d": torch.ones(9)}
+    with pytest.raises(DraftError, match="t2d has 9 entries"):
+        DraftModel.from_pretrained(write(tmp_path / "c", cut, short))
