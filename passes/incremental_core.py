@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from dspark_compile.passes.graph import aten, dialect_name, is_dialect_op
 
@@ -327,6 +328,12 @@ class Maker:
     def emit(self, node: fx.Node, args: Sequence[Any], kwargs: Any = None) -> fx.Node:
         """The same op on other arguments."""
         kwargs = node.kwargs if kwargs is None else kwargs
+        for x in pytree.tree_leaves((args, kwargs)):
+            # Code cannot say it: symbols are the old graph's.
+            if isinstance(x, (torch.SymInt, torch.SymFloat)) and x.node.expr.free_symbols:
+                raise NotIncremental(
+                    f"{node.name}: it reads {x}, which depends on the length of the sequence"
+                )
         return self.graph.call_function(node.target, tuple(args), dict(kwargs))  # type: ignore[arg-type]
 
     def operand(self, node: Any, modes: Modes) -> Any:

@@ -1,13 +1,15 @@
 """Join writes: filling a fresh tensor slice by slice is a concatenation.
 
     y = empty(...); y[..., :a] = u; y[..., a:] = v      -> y = cat([u, v], -1)
+    y = empty(...); y[..., ::2] = u; y[..., 1::2] = v   -> y = stack([u, v], -1), flattened
 
 which functional tracing leaves as a chain of ``slice_scatter`` (over ``copy``, where the
 written value is broadcast or cast). Condition: the writes tile one dimension completely,
 with known bounds, so that nothing of the first tensor is left to see.
 
 Worth one write of the tensor for each link of the chain, and what lets later passes see
-through it: Hugging Face builds the keys of multi-head latent attention this way.
+through it: Hugging Face builds the keys of multi-head latent attention this way, and rotary
+embeddings of pairs are often written into an empty tensor.
 """
 
 from __future__ import annotations
@@ -29,15 +31,17 @@ from dspark_compile.passes.graph import (
     known_equal,
     same_shape,
     shape,
+    view_sizes,
 )
 
 
 @dataclass(frozen=True)
 class Write:
-    """``source`` written to ``[start, end)`` of one dimension; ``like`` has its shape."""
+    """``source`` written to ``[start:end:step]`` of one dimension; ``like`` has its shape."""
 
     start: int
     end: int
+    step: int
     source: fx.Node
     like: fx.Node
 
@@ -76,7 +80,17 @@ class JoinWrites(Pass):
                     kind = {"dtype": dtype(node)}
                     source = _emit(graph, aten._to_copy.default, (source,), kind, node, ctx)
                 parts.append(source)
-            joined = _emit(graph, aten.cat.default, (parts, match["dim"]), {}, node, ctx)
+            dim = match["dim"]
+            if match["writes"][0].step == 1:
+                joined = _emit(graph, aten.cat.default, (parts, dim), {}, node, ctx)
+            else:
+
+                def make(target: Any, *args: Any) -> fx.Node:
+                    return _emit(graph, target, args, {}, node, ctx)
+
+                pairs = make(aten.stack.default, parts, dim + 1)
+                sizes = view_sizes(shape(node), parts[0], make)
+                joined = make(aten.view.default, pairs, sizes)
         node.replace_all_uses_with(joined)
         graph.erase_node(node)
 
@@ -92,28 +106,34 @@ def tiles(node: fx.Node, dim: int) -> list[Write] | None:
     size = shape(node)[dim]
     if not isinstance(size, int):
         return None
-    found: dict[tuple[int, int], Write] = {}
+    found: dict[tuple[int, int, int], Write] = {}
     covered = 0
     link: Any = node
     while covered < size and is_op(link, aten.slice_scatter.default):
         rank = len(shape(link))
-        if int(argument(link, 2, "dim", 0)) % rank != dim or argument(link, 5, "step", 1) != 1:
+        bounds = [argument(link, i, k) for i, k in ((3, "start"), (4, "end"), (5, "step"))]
+        if int(argument(link, 2, "dim", 0)) % rank != dim:
             return None
-        start, end = argument(link, 3, "start"), argument(link, 4, "end")
-        if not all(isinstance(x, (int, type(None))) for x in (start, end)):
+        if not all(isinstance(x, (int, type(None))) for x in bounds):
             return None
-        start, end, _ = slice(start, end).indices(size)
-        if (start, end) not in found and end > start:  # else a later link wrote over it
+        start, end, step = slice(*bounds).indices(size)
+        if (start, end, step) not in found and end > start:  # else a later link wrote over it
             source = link.args[1]
             like = source
             if is_op(source, aten.copy.default):
                 like, source = source.args[:2]
             if not is_tensor(source):
                 return None
-            found[start, end] = Write(start, end, source, like)
-            covered += end - start
+            found[start, end, step] = Write(start, end, step, source, like)
+            covered += len(range(start, end, step))
         link = link.args[0]
     writes = sorted(found.values(), key=lambda w: w.start)
+    if any(w.step != 1 for w in writes):
+        # The teeth of one comb: as many as the step is wide, each to the end, all of one length.
+        teeth = len(writes)
+        combed = [(i, size, teeth) for i in range(teeth)]
+        whole = [(w.start, w.end, w.step) for w in writes] == combed and size % teeth == 0
+        return writes if whole else None
     ends = [0, *(w.end for w in writes)]
     if ends[-1] != size or any(w.start != end for w, end in zip(writes, ends)):
         return None

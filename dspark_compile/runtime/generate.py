@@ -199,6 +199,8 @@ def _module(
     **unknown: Any,
 ) -> Tensor:
     """`generate` of a module that is none of Hugging Face's."""
+    from dspark_compile.passes.incremental_core import NotIncremental
+
     from .inserted import InsertedRounds
 
     if unknown:
@@ -216,6 +218,8 @@ def _module(
     if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise ValueError(f"input_ids are {input_ids.dtype}: give token ids, torch.int64")
     input_ids = input_ids.long()
+    if torch.is_autocast_enabled(input_ids.device.type):
+        raise NotIncremental("autocast is on: cast the model instead, and call generate outside")
     if own["kv_cache"] != "model":
         raise ValueError(
             "kv_cache='int8' is for Hugging Face models: a cache that the compiler inserts is exact"

@@ -202,6 +202,9 @@ def _refusal(call: _Call) -> str | None:
         return "it is an encoder-decoder model"
     if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] == 0:
         return "there are no input_ids"
+    if torch.is_autocast_enabled(input_ids.device.type):
+        # Programs are kept from call to call, and a later one may be without.
+        return "autocast is on: cast the model instead"
     # (An empty mapping is what transformers encoded of no images.)
     other = sorted(k for k, v in given.items() if k not in _KNOWN and v is not None and v != {})
     if other:
