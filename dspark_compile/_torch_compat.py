@@ -433,6 +433,8 @@ def in_a_line(error: BaseException) -> str:
     if fixed is not None:
         number = fixed.split("constant (", 1)[-1].split(")", 1)[0]
         return f"it reads a length that varies as a number (tracing took it for {number})"
+    if lines and lines[0].endswith("raised:"):  # Dynamo's own words on what a back end raised
+        return lines[1] if len(lines) > 1 else type(error).__name__
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 

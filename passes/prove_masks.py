@@ -5,6 +5,10 @@ attention's ``bias`` operand into its ``mask`` text (with the small tensors and 
 reads), so that a kernel computes it and no mask is loaded; what it cannot prove stays a
 tensor operand, exactly as it was. Worth ``B * M * N`` bytes a layer, and what lets a
 kernel skip blocks of keys.
+
+``ctx.shared["mask_constants"]``, values of the graph's inputs, makes predicates of tables as well
+(a lower triangle in a buffer). Those that were used are in ``ctx.shared["used_constants"]``: who
+gave them sees to it that they stay.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ class ProveMasks(Pass):
     stage = "raise"
 
     def pattern(self, graph: fx.Graph, ctx: PassContext) -> Iterator[Match]:
-        prover = MaskProver(graph)
+        prover = MaskProver(graph, ctx.shared.get("mask_constants"))
         for node in list(graph.nodes):
             if is_dialect_op(node, "attention") and isinstance(node.args[3], fx.Node):
                 yield Match(node, captures={"prover": prover})
@@ -63,6 +67,7 @@ class ProveMasks(Pass):
         if proof.mask_value is not None:
             kwargs["mask_value"] = proof.mask_value
         node.kwargs = kwargs
+        ctx.shared.setdefault("used_constants", set()).update(proof.constants)
         counts = ctx.shared.setdefault("mask_kinds", {})
         counts[proof.kind] = counts.get(proof.kind, 0) + 1
 

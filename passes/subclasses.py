@@ -163,14 +163,17 @@ def take_apart(
     paths: Sequence[tuple[int, Sequence[str]]] | None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """What makes a callable on inner tensors one on subclasses: tensor n is found in the caller's
-    input ``paths[n][0]`` by the attribute names ``paths[n][1]``. None: as it is."""
+    input ``paths[n][0]`` by the attribute names ``paths[n][1]``. None: as it is. ``wrap.given``
+    takes a list of inputs apart."""
+
+    def given(args: Sequence[Any]) -> list[Any]:
+        if paths is None:
+            return list(args)
+        return [_follow(args[i], path) if path else args[i] for i, path in paths]
 
     def wrap(run: Callable[..., Any]) -> Callable[..., Any]:
         if paths is None:
             return run
-
-        def given(args: Sequence[Any]) -> list[Any]:
-            return [_follow(args[i], path) if path else args[i] for i, path in paths]
 
         def call(*args: Any) -> Any:
             return run(*given(args))
@@ -179,7 +182,7 @@ def take_apart(
             call.bind = lambda args: run.bind(given(args))  # type: ignore[attr-defined]
         return call
 
-    wrap.paths = paths  # type: ignore[attr-defined]
+    wrap.paths, wrap.given = paths, given  # type: ignore[attr-defined]
     return wrap
 
 

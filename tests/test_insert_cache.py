@@ -109,11 +109,24 @@ def test_one_compilation_and_growth(monkeypatch):
     assert "compile" not in last_generation().seconds
 
 
-def test_native():
-    model = sharpen(Dense.tiny())
+@pytest.mark.parametrize("kind", [Dense.tiny, NanoGPT, lambda: NanoGPT(window=5)])
+def test_native(kind):
+    """A mask that lies in a buffer is a predicate: its values are known, and watched."""
+    model = sharpen(kind())
     got = dspark_compile.generate(model, prompt(), max_new_tokens=30, options={"kernels": "cpp"})
     assert last_generation().path == "native", last_generation().notes
     assert torch.equal(got, greedy(model, prompt(), 30))
+
+
+@torch.no_grad()
+def test_quantised_weights():
+    """torchao's weights are tensors with rules of their own, which know nothing of our ops."""
+    from tests.test_reuse_inputs import quantized
+
+    model = quantized(sharpen(NanoGPT()), 8)
+    got = dspark_compile.generate(model, prompt(), max_new_tokens=20, options={"kernels": "cpp"})
+    assert last_generation().path == "native", last_generation().notes
+    assert torch.equal(got, greedy(model, prompt(), 20))
 
 
 def test_choice_eos_and_callbacks():

@@ -28,6 +28,8 @@ from .rounds import Rounds, pool_key
 from .trace_whole import CaptureError, Whole, trace_whole
 
 TRACED = 11  # tokens of the prompt it is traced with
+# Numbers of a table whose values are looked at, and compared at every call: 4096 by 4096 positions.
+LARGEST_TABLE = 1 << 24
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 COARSE = 0.05
 
@@ -129,7 +131,7 @@ class InsertedRounds(Rounds):
         ids = torch.randint(first, self.some, (rows, TRACED), generator=generator)
         ids = ids.to(self.tokens.device)
         try:
-            made, self._args, self._at = _derive(function, ids)
+            made, self._args, self._at, tables = _derive(function, ids)
         except NotIncremental as error:
             if not model.training:
                 raise
@@ -137,6 +139,7 @@ class InsertedRounds(Rounds):
                 f"{error} (the model is in training mode: call its eval())"
             ) from error
         self._run, self.limit, self.last = made.module, made.limit, made.last
+        self._tables = [(x, x.clone()) for x in tables]
         self.cache = InsertedCache(made.caches, self.tokens.device, self.limit)
         self._check(function)
 
@@ -174,6 +177,12 @@ class InsertedRounds(Rounds):
         self.length = 0
         self.cache.set_length(0)
         self.done.zero_()
+
+    def fits(self) -> bool:
+        return super().fits() and all(torch.equal(x, then) for x, then in self._tables)
+
+    def _read(self) -> list[Tensor]:
+        return [*super()._read(), *(x for x in self._args if isinstance(x, Tensor))]
 
     def adopt(self, cache: Any) -> None:
         raise KVCacheError("the compiler inserted this cache: it cannot be exchanged")
@@ -273,25 +282,30 @@ def _vocabulary(function: Callable[[Tensor], Tensor], rows: int, device: torch.d
 
 def _derive(
     function: Callable[[Tensor], Tensor], ids: Tensor
-) -> tuple[Incremental, list[Any], int]:
-    """(the new graph, the old one's arguments, where the tokens stand among them)."""
+) -> tuple[Incremental, list[Any], int, list[Tensor]]:
+    """(the new graph, the old one's arguments, where the tokens stand among them, tables of masks
+    whose values the new graph holds for)."""
     from dspark_compile.diagnostics.report import GraphReport
     from dspark_compile.options import Options
     from dspark_compile.passes.base import PassContext
     from dspark_compile.passes.capture import capture
     from dspark_compile.passes.pipeline import RAISE
+    from dspark_compile.passes.prove_masks import ProveMasks
+    from dspark_compile.passes.subclasses import desugar, naming
     from dspark_compile.passes.trace import trace
 
-    graphs: list[fx.GraphModule] = []
+    graphs: list[tuple[fx.GraphModule, PassContext, Callable[[list[Any]], list[Any]]]] = []
 
     def compiler(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         report = GraphReport(0)
-        traced, mode = trace(capture(gm, report), inputs)
-        ctx = PassContext(Options(), report, mode, list(inputs))
+        with naming(inputs):
+            plain, flat, wrap = desugar(gm, inputs)
+            traced, mode = trace(capture(plain, report), flat)
+        ctx = PassContext(Options(), report, mode, list(flat))
         for kind in RAISE:
             kind().run(traced.graph, ctx)
         traced.graph.eliminate_dead_code()
-        graphs.append(traced)
+        graphs.append((traced, ctx, wrap.given))  # type: ignore[attr-defined]
         return gm.forward
 
     torch._dynamo.mark_dynamic(ids, 1)
@@ -300,7 +314,8 @@ def _derive(
             whole = trace_whole(lambda: function(ids), compiler)
     except CaptureError as error:
         raise NotIncremental(str(error)) from error
-    traced, args = graphs[-1], whole.args
+    traced, ctx, given = graphs[-1]
+    args = given(whole.args)
     at = [i for i, x in enumerate(args) if x is ids]
     if not at:
         raise NotIncremental("its logits are not a result of its tokens")
@@ -310,11 +325,21 @@ def _derive(
     if not isinstance(size, torch.SymInt):
         raise NotIncremental("it was traced for one length only")
     values = {n: x for n, x in zip(inputs, args, strict=True) if isinstance(x, Tensor)}
+    tables = {n: x for n, x in values.items() if n is not tokens and _table(x)}
+    ctx.shared["mask_constants"] = tables
+    ProveMasks().run(traced.graph, ctx)
+    traced.graph.eliminate_dead_code()
+    used = [tables[n] for n in ctx.shared.get("used_constants", ())]
     made = make_incremental(traced, tokens, whole.place, size.node.expr, values)
-    most = _longest(whole)
-    if most is not None:
-        made.limit = most if made.limit is None else min(made.limit, most)
-    return made, args, at[0]
+    # As written, the model takes no sequence that is longer than its table of a mask.
+    limits = [made.limit, _longest(whole), *(min(x.shape[-2:]) for x in used)]
+    made.limit = min((n for n in limits if n is not None), default=None)
+    return made, args, at[0], used
+
+
+def _table(x: Tensor) -> bool:
+    """Whether ``x`` may be a mask that a module holds (`ProveMasks` sees whether it is one)."""
+    return x.dim() >= 2 and not isinstance(x, torch.nn.Parameter) and x.numel() <= LARGEST_TABLE
 
 
 def _longest(whole: Whole) -> int | None:

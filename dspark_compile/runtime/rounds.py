@@ -25,6 +25,7 @@ from .device_graph import graphs_for
 from .device_rounds import DeviceRounds
 from .errors import KVCacheError
 from .kept_rounds import kept_rounds
+from .model_state import has_hooks, model_state
 from .token_choice import Chooser
 from .trace_whole import CaptureError
 
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 # How far the compiled step's logits may lie from eager ones, as a part of their norm.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 COARSE = 0.1
+
+
+# Where `speculation.taps.Taps` keeps what its own hooks find while a program is traced.
+TAPS = "._found"
 
 
 class NotRounds(Exception):
@@ -103,6 +108,7 @@ class Rounds:
         self.seconds = 0.0  # of a step in `run`, when it was last measured; 0: never
         self.device: DeviceRounds | None = None
         self._signature = signature(model)
+        self._state: list[Any] | None = None
         self._keeps = self._positioned = False
         self._named = "past_key_values"
 
@@ -120,7 +126,29 @@ class Rounds:
 
     def fits(self) -> bool:
         """Whether the model is still what the program was compiled for."""
-        return self._signature == signature(self.model)
+        return self._signature == signature(self.model) and (
+            self._state is None or self._state == self._model_state()
+        )
+
+    def leave(self) -> None:
+        """A call ends: what the model is like now is what `fits` asks for. (What its own code
+        writes to its modules is no change.)"""
+        self._state = self._model_state()
+
+    def _model_state(self) -> list[Any]:
+        return model_state(self.model, {id(x) for x in self._read()})
+
+    def _left_out(self, program: Captured) -> str | None:
+        """What hooks of the model do that the program does not: one that records, say. None: they
+        do nothing else than compute."""
+        effects = [x for x in program.whole.effects if TAPS not in x]
+        if not effects or not has_hooks(self.model):
+            return None
+        return f"its hooks change {' and '.join(effects)}"
+
+    def _read(self) -> list[Tensor]:
+        """Tensors that the program reads."""
+        return [] if self.program is None else self.program.tensors()
 
     # ----------------------------------------------------------------------------- a prompt
 
@@ -388,6 +416,8 @@ class Rounds:
         cache.restore(held)
         positions.copy_(before)
         expected = self._eager_step()
+        if program is not None and (reason := self._left_out(program)) is not None:
+            program, self.reason = None, reason
         if program is not None:
             difference = (got.float() - expected.float()).norm() / expected.float().norm()
             allowed = TOLERANCE.get(expected.dtype, COARSE) if self.scheme == "model" else COARSE
@@ -488,6 +518,7 @@ class RoundsPool:
 
     def give(self, rounds: Rounds) -> None:
         """It is idle again."""
+        rounds.leave()
         with self._lock:
             self._idle.setdefault(rounds.model, {}).setdefault(rounds.key, []).append(rounds)
 

@@ -12,6 +12,10 @@ import torch
 from torch import Tensor, fx
 
 from dspark_compile import _torch_compat as compat
+from dspark_compile._torch_compat_effects import changed_objects
+
+# transformers sets a variable of a module of its own, and sets it back.
+_TRANSFORMERS = "__import_transformers"
 
 
 class CaptureError(Exception):
@@ -28,6 +32,7 @@ class Whole:
         symbols: which of them are numbers that stand for a symbolic size.
         result: what the function returned, and ``place``, which output of the graph that is.
         conditions: what tracing assumed of the symbolic sizes, over ``expressions`` of them.
+        effects: Python objects that the function changes, as Dynamo names them: not by the graph.
     """
 
     compiled: Callable[..., Any]
@@ -37,6 +42,7 @@ class Whole:
     place: int
     conditions: list[Any] = field(default_factory=list)
     expressions: list[Any] = field(default_factory=list)
+    effects: list[str] = field(default_factory=list)
 
     def holds(self, size: int) -> bool:
         """Whether the graph is right for symbolic sizes of ``size``: a branch that was taken for
@@ -63,9 +69,11 @@ def trace_whole(
 
     made: list[tuple[Callable[..., Any], list[Any], list[int], Any]] = []
     assumed: list[tuple[list[Any], list[Any]]] = []
+    effects: list[list[str]] = []
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         compiled = compiler(gm, inputs)
+        effects.append([x for x in changed_objects() if _TRANSFORMERS not in x])
         symbols = [i for i, x in enumerate(inputs) if isinstance(x, torch.SymInt)]
         assumed.append(_assumed([inputs[i] for i in symbols]))
 
@@ -98,7 +106,7 @@ def trace_whole(
     if not places:
         raise CaptureError("its result is not an output of the graph")
     conditions, expressions = assumed.pop()
-    return Whole(compiled, args, symbols, result, places[0], conditions, expressions)
+    return Whole(compiled, args, symbols, result, places[0], conditions, expressions, effects.pop())
 
 
 def _assumed(sizes: list[torch.SymInt]) -> tuple[list[Any], list[Any]]:

@@ -207,7 +207,7 @@ class SpeculativeRounds(Rounds):
             return None
         finally:
             cache.set_length(length)
-        reason = self._difference(program, width, expected, wanted)
+        reason = self._left_out(program) or self._difference(program, width, expected, wanted)
         if reason is not None:
             self.reasons[width] = reason
             return None
@@ -235,6 +235,9 @@ class SpeculativeRounds(Rounds):
             if not difference <= allowed:
                 return f"it differs from an eager step by {float(difference):.1e}"
         return None
+
+    def _read(self) -> list[Tensor]:
+        return [x for p in self.programs.values() if p is not None for x in p.tensors()]
 
     def _growing(self) -> list[tuple[Tensor, int]]:
         growing = [(x, 2) for _, _, x in self.cache.tensors()]
