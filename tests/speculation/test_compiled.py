@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import itertools
 
 import pytest
 import torch
@@ -116,6 +118,22 @@ def test_ragged_rows_and_holes(model, drafts, monkeypatch):
         assert torch.equal(out, plain(model, TWO, new)), kind
         assert report.path == "native"
     assert any(moved)
+
+
+def test_a_draft_that_is_trained_between_two_calls(model):
+    """Its weights are written to in place: what native rounds keep a copy of is copied anew."""
+    draft, new = draft_for(model, markov_rank=V), 40
+    text, before = speculate(model, ONE, new, draft)
+    with torch.no_grad():
+        draft.markov_head.markov_w1.weight.copy_(torch.eye(V))
+        bigrams = torch.zeros(V, V)
+        for a, b in itertools.pairwise(text[0, 9:].tolist()):
+            bigrams[b, a] = 90.0
+        draft.markov_head.markov_w2.weight.copy_(bigrams)
+    again, report = speculate(model, ONE, new, draft)
+    fresh = speculate(model, ONE, new, copy.deepcopy(draft))[1]
+    assert torch.equal(again, text) and report.path == "native"
+    assert report.speculation.tau == fresh.speculation.tau > before.speculation.tau + 0.5
 
 
 def forgetful(take):

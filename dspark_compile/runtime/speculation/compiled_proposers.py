@@ -140,7 +140,7 @@ class DraftProposals(Proposals):
         self.programs = DraftRounds(draft, rounds)
         self.draft = draft
         self._signature = signature(draft)
-        self._panels: Tensor | None = None
+        self._panels: tuple[Any, Tensor] | None = None
         self.behind = 0  # tokens whose tapped states wait to be appended
         rounds.follow = self.programs.follow
 
@@ -165,14 +165,16 @@ class DraftProposals(Proposals):
     def panels(self, pairs: bool = False) -> Tensor:
         """The Markov head's W2 ``[V, r]`` as ``[V / 64, r, 64]``, which the native kernel reads;
         with ``pairs``, of an even r, as ``[V / 64, r / 2, 64, 2]``."""
-        if self._panels is None:
-            weight = self.draft.markov_head.markov_w2.weight.detach()  # type: ignore[union-attr]
+        weight = self.draft.markov_head.markov_w2.weight.detach()  # type: ignore[union-attr]
+        # A copy: made anew when the weight was written to, as training does between two calls.
+        mark = pairs, 0 if weight.is_inference() else weight._version
+        if self._panels is None or self._panels[0] != mark:
             tokens, rank = weight.shape
             padded = weight.new_zeros(-(-tokens // PANEL) * PANEL, rank)
             padded[:tokens] = weight
             cut = padded.view(-1, PANEL, rank // 2, 2) if pairs else padded.view(-1, PANEL, rank)
-            self._panels = cut.transpose(1, 2).contiguous()
-        return self._panels
+            self._panels = mark, cut.transpose(1, 2).contiguous()
+        return self._panels[1]
 
     def propose(self, state: State, uniform: Tensor | None, drafts: bool = True) -> Drafted:
         programs, batch = self.programs, state.batch
