@@ -104,8 +104,9 @@ def test_a_hook_that_records_sees_every_step(llama, draft):
 
 
 def test_the_same_model_is_compiled_once(llama):
-    """What a model's own code writes to its modules is no change."""
+    """What a model's own code writes to its modules is no change, nor how tokens are chosen."""
     same(llama)
+    llama.generation_config = copy.deepcopy(llama.generation_config)
     same(llama)
     assert "compile" not in last_generation().seconds
 
@@ -129,5 +130,10 @@ def test_model_state():
     model.seen = torch.ones(2)  # no program reads it
     assert model_state(model) == first
     assert model_state(model, {id(model.seen)}) != first
+    model.sizes = {"heads": 2}
+    first = model_state(model)
+    model.sizes["heads"] = 4
+    assert model_state(model) != first
+    first = model_state(model)
     model[1].p = 0.2
     assert model_state(model) != first

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What every module has; of these, only hooks and submodules make a difference.
-_COMMON = frozenset(vars(nn.Module()))
+# What every module has (of these, only hooks and submodules make a difference), and what no step
+# reads: how tokens are chosen.
+_OTHER = frozenset((*vars(nn.Module()), "generation_config"))
 _NUMBERS = frozenset((bool, int, float, str, complex, type(None), torch.dtype, torch.device))
 
 
@@ -41,7 +42,7 @@ def model_state(model: nn.Module, read: Collection[int] = ()) -> list[Any]:
         if module._forward_hooks or module._forward_pre_hooks:
             found += map(id, hooks(module))
         own = vars(module)
-        found.append({name: _mark(own[name], read) for name in own.keys() - _COMMON})
+        found.append({name: _mark(own[name], read) for name in own.keys() - _OTHER})
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "__dict__"):
         found.append({name: _mark(value, read) for name, value in vars(config).items()})
@@ -55,4 +56,6 @@ def _mark(value: Any, read: Collection[int]) -> Any:
         return (id(value), value.data_ptr()) if id(value) in read else None
     if isinstance(value, (list, tuple)) and all(type(x) in _NUMBERS for x in value):
         return tuple(value)
+    if isinstance(value, dict) and all(type(x) in _NUMBERS for x in value.values()):
+        return tuple(value.items())
     return id(value)
