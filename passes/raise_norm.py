@@ -6,7 +6,7 @@
 Seen through: an up-cast before and a down-cast anywhere after (Llama casts before the weight,
 Gemma after), division by ``sqrt``, ``sum / size`` for ``mean``, ``var``, ``var_mean``, a
 vector norm over ``sqrt(size)``, a kept or restored last dimension, the weight on either side,
-joined to the factor first, per head (``[H, D]``), or offset (``1 + weight``).
+joined to the factor or to ``x`` first, per head (``[H, D]``), or offset (``1 + weight``).
 
 A sum in place of the mean, or a vector norm, is a norm times a constant: the constant follows
 the op as a multiplication.
@@ -259,6 +259,9 @@ def _before_scaling(chain: _Chain, user: fx.Node) -> _Chain | None:
     if is_op(user, aten.div.Tensor) and user.args[1] is node and is_root(node):
         if _scales(statistic, user.args[0], user):
             return replace(chain, node=user, scaled=True)
+        weight = _weighted(statistic, user.args[0], user) if chain.weight is None else None
+        if weight is not None:
+            return replace(chain, node=user, scaled=True, weight=weight, in_compute=True)
         return None
     scaled_root = is_op(user, aten.mul.Tensor, aten.div.Tensor) and user.args[0] is node
     number = isinstance(user.args[1], (int, float)) if len(user.args) > 1 else False

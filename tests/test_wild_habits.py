@@ -117,3 +117,50 @@ def test_generate_under_autocast():
     assert torch.equal(model.generate(prompt(), **ours), model.generate(prompt(), **given))
     assert last_generation().path == "compiled"
     free(model)
+
+
+@pytest.mark.parametrize("statistic", ["var", "std"])
+def test_a_weight_that_meets_x_before_the_root_divides(statistic):
+    """``self.a_2 * (x - mean) / (std + self.eps) + self.b_2``, as the Annotated Transformer has it:
+    a norm where eps is inside of the root, and a reason where it is not."""
+
+    def norm(x, weight, bias):
+        centred = x - x.mean(-1, keepdim=True)
+        if statistic == "std":
+            return weight * centred / (x.std(-1, keepdim=True) + 1e-6) + bias
+        return weight * centred / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-6) + bias
+
+    args = torch.randn(3, 5, 16), torch.randn(16), torch.randn(16)
+    run = torch.compile(norm, backend="dspark", options={**QUICK, "verify": True})
+    with torch.no_grad():
+        torch.testing.assert_close(run(*args), norm(*args))
+        half = [x.bfloat16() for x in args]
+        exact = norm(*(x.double() for x in half))
+        ours, theirs = ((y.double() - exact).abs().max() for y in (run(*half), norm(*half)))
+        assert ours <= 1.05 * theirs
+    report = last_report()
+    if statistic == "var":
+        report.assert_fused("norm")
+    else:
+        assert "unbiased" in report.rejections[0].condition
+
+
+@pytest.mark.parametrize(
+    "special", [lambda n: n < 4, lambda n: n == 14, lambda n: n % 2 == 0], ids=["<4", "14", "even"]
+)
+def test_a_length_that_is_treated_in_another_way(special):
+    """What is traced for one length need not be what the model does for another."""
+    model = Decoder(start=lambda ids, x: x.flip(-1) if special(ids.shape[1]) else x).eval()
+    with pytest.raises(NotIncremental, match=r"differ by .* on \d+ random tokens"):
+        dspark_compile.generate(model, prompt() % 31, max_new_tokens=4)
+
+
+def test_a_branch_on_the_length_that_changes_nothing():
+    """No mask for one token, none needed."""
+
+    def start(ids, x):
+        return x if ids.shape[1] == 1 else x + 0 * x.sin()
+
+    model, ids = Decoder(start=start).eval(), prompt() % 31
+    got = dspark_compile.generate(model, ids, max_new_tokens=8, options=QUICK)
+    assert torch.equal(got, greedy(model, ids, 8))

@@ -30,6 +30,8 @@ from .trace_whole import CaptureError, Whole, trace_whole
 TRACED = 11  # tokens of the prompt it is traced with
 # Numbers of a table whose values are looked at, and compared at every call: 4096 by 4096 positions.
 LARGEST_TABLE = 1 << 24
+# Of lengths that were told apart from that of the trace, so many are tried, up to this one.
+MOST_LENGTHS, FURTHEST_LENGTH = 12, 64
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 COARSE = 0.05
 
@@ -131,7 +133,7 @@ class InsertedRounds(Rounds):
         ids = torch.randint(first, self.some, (rows, TRACED), generator=generator)
         ids = ids.to(self.tokens.device)
         try:
-            made, self._args, self._at, tables = _derive(function, ids)
+            made, self._args, self._at, tables, others = _derive(function, ids)
         except NotIncremental as error:
             if not model.training:
                 raise
@@ -141,32 +143,45 @@ class InsertedRounds(Rounds):
         self._run, self.limit, self.last = made.module, made.limit, made.last
         self._tables = [(x, x.clone()) for x in tables]
         self.cache = InsertedCache(made.caches, self.tokens.device, self.limit)
-        self._check(function)
+        self._check(function, others)
 
-    def _check(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Against the original, on other tokens, in pieces of several lengths."""
+    def _check(self, function: Callable[[Tensor], Tensor], others: list[int]) -> None:
+        """Against the original, on other tokens, in pieces of several lengths; and on prompts of
+        ``others``, lengths for which the original may do something else (``if n < window``)."""
         generator = torch.Generator().manual_seed(0)
         most = 9 if self.limit is None else min(9, self.limit)
         first = int(self.some > 1)
-        ids = torch.randint(first, self.some, (self.rows, most), generator=generator)
+        shape = (self.rows, max(most, *others, 0))
+        ids = torch.randint(first, self.some, shape, generator=generator)
         ids = ids.to(self.tokens.device)
-        self.reserve(most + 1)
-        at, got, ends = 0, [], []
+        self.reserve(shape[1] + 1)
+        for size in others:
+            self.begin()
+            got = self._forward({"input_ids": ids[:, :size]})
+            want = function(ids[:, :size])
+            want = want if want.dim() == 3 else want[:, None]
+            self._compare(got[:, -want.shape[1] :], want, f"{size} random tokens")
+        self.begin()
+        ids = ids[:, :most]
+        at, pieces, ends = 0, [], []
         for size in (4, 1, 1, 2, 1):
             piece = ids[:, at : at + size]
             if piece.shape[1]:
-                got.append(self._forward({"input_ids": piece}).float())
+                pieces.append(self._forward({"input_ids": piece}).float())
                 ends.append(at + piece.shape[1])
             at += size
         whole = [function(ids[:, :n]) for n in ends] if self.last else [function(ids)]
-        want = torch.cat([x if x.dim() == 3 else x[:, None] for x in whole], 1).float()
-        difference = (torch.cat(got, 1) - want).norm() / want.norm()
+        want = torch.cat([x if x.dim() == 3 else x[:, None] for x in whole], 1)
+        self._compare(torch.cat(pieces, 1), want, "random tokens")
+        self.begin()
+
+    def _compare(self, got: Tensor, want: Tensor, on: str) -> None:
+        difference = (got.float() - want.float()).norm() / want.float().norm()
         allowed = TOLERANCE.get(self.dtype, COARSE)
         if not difference <= allowed:
             raise NotIncremental(
-                f"with a cache its logits differ by {float(difference):.1e} on random tokens"
+                f"with a cache its logits differ by {float(difference):.1e} on {on}"
             )
-        self.begin()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -282,9 +297,9 @@ def _vocabulary(function: Callable[[Tensor], Tensor], rows: int, device: torch.d
 
 def _derive(
     function: Callable[[Tensor], Tensor], ids: Tensor
-) -> tuple[Incremental, list[Any], int, list[Tensor]]:
+) -> tuple[Incremental, list[Any], int, list[Tensor], list[int]]:
     """(the new graph, the old one's arguments, where the tokens stand among them, tables of masks
-    whose values the new graph holds for)."""
+    whose values the new graph holds for, lengths that the trace is not known to hold for)."""
     from dspark_compile.diagnostics.report import GraphReport
     from dspark_compile.options import Options
     from dspark_compile.passes.base import PassContext
@@ -334,7 +349,9 @@ def _derive(
     # As written, the model takes no sequence that is longer than its table of a mask.
     limits = [made.limit, _longest(whole), *(min(x.shape[-2:]) for x in used)]
     made.limit = min((n for n in limits if n is not None), default=None)
-    return made, args, at[0], used
+    upto = FURTHEST_LENGTH if made.limit is None else min(FURTHEST_LENGTH, made.limit)
+    others = [n for n in range(1, upto + 1) if not whole.holds(n)]
+    return made, args, at[0], used, others[:MOST_LENGTHS]
 
 
 def _table(x: Tensor) -> bool:
