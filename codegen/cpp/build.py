@@ -160,15 +160,23 @@ def load(name: str, source: str, level: str) -> ctypes.CDLL:
         return library
     own_directory(path.parent)
     if not path.exists():
-        with _locked(path.with_suffix(".lock")):
-            if not path.exists():
-                _compile(path, source, level)
+        try:
+            with _locked(path.with_suffix(".lock")):
+                if not path.exists():
+                    _compile(path, source, level)
+        except OSError as error:  # read-only, or full
+            raise BuildError(
+                f"cannot write to the cache folder {path.parent}: {error.strerror}; "
+                "set DSPARK_CACHE_DIR"
+            ) from error
     check_owner(path)
     with _LOADING:
         try:
             library = ctypes.CDLL(str(path))
         except OSError as error:
-            raise BuildError(f"cannot load {path}: {error}") from error
+            raise BuildError(
+                f"cannot load {path}: {error}; remove it to have it built again"
+            ) from error
         return _LOADED.setdefault(path, library)
 
 

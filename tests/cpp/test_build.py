@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -89,6 +90,23 @@ def test_a_folder_that_cannot_be_made(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("DSPARK_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(build.BuildError, match="set DSPARK_CACHE_DIR"):
         call()
+
+
+def test_a_folder_that_cannot_be_written(cache, monkeypatch):
+    """What another has built there serves; what has not been built is a reason, no crash."""
+    assert call() == 7
+    monkeypatch.setattr(build, "_LOADED", {})
+    emit.kernel.cache_clear()
+
+    def refuse(path, *rest):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(build.os, "open", refuse)
+    monkeypatch.setattr(build.tempfile, "mkstemp", refuse)
+    assert call() == 7
+    other = emit.source("eight", "A test.", "parallel.h", ["p out"], "*(int*)out = 8;")
+    with pytest.raises(build.BuildError, match=r"cannot write to the cache.*set DSPARK_CACHE_DIR"):
+        emit.kernel(other, LEVEL)
 
 
 def test_two_processes_compile_once(cache, tmp_path):
