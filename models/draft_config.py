@@ -415,15 +415,22 @@ def _fields(flat: dict[str, Any], family: str) -> dict[str, Any]:
         values["confidence_head_with_markov"] = False
     if family == "gemma4":
         values["hidden_act"] = flat.get("hidden_activation", "gelu_pytorch_tanh")
-        values["head_dim"] = flat.get("global_head_dim") or values["head_dim"]
-        if flat.get("attention_k_eq_v") and flat.get("num_global_key_value_heads"):
-            values["num_key_value_heads"] = flat["num_global_key_value_heads"]
+        # Newer transformers write the global layers' sizes layer by layer; a draft's are all alike.
+        layers = flat.get("per_layer_config")
+        first = layers.get("0") if isinstance(layers, Mapping) else None
+        first = first if isinstance(first, Mapping) else {}
+        width = flat.get("global_head_dim") or first.get("head_dim")
+        values["head_dim"] = width or values["head_dim"]
+        keys = flat.get("num_global_key_value_heads") or first.get("num_key_value_heads")
+        if flat.get("attention_k_eq_v") and keys:
+            values["num_key_value_heads"] = keys
         values["attention_scale"] = 1.0
         values["embed_scale"] = float(values["hidden_size"]) ** 0.5
     known = {f.name for f in dataclasses.fields(DraftConfig)} | {
         *("rope_theta", "rope_scaling", "architectures", "tie_word_embeddings", "dtype"),
         "torch_dtype",
         *("hidden_activation", "global_head_dim", "num_global_key_value_heads"),
+        "per_layer_config",
     }
     values["extra"] = {k: v for k, v in flat.items() if k not in known}
     return values

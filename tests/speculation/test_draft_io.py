@@ -444,6 +444,18 @@ def test_a_window_that_no_layer_has():
     assert parse_config(DEEPSPEC | {"sliding_window": 512}).sliding_window is None
 
 
+def test_gemma4_sizes_layer_by_layer():
+    """Where transformers writes the sizes of global layers, by its version."""
+    gemma = DEEPSPEC | {"architectures": ["Gemma4DSparkModel"], "attention_k_eq_v": True}
+    old = gemma | {"global_head_dim": 16, "num_global_key_value_heads": 1}
+    sizes = {"head_dim": 16, "num_key_value_heads": 1}
+    new = gemma | {"per_layer_config": {"0": sizes, "1": sizes}}
+    for data in (old, new):
+        config = parse_config(data)
+        assert (config.head_dim, config.num_key_value_heads) == (16, 1)
+        assert parse_config(config.to_dict()) == config
+
+
 def test_tied_vocabulary(tmp_path):
     weights = tensors(parse_config(DEEPSPEC))
     del weights["lm_head.weight"]
