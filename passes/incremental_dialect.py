@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import Tensor, fx
@@ -60,6 +61,8 @@ def attention(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.No
     if modes != (None, None, NEW, None):
         raise NotIncremental(f"{node.name}: its result is wanted in another form")
     query, key, values, bias, sinks, tensors, ints = node.args
+    if all(_fixed(maker, x) for x in (key, values)):
+        return _over_memory(maker, node)
     for x in (query, key, values):
         shape = x.meta["val"].shape  # type: ignore[union-attr]
         if not maker.pure(shape[2]) or any(maker.carries(shape[d]) for d in (0, 1, 3)):
@@ -89,6 +92,36 @@ def attention(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.No
     causal = f"k <= q + {name}"
     kwargs["mask"] = moved if moved == causal else f"({moved}) & ({causal})" if moved else causal
     return maker.emit(node, (q, k, v, bias, sinks, [*tensors, maker.position], ints), kwargs)
+
+
+def _fixed(maker: Maker, x: Any) -> bool:
+    """Whether ``x`` is the same whatever the tokens are, and however many."""
+    return not maker.dependent[x] and not any(maker.carries(n) for n in x.meta["val"].shape)
+
+
+def _over_memory(maker: Maker, node: fx.Node) -> fx.Node:
+    """Attention over what is not of the sequence (an encoder's result, a memory): a row for each
+    query, whatever the others are."""
+    query, key, values, bias, sinks, tensors, ints = node.args
+    shape = query.meta["val"].shape  # type: ignore[union-attr]
+    if not maker.pure(shape[2]) or any(maker.carries(shape[d]) for d in (0, 1, 3)):
+        raise NotIncremental(f"{node.name}: {query.name} has no row for each token")  # type: ignore[union-attr]
+    mask = str(node.kwargs.get("mask", ""))
+    numbers = [maker.number(n) for n in ints]  # type: ignore[union-attr]
+    fixed = None not in numbers and all(_fixed(maker, t) for t in tensors)  # type: ignore[union-attr]
+    if re.search(r"\bq\b", mask) or not fixed:
+        raise NotIncremental(f"{node.name}: which keys it may see depends on the token: {mask!r}")
+    modes: Modes = (None, None, NEW, None)
+    if bias is not None:
+        bias = maker.operand(bias, modes[-bias.meta["val"].dim() :])  # type: ignore[union-attr]
+    return maker.emit(
+        node,
+        (
+            maker.get(query, modes), maker.get(key), maker.get(values), bias,
+            None if sinks is None else maker.get(sinks),
+            [maker.get(t) for t in tensors], numbers,  # type: ignore[union-attr]
+        ),
+    )  # fmt: skip
 
 
 def _mask_table(maker: Maker, x: Any, node: fx.Node) -> Any:

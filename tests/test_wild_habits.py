@@ -164,3 +164,72 @@ def test_a_branch_on_the_length_that_changes_nothing():
     model, ids = Decoder(start=start).eval(), prompt() % 31
     got = dspark_compile.generate(model, ids, max_new_tokens=8, options=QUICK)
     assert torch.equal(got, greedy(model, ids, 8))
+
+
+class Scaled(Decoder):
+    by = 1.0
+
+
+def test_methods_and_numbers_of_a_class_change(monkeypatch):
+    model, ids = Scaled().eval(), prompt() % 31
+
+    def check():
+        got = dspark_compile.generate(model, ids, max_new_tokens=6, options=QUICK)
+        assert torch.equal(got, greedy(model, ids, 6))
+
+    monkeypatch.setattr(Scaled, "forward", Decoder.forward)
+    check()
+    monkeypatch.setattr(Scaled, "forward", lambda self, ids: -Decoder.forward(self, ids) * self.by)
+    check()
+    monkeypatch.setattr(Scaled, "by", -1.0)
+    check()
+
+    def forward(self, ids):
+        return self.head(self.embed(ids).sin())
+
+    monkeypatch.setattr(Scaled.forward, "__code__", forward.__code__)
+    check()
+
+
+class OverMemory(Decoder):
+    """Attention over the text, then over a memory that is the same for every token of it."""
+
+    def __init__(self, memory, see=None):
+        super().__init__()
+        self.memory, self.see = memory, see
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, SIZE)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        )
+        q = self.qkv(x)[..., : HEADS * SIZE].unflatten(-1, (HEADS, SIZE)).transpose(1, 2)
+        _, k, v = self.qkv(self.memory).unflatten(-1, (3, HEADS, SIZE)).permute(2, 0, 3, 1, 4)
+        mask = None if self.see is None else self.see(ids.shape[1], k.shape[2])
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.head(x + self.out(y.transpose(1, 2).flatten(2)))
+
+
+@torch.no_grad()
+def test_attention_over_a_memory():
+    """A captioner's decoder: its memory has no row for a token, and needs no cache."""
+    ids = prompt(2) % 31
+    allowed = torch.rand(2, 1, 1, 5) > 0.4
+    allowed[..., 0] = True
+    for see in (None, lambda rows, keys: allowed):
+        model = OverMemory(torch.randn(2, 5, HEADS * SIZE), see).eval()
+        for _ in range(2):
+            got = dspark_compile.generate(model, ids, max_new_tokens=8, options=QUICK)
+            assert torch.equal(got, greedy(model, ids, 8))
+            model.memory.mul_(-2)
+        model.memory = torch.randn(2, 5, HEADS * SIZE)
+        got = dspark_compile.generate(model, ids, max_new_tokens=8, options=QUICK)
+        assert torch.equal(got, greedy(model, ids, 8))
+
+    def diagonal(rows, keys):
+        return torch.arange(rows)[:, None] >= torch.arange(keys)
+
+    model = OverMemory(torch.randn(2, 5, HEADS * SIZE), diagonal).eval()
+    with pytest.raises(NotIncremental, match="which keys it may see depends on the token"):
+        dspark_compile.generate(model, ids, max_new_tokens=4, options=QUICK)

@@ -1,5 +1,6 @@
 """What a model's code reads besides parameters and buffers, and a caller may change between two
-calls: attributes of its modules, the modules themselves, their hooks, the configuration.
+calls: attributes of its modules, the modules themselves, their hooks, their classes, the
+configuration.
 
 Dynamo guards all of it, at every call of what it compiled. A decode loop drives its step's graph
 itself (`captured.py`), so what the graph was traced with is compared here, once a call.
@@ -8,6 +9,7 @@ itself (`captured.py`), so what the graph was traced with is compared here, once
 from __future__ import annotations
 
 from collections.abc import Collection
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -43,9 +45,25 @@ def model_state(model: nn.Module, read: Collection[int] = ()) -> list[Any]:
             found += map(id, hooks(module))
         own = vars(module)
         found.append({name: _mark(own[name], read) for name in own.keys() - _OTHER})
+    found.append({kind: _written(kind) for kind in {type(m) for m in model.modules()}})
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "__dict__"):
         found.append({name: _mark(value, read) for name, value in vars(config).items()})
+    return found
+
+
+def _written(kind: type) -> list[Any]:
+    """Methods and numbers of a class of modules: of a notebook's cell that has been run again, or
+    with a method that was replaced (or its code, as IPython's autoreload does)."""
+    found: list[Any] = []
+    for base in kind.__mro__:
+        if base is nn.Module:
+            break
+        for name, value in vars(base).items():
+            if isinstance(value, FunctionType):
+                found.append((name, value, value.__code__))
+            elif type(value) in _NUMBERS:
+                found.append((name, _mark(value, ())))
     return found
 
 
