@@ -30,7 +30,7 @@ ALONG = {
     aten.scatter.src: 1, aten.scatter.value: 1, aten.any.dim: 1, aten.var_mean.correction: 1,
     aten.var.correction: 1, aten.std.correction: 1, aten.linalg_vector_norm.default: 2,
     aten.logsumexp.default: 1, aten.max.dim: 1,
-    aten.glu.default: 1,
+    aten.glu.default: 1, aten.flip.default: 1,
 }  # fmt: skip
 FILLS = frozenset(
     {aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format}

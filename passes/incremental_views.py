@@ -109,6 +109,21 @@ def expand(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
     return maker.emit(node, (maker.operand(node.args[0], modes), sizes))
 
 
+@rule(aten.repeat.default)
+def repeat(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
+    """Streams of the residual, say: what is repeated is not the sequence."""
+    source, times = node.args
+    assert isinstance(source, fx.Node) and isinstance(times, (list, tuple))
+    shape = source.meta["val"].shape
+    lead = len(times) - len(shape)
+    numbers = [maker.number(n) for n in times]
+    if None in numbers or any(
+        maker.carries(n) and numbers[lead + d] != 1 for d, n in enumerate(shape)
+    ):
+        raise NotIncremental(f"{node.name}: it repeats the sequence")
+    return maker.emit(node, (maker.get(source, modes[lead:]), numbers))
+
+
 @rule(aten.slice.Tensor)
 def slice_(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
     source, dim, start, _, step = [*node.args, *(0, None, None, 1)[len(node.args) - 1 :]][:5]

@@ -233,3 +233,28 @@ def test_attention_over_a_memory():
     model = OverMemory(torch.randn(2, 5, HEADS * SIZE), diagonal).eval()
     with pytest.raises(NotIncremental, match="which keys it may see depends on the token"):
         dspark_compile.generate(model, ids, max_new_tokens=4, options=QUICK)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        lambda ids, x: x[..., None, :].repeat(1, 1, 3, 1).sum(-2),
+        lambda ids, x: x + x.flip(-1),
+        lambda ids, x: x.repeat(1, 1, 2)[..., 1 : 1 + HEADS * SIZE],
+    ],
+    ids=["streams", "flip", "features"],
+)
+def test_features_are_repeated_or_turned_round(start):
+    model, ids = Decoder(start=start).eval(), prompt(2) % 31
+    got = dspark_compile.generate(model, ids, max_new_tokens=8, options=QUICK)
+    assert torch.equal(got, greedy(model, ids, 8))
+
+
+@pytest.mark.parametrize(
+    "start",
+    [lambda ids, x: x + x.flip(1), lambda ids, x: x.repeat(1, 2, 1)[:, 1 : 1 + x.shape[1]]],
+    ids=["flip", "repeat"],
+)
+def test_the_sequence_is_repeated_or_turned_round(start):
+    with pytest.raises(NotIncremental, match="the sequence"):
+        dspark_compile.generate(Decoder(start=start).eval(), prompt() % 31, max_new_tokens=4)
