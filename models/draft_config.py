@@ -100,7 +100,7 @@ class DraftConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        fill = {
+        fill: dict[str, Any] = {
             "draft_vocab_size": self.draft_vocab_size or self.vocab_size,
             "target_hidden_size": self.target_hidden_size or self.hidden_size,
             "layer_types": tuple(self.layer_types) or ("full_attention",) * self.num_hidden_layers,
@@ -279,8 +279,9 @@ def parse_config(data: Mapping[str, Any]) -> DraftConfig:
         if nested.get("markov_rank") and flat.get("confidence_head_with_markov") is None:
             flat["confidence_head_with_markov"] = False
         layers, count = flat.get("num_target_layers"), flat.get("num_hidden_layers")
-        if flat.get("target_layer_ids") is None and _is_whole(layers) and _is_whole(count):
-            flat["target_layer_ids"] = _published_taps(layers, count)
+        whole = isinstance(layers, int) and isinstance(count, int)
+        if flat.get("target_layer_ids") is None and whole:
+            flat["target_layer_ids"] = _published_taps(layers, count)  # type: ignore[arg-type]
     missing = [n for n in _NEEDED if flat.get(n) is None]
     if missing:
         raise DraftError(

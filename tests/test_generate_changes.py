@@ -137,3 +137,17 @@ def test_model_state():
     first = model_state(model)
     model[1].p = 0.2
     assert model_state(model) != first
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("draft", [None, "ngram"])
+def test_another_default_device(llama, draft):
+    """What a caller makes the default for its own tensors is not where a step's memory lies."""
+    ids, model = prompt(1, 7), sharpen(NanoGPT())
+    how = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    want, whole = llama.generate(ids, **how), greedy(model, ids, 8)
+    with torch.device("meta"):
+        assert torch.equal(dspark_compile.generate(llama, ids, draft=draft, **how), want)
+        assert torch.equal(dspark_compile.generate(model, ids, max_new_tokens=8), whole)
+        mlp = torch.compile(llama.model.layers[0].mlp, backend="dspark")
+        assert mlp(torch.ones(1, 4, 32, device="cpu")).device.type == "cpu"

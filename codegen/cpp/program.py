@@ -311,14 +311,14 @@ class NativeProgram:
         flat = [x for fix in layout.fixes for x in fix]
         self._fixes = (ctypes.c_int64 * len(flat))(*flat)
         self._fix_count = len(layout.fixes)
-        self._arena = torch.empty(layout.arena_bytes + 64, dtype=torch.uint8)
+        self._arena = _bytes(layout.arena_bytes + 64)
         arena = rounded(self._arena.data_ptr())
         self._bases = (ctypes.c_int64 * layout.buffers)()
         for buffer, offset in layout.arena:
             self._bases[buffer] = arena + offset
         self.draws: list[Tensor] = []
         for buffer, count in layout.draws:
-            self.draws.append(torch.empty(count))
+            self.draws.append(torch.empty(count, device="cpu"))
             self._bases[buffer] = self.draws[-1].data_ptr()
         self._inputs, self._made, self._numbers = layout.inputs, layout.made, layout.numbers
         self._memory: torch.Tensor | None = None
@@ -361,7 +361,7 @@ class NativeProgram:
                 self._block[where] = int(expression.xreplace(known))
 
     def _call(self, args: Sequence[Any], spent: Any) -> list[Tensor]:
-        made = {i: torch.empty(nbytes, dtype=torch.uint8) for i, nbytes in self._made}
+        made = {i: _bytes(nbytes) for i, nbytes in self._made}
         self._bound = None
         self._point(args, made)
         self._go(spent)
@@ -372,7 +372,7 @@ class NativeProgram:
         threads = torch.get_num_threads()
         if threads != self._memory_threads:
             need = max(entry.need(self._block, i, threads) for i, entry in enumerate(self._entries))
-            self._memory = torch.empty(need + 4096, dtype=torch.uint8)
+            self._memory = _bytes(need + 4096)
             self._memory_threads = threads
         assert self._memory is not None
         return (self._memory.data_ptr() + 4095) // 4096 * 4096, threads
@@ -393,6 +393,11 @@ class NativeProgram:
         return flat.as_strided(r.shape, r.stride, r.offset // r.dtype.itemsize)
 
 
+def _bytes(count: int) -> Tensor:
+    """Memory, whatever device the caller has made the default."""
+    return torch.empty(count, dtype=torch.uint8, device="cpu")
+
+
 def _raise(status: int) -> None:
     from dspark_compile.kernels.cpp._launch import raise_for
 
@@ -410,7 +415,7 @@ class BoundProgram:
         self._program, self._args = program, list(args)
         self.spent: Any | None = None
         self._packed: Tensor | None = None
-        self._made = {i: torch.empty(nbytes, dtype=torch.uint8) for i, nbytes in program._made}
+        self._made = {i: _bytes(nbytes) for i, nbytes in program._made}
         self.results = [program._view(r, self._made, args) for r in program._results]
 
     def __call__(self) -> list[Tensor]:
@@ -494,7 +499,7 @@ class BoundProgram:
         program, rows = self._program, tokens.shape[0]
         if program.draws:
             raise RuntimeError("a program that draws random numbers is run by its own call")
-        history = torch.empty(count, rows, dtype=torch.long)
+        history = torch.empty(count, rows, dtype=torch.long, device="cpu")
         taken = ctypes.c_int64()
         with program._lock:
             self._enter()

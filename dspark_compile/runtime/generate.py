@@ -10,6 +10,7 @@ logits ``[B, S, V]`` gets a cache inserted by the compiler (`dspark_compile.runt
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import threading
 from collections.abc import Iterable, Mapping
@@ -108,6 +109,35 @@ def generate(
         "num_drafted": num_drafted, "schedule": schedule,
     }  # fmt: skip
     report = GenerationReport()
+    with contextlib.ExitStack() as stack:
+        if torch.get_default_device().type != "cpu" and _on_the_cpu(model):
+            # ``torch.set_default_device`` is for the caller's tensors, not for the step's.
+            stack.enter_context(torch.device("cpu"))
+        output = _decode(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, streamer,
+            own, report, kwargs,
+        )  # fmt: skip
+    _local.report = report
+    return (output, report) if return_stats else output
+
+
+def _on_the_cpu(model: Any) -> bool:
+    first = next(iter(model.parameters()), None) if isinstance(model, torch.nn.Module) else None
+    return first is not None and first.device.type == "cpu"
+
+
+def _decode(
+    model: Any,
+    input_ids: Any,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any,
+    own: dict[str, Any],
+    report: GenerationReport,
+    kwargs: dict[str, Any],
+) -> Any:
+    """What the model gives: by the way that its kind and its caller ask for."""
     if hasattr(generation_config, "_eos_token_tensor"):  # transformers calls
         from .hf_generate import callers_streamer, decode
 
@@ -146,8 +176,7 @@ def generate(
                 model, input_ids, own, report, streamer, list(logits_processor or ()),
                 list(stopping_criteria or ()), **kwargs,
             )  # fmt: skip
-    _local.report = report
-    return (output, report) if return_stats else output
+    return output
 
 
 def _of_hugging_face(model: Any) -> bool:
