@@ -14,7 +14,7 @@
 //
 // A software prefetch runs some KiB ahead in each row and, at a row's end, on into a later tile: the
 // hardware's own stops at every page. Where a CPU's own does not (SEQUENCE) one row of x goes
-// without, and up to four do where W's rows are long.
+// without, and up to four (of float, two) do where W's rows are long.
 #pragma once
 #include "parallel.h"
 #include "product_form.h"

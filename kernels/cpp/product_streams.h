@@ -120,7 +120,8 @@ inline __attribute__((always_inline)) void tile(const T* const (&w)[R], int64_t 
   const std::true_type part;
   const int64_t whole = K / STEP * STEP, row = whole * int64_t(sizeof(T));
   if constexpr (PASSES == 1) {
-    if (SEQUENCE && (MT == 1 || (MT <= 4 && row >= AHEAD))) {
+    constexpr int LEFT = std::is_same<T, float>::value ? 2 : 4;  // rows of x, at most
+    if (SEQUENCE && (MT == 1 || (MT <= LEFT && row >= AHEAD))) {
       steps(0, whole, Unasked{}, all);
     } else {
       const int64_t ahead = std::min<int64_t>(asked<R>(row) / int64_t(sizeof(T)), whole);
@@ -159,7 +160,8 @@ struct Chunks {
   using Element = typename Step<FORM>::Element;
   static constexpr bool ANY = Passes<T, M>::PASSES > 1 || M > 4;
   static constexpr int64_t STEP = Step<FORM>::SIZE;
-  static constexpr int64_t NEAR = 32768, FAR = 131072;  // bytes of x, of W
+  // Bytes of x, of W: parts of the first cache and of the second, which CPUs with AVX-512 have more of.
+  static constexpr int64_t NEAR = 32768, FAR = Vec::W == 16 ? 262144 : 131072;
 
   int64_t count;
   int rows = 1;
