@@ -106,8 +106,7 @@ def attention(
 ) -> Tensor:
     """``scaled_dot_product_attention`` with the mask as a tensor, unless the predicate is
     plainly causal; soft-caps and sinks take the reference's arithmetic."""
-    batch, heads, rows, _ = query.shape
-    keys = key.shape[2]
+    heads, keys = query.shape[1], key.shape[2]
     if softcap > 0 or sinks is not None or query.numel() == 0 or keys == 0:
         return attention_reference(
             query, key, value, bias, sinks, mask_tensors, mask_ints,
@@ -115,27 +114,41 @@ def attention(
         )  # fmt: skip
     gqa = heads != key.shape[1]
     causal = mask == "k <= q" and bias is None and mask_value is None
-    attn_mask: Tensor | None = None
+    attn_mask = None
     if not causal:
-        allowed = allowed_keys(
-            bias, mask, mask_tensors, mask_ints, (batch, heads, rows, keys), query.device
-        )
-        additive = bias if bias is not None and bias.dtype != torch.bool else None
-        if allowed is not None and additive is None and mask_value is None:
-            attn_mask = allowed
-        elif allowed is not None:
-            zero = torch.zeros((), dtype=query.dtype, device=query.device)
-            blocked = torch.full_like(zero, -math.inf if mask_value is None else mask_value)
-            attn_mask = torch.where(allowed, zero, blocked)
-            if additive is not None:
-                attn_mask = attn_mask + additive
-        else:
-            attn_mask = additive
-        if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype):
-            attn_mask = attn_mask.to(query.dtype)
+        attn_mask = _mask(query, keys, bias, mask, mask_tensors, mask_ints, mask_value)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, is_causal=causal, scale=scale, enable_gqa=gqa
     )
+
+
+def _mask(
+    query: Tensor,
+    keys: int,
+    bias: Tensor | None,
+    mask: str,
+    mask_tensors: Sequence[Tensor],
+    mask_ints: Sequence[int],
+    mask_value: float | None,
+) -> Tensor | None:
+    """What ``scaled_dot_product_attention`` takes for bias and predicate."""
+    shape = (*query.shape[:3], keys)
+    allowed = allowed_keys(bias, mask, mask_tensors, mask_ints, shape, query.device)
+    additive = bias if bias is not None and bias.dtype != torch.bool else None
+    attn_mask: Tensor | None
+    if allowed is not None and additive is None and mask_value is None:
+        attn_mask = allowed
+    elif allowed is not None:
+        zero = torch.zeros((), dtype=query.dtype, device=query.device)
+        blocked = torch.full_like(zero, -math.inf if mask_value is None else mask_value)
+        attn_mask = torch.where(allowed, zero, blocked)
+        if additive is not None:
+            attn_mask = attn_mask + additive
+    else:
+        attn_mask = additive
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype):
+        attn_mask = attn_mask.to(query.dtype)
+    return attn_mask
 
 
 @_form("attention_int8")
@@ -167,15 +180,30 @@ def mla_attention(
     sinks: Tensor | None,
     mask_tensors: Sequence[Tensor],
     mask_ints: Sequence[int],
-    **attributes: Any,
+    *,
+    scale: float,
+    mask: str = "",
+    softcap: float = 0.0,
+    mask_value: float | None = None,
 ) -> Tensor:
-    """Attention with one key head ``[latent ; key_rope]`` and the latent as value."""
-    return attention(
-        torch.cat((query, query_rope), -1),
-        torch.cat((latent, key_rope), -1).unsqueeze(1),
-        latent.unsqueeze(1),
-        bias, sinks, mask_tensors, mask_ints, **attributes,
-    )  # fmt: skip
+    """Attention with one key head ``[latent ; key_rope]`` and the latent as value. Heads are rows
+    of one: ``enable_gqa`` would make a copy of the keys for each."""
+    whole = torch.cat((query, query_rope), -1)
+    key, value = torch.cat((latent, key_rope), -1).unsqueeze(1), latent.unsqueeze(1)
+    batch, heads, rows, _ = query.shape
+    keys = latent.shape[1]
+    if softcap > 0 or sinks is not None or query.numel() == 0 or keys == 0:
+        return attention(
+            whole, key, value, bias, sinks, mask_tensors, mask_ints,
+            scale=scale, mask=mask, softcap=softcap, mask_value=mask_value,
+        )  # fmt: skip
+    attn_mask = _mask(query, keys, bias, mask, mask_tensors, mask_ints, mask_value)
+    if attn_mask is not None:
+        attn_mask = torch.broadcast_to(attn_mask, (batch, heads, rows, keys)).flatten(1, 2)[:, None]
+    out = F.scaled_dot_product_attention(
+        whole.flatten(1, 2)[:, None], key, value, attn_mask, scale=scale
+    )
+    return out.squeeze(1).unflatten(1, (heads, rows))
 
 
 @_form("cache_append_")

@@ -54,6 +54,7 @@ _PRODUCTS = frozenset(
     {
         "linear", "merged_linear", "mlp", "gated_mlp", "gated_mlp_merged", "linear_int8",
         "linear_int4", "gated_mlp_int8", "gated_mlp_int4", "attention", "attention_int8",
+        "mla_attention",
     }
 )  # fmt: skip
 _FUSED = frozenset({"rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "rope"})

@@ -63,7 +63,7 @@ _READ_BOUND = frozenset(
     {
         "linear", "merged_linear", "mlp", "gated_mlp", "gated_mlp_merged", "linear_int8",
         "linear_int4", "gated_mlp_int8", "gated_mlp_int4", "attention", "attention_int8",
-        "moe_router", "moe_experts", "moe_experts_int8", "moe_experts_int4",
+        "mla_attention", "moe_router", "moe_experts", "moe_experts_int8", "moe_experts_int4",
         "grouped_linear",
     }
 )  # fmt: skip

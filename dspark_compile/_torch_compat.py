@@ -450,6 +450,12 @@ def without_guard_errors() -> Iterator[None]:
         logger.disabled = before
 
 
+def not_dynamic(x: torch.Tensor) -> None:
+    """Take back what ``torch._dynamo.mark_dynamic`` said of the dimensions of ``x``."""
+    for name in ("_dynamo_dynamic_indices", "_dynamo_dynamic_range"):
+        getattr(x, name, set()).clear()
+
+
 def forget(code: Any) -> None:
     """Drop what Dynamo compiled for a code object, and the tensors that this holds."""
     from torch._dynamo.eval_frame import reset_code

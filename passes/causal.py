@@ -48,25 +48,27 @@ def shifted(mask: str, name: str) -> str:
     return ast.unparse(ast.fix_missing_locations(tree))
 
 
-def implies_causal(mask: str) -> bool:
-    """Whether a predicate implies ``k <= q``."""
-    return bool(mask) and _implies(parse(mask))
+def implies_causal(mask: str, ahead: int = 0) -> bool:
+    """Whether a predicate implies ``k <= q + ahead``."""
+    return bool(mask) and _implies(parse(mask), ahead)
 
 
-def _implies(node: ast.expr) -> bool:
+def _implies(node: ast.expr, ahead: int) -> bool:
     if isinstance(node, ast.Constant):
         return node.value is False
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd):
-        return _implies(node.left) or _implies(node.right)
+        return _implies(node.left, ahead) or _implies(node.right, ahead)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return _implies(node.left) and _implies(node.right)
+        return _implies(node.left, ahead) and _implies(node.right, ahead)
     if isinstance(node, ast.Compare):
         difference = _linear(node.left, node.comparators[0])
         if difference is None:
             return False
         # left - right is k - q + c or q - k + c.
         k, q = sympy.symbols("k q", integer=True)
-        after, before = difference - (k - q), difference - (q - k)
+        after, before = difference - (k - q) + ahead, difference - (q - k) - ahead
+        if not (difference.has(q) or after.is_number or before.is_number):  # q is 0 at least
+            after, before = difference - k + ahead, difference + k - ahead
         op = node.ops[0]
         if after.is_number:
             if isinstance(op, ast.LtE):
@@ -97,7 +99,11 @@ def _linear(left: ast.expr, right: ast.expr) -> sympy.Expr | None:
 
 
 def proves_causal(
-    node: fx.Node, symbol: sympy.Symbol, values: Mapping[fx.Node, Tensor], tokens: fx.Node
+    node: fx.Node,
+    symbol: sympy.Symbol,
+    values: Mapping[fx.Node, Tensor],
+    tokens: fx.Node,
+    ahead: int = 0,
 ) -> str | None:
     """Why the attention ``node`` may see later tokens; None: it is proved not to.
 
@@ -105,9 +111,10 @@ def proves_causal(
         symbol: the sequence's length.
         values: tensors of the graph's inputs.
         tokens: the input of tokens.
+        ahead: keys in front of the first token's.
     """
     mask = str(node.kwargs.get("mask", ""))
-    if implies_causal(mask):
+    if implies_causal(mask, ahead):
         return None
     bias = argument(node, 3, "bias")
     if bias is None:
@@ -115,20 +122,20 @@ def proves_causal(
     for size in SIZES:
         bounds = Bounds(symbol, size, values, tokens)
         known = bounds.concrete(bias)
-        allowed = bounds.upper(bias) if known is None else _seen(known)
-        if allowed.dim() < 2 or allowed.shape[-1] != size or allowed.shape[-2] != size:
+        allowed = bounds.upper(bias) if known is None else _seen(known, ahead)
+        if allowed.dim() < 2 or allowed.shape[-1] != size + ahead or allowed.shape[-2] != size:
             return f"its mask {bias.name} is not [queries, keys]"
-        if bool(allowed.triu(1).any()):
+        if bool(allowed.triu(1 + ahead).any()):
             return f"its mask {bias.name} allows a later key"
     return None
 
 
-def _seen(mask: Tensor) -> Tensor:
+def _seen(mask: Tensor, ahead: int) -> Tensor:
     """Bool: which keys a mask ``[..., queries, keys]`` leaves. A finite bias hides a key if it lies
     far below that of one at or before the query (`FORBIDS`, as everywhere)."""
     if mask.dtype == torch.bool or mask.dim() < 2:
         return mask
-    best = mask.masked_fill(torch.ones_like(mask, dtype=torch.bool).triu(1), -torch.inf)
+    best = mask.masked_fill(torch.ones_like(mask, dtype=torch.bool).triu(1 + ahead), -torch.inf)
     return (mask > best.amax(-1, keepdim=True) + FORBIDS) & (mask > -torch.inf)
 
 

@@ -8,7 +8,17 @@ from typing import Any
 from torch import Tensor, fx
 
 from dspark_compile.passes.causal import proves_causal, shifted
-from dspark_compile.passes.incremental_core import ALL, NEW, Maker, Modes, NotIncremental, rule
+from dspark_compile.passes.graph import aten
+from dspark_compile.passes.incremental_core import (
+    ALL,
+    NEW,
+    InFront,
+    Maker,
+    Modes,
+    NotIncremental,
+    Rows,
+    rule,
+)
 
 # Dialect ops that treat leading dimensions alike; the last one is theirs.
 ROWWISE = (
@@ -33,6 +43,8 @@ def rowwise(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node
             raise NotIncremental(f"{x.name} is a number that an op reads")
         carrying = [d for d, n in enumerate(tensor.shape) if maker.carries(n)]
         if not carrying:
+            if maker.dependent[x] and any(modes):
+                raise NotIncremental(f"{node.name}: its rows cannot be followed")
             return maker.get(x)
         if carrying == [tensor.dim() - 1]:
             raise NotIncremental(f"{node.name}: it works along the sequence")
@@ -58,26 +70,37 @@ def rope(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
 
 @rule("attention")
 def attention(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
-    if modes != (None, None, NEW, None):
-        raise NotIncremental(f"{node.name}: its result is wanted in another form")
     query, key, values, bias, sinks, tensors, ints = node.args
+    front = maker.more(value.shape[2]) or 0
+    if front and maker.fronted and modes[2] != Rows(front):
+        return maker._cached(node, modes, value)
+    if front and maker.fronted is False:
+        raise InFront(f"{node.name}: rows in front of the first token attend, too")
+    if modes != (None, None, Rows(front), None) or (front and not maker.fronted):
+        raise NotIncremental(f"{node.name}: its result is wanted in another form")
     if all(_fixed(maker, x) for x in (key, values)):
         return _over_memory(maker, node)
-    for x in (query, key, values):
+    # Keys of a learned prefix stand in front of the tokens'.
+    behind = maker.more(key.meta["val"].shape[2])  # type: ignore[union-attr]
+    for x, more in ((query, front), (key, behind), (values, behind)):
         shape = x.meta["val"].shape  # type: ignore[union-attr]
-        if not maker.pure(shape[2]) or any(maker.carries(shape[d]) for d in (0, 1, 3)):
+        if more is None or more < front or maker.more(shape[2]) != more:
             raise NotIncremental(f"{node.name}: {x.name} has no row for each token")  # type: ignore[union-attr]
-    why = proves_causal(node, maker.symbol, maker.values, maker.tokens)
+        if any(maker.carries(shape[d]) for d in (0, 1, 3)):
+            raise NotIncremental(f"{node.name}: {x.name} carries the sequence twice")  # type: ignore[union-attr]
+    assert behind is not None
+    ahead = behind - front
+    why = proves_causal(node, maker.symbol, maker.values, maker.tokens, ahead)
     if why is not None:
         raise NotIncremental(f"{node.name} is not causal: {why}")
     k = maker.get(key, (None, None, ALL, None))
     v = maker.get(values, (None, None, ALL, None))
-    q = maker.get(query, (None, None, NEW, None))
+    if bias is None and all(_fixed(maker, t) for t in tensors):  # type: ignore[union-attr]
+        k, v = maker.uncut(k), maker.uncut(v)
+    q = maker.get(query, modes)
     if bias is not None:
         rank = bias.meta["val"].dim()  # type: ignore[union-attr]
-        bias = maker.operand(
-            bias, (None, None, NEW, ALL)[-rank:] if rank < 4 else (None, None, NEW, ALL)
-        )
+        bias = maker.operand(bias, (None, None, modes[2], ALL)[-rank:])
     sinks = None if sinks is None else maker.get(sinks)
     tensors = [_mask_table(maker, t, node) for t in tensors]  # type: ignore[union-attr]
     for number in ints:  # type: ignore[union-attr]
@@ -89,9 +112,12 @@ def attention(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.No
     name = f"t{len(tensors)}"
     moved = shifted(mask, name)
     # Rows of the caches that no token has been written to are never allowed.
-    causal = f"k <= q + {name}"
+    causal = f"k <= q + {name} + {ahead}" if ahead else f"k <= q + {name}"
     kwargs["mask"] = moved if moved == causal else f"({moved}) & ({causal})" if moved else causal
-    return maker.emit(node, (q, k, v, bias, sinks, [*tensors, maker.position], ints), kwargs)
+    first = maker.position
+    if front:
+        first = maker.graph.call_function(aten.add.Tensor, (first, front))
+    return maker.emit(node, (q, k, v, bias, sinks, [*tensors, first], ints), kwargs)
 
 
 def _fixed(maker: Maker, x: Any) -> bool:

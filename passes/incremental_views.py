@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, fx
 
 from dspark_compile.passes.graph import VIEWS, aten
-from dspark_compile.passes.incremental_core import NEW, Maker, Modes, NotIncremental, rule
+from dspark_compile.passes.incremental_core import (
+    ALL,
+    NEW,
+    Maker,
+    Mode,
+    Modes,
+    NotIncremental,
+    Rows,
+    rule,
+)
 
 
 @rule(*VIEWS)
@@ -28,7 +37,7 @@ def _view_modes(
 ) -> Modes:
     """Modes of a view's source: dimensions are matched in groups of equal size."""
     expression = lambda n: n.node.expr if isinstance(n, torch.SymInt) else sympy.Integer(n)  # noqa: E731
-    own: list[str | None] = [None] * len(before)
+    own: list[Mode] = [None] * len(before)
     i = j = 0
     while i < len(before) or j < len(after):
         left: list[int] = []
@@ -49,12 +58,14 @@ def _view_modes(
                 break
             if i == len(before) and j == len(after):
                 break
-        if a != b:
+        if sympy.expand(a - b) != 0:
             raise NotIncremental(f"{source.name}: its view cannot be followed")
         wanted = {modes[d] for d in right if modes[d] is not None}
         carrying = [d for d in left if maker.carries(before[d])]
         if len(wanted) > 1 or len(carrying) > 1:
             raise NotIncremental(f"{source.name}: a view joins two sequences")
+        if wanted and not carrying:
+            raise NotIncremental(f"{source.name}: a view of the first rows of the sequence")
         for d in carrying:
             if not wanted:
                 raise NotIncremental(f"{source.name}: a view hides the sequence")
@@ -81,7 +92,7 @@ def permute(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node
         order = list(range(rank))
         if rank > 1:
             order[a % rank], order[b % rank] = order[b % rank], order[a % rank]  # type: ignore[operator]
-    own: list[str | None] = [None] * rank
+    own: list[Mode] = [None] * rank
     for d, s in enumerate(order):
         own[s] = modes[d]
     return maker.emit(node, (maker.get(source, tuple(own)), *node.args[1:]))
@@ -133,29 +144,80 @@ def slice_(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
     start = 0 if start is None else start
     if not maker.carries(before[dim]) and not maker.carries(value.shape[dim]):
         return maker.emit(node, (maker.get(source, modes), *node.args[1:]))
-    known = maker.number(start)
-    if maker.pure(value.shape[dim]) and not maker.carries(before[dim]) and step == 1:
+    known = _start(maker, start, before[dim])
+    mode = modes[dim]
+    if maker.carries(value.shape[dim]) and not maker.carries(before[dim]):
         # The first S rows of a table.
+        more = maker.more(value.shape[dim])
+        if step != 1 or more is None:
+            raise NotIncremental(f"{node.name}: a part of a table that is not the first rows")
         if known is None or known < 0:
             raise NotIncremental(f"{node.name}: its start depends on the length")
-        rows = int(before[dim]) - known
+        rows = int(before[dim]) - known - more
         maker.limit = rows if maker.limit is None else min(maker.limit, rows)
-        own = tuple(None if d == dim else m for d, m in enumerate(modes))
+        own: Modes = tuple(None if d == dim else m for d, m in enumerate(modes))
         table = maker.get(source, own)
-        if modes[dim] == NEW:
-            at = maker.positions
+        if isinstance(mode, Rows):
+            at = maker.at(mode)
             if known:
                 at = maker.graph.call_function(aten.add.Tensor, (at, known))
             return maker.graph.call_function(aten.index_select.default, (table, dim, at))
-        stop = maker.graph.call_function(operator.add, (maker.N(), known))
+        stop = maker.graph.call_function(operator.add, (maker.N(), known + more))
         return maker.graph.call_function(aten.slice.Tensor, (table, dim, known, stop))
-    if maker.pure(before[dim]) and maker.pure(value.shape[dim]) and known == 0:
-        return maker.get(source, modes)  # all of it
     last = maker.pure(before[dim]) and _row(maker, start) == -1 and step == 1
     if last and not maker.carries(value.shape[dim]) and maker.takes_last(node):
         own = (*modes[:dim], NEW, *modes[dim + 1 :])
-        return maker.emit(node, (maker.get(source, own), dim, -1))
-    raise NotIncremental(f"{node.name}: a slice of the sequence")
+        x = maker.get(source, own)
+        return x if maker.every else maker.emit(node, (x, dim, -1))
+    if step != 1 or known is None or known < 0 or maker.more(before[dim]) is None:
+        raise NotIncremental(f"{node.name}: a slice of the sequence")
+    if isinstance(mode, Rows):
+        return _from_row(maker, source, modes, dim, known)
+    if mode == ALL:
+        more = maker.more(value.shape[dim])
+        if more is None:
+            raise NotIncremental(f"{node.name}: a slice of the sequence")
+        made = maker.get(source, modes)
+        if not known and maker.more(before[dim]) == more:
+            return made  # all of it
+        stop = maker.graph.call_function(operator.add, (maker.N(), known + more))
+        return maker.graph.call_function(aten.slice.Tensor, (made, dim, known, stop))
+    if value.shape[dim] == 1 and known == 0 and maker.dependent[source]:
+        return maker.first_row(source, modes, dim)
+    raise NotIncremental(f"{node.name}: some rows of the sequence, wherever the token stands")
+
+
+def _from_row(maker: Maker, source: fx.Node, modes: Modes, dim: int, first: int) -> fx.Node:
+    """``source`` from row ``first`` on. What is rolled is known behind the rows that came round."""
+    mode = modes[dim]
+    assert isinstance(mode, Rows)
+    source, shift = unrolled(maker, source, dim, first)
+    return maker.get(source, (*modes[:dim], mode.back(shift - first), *modes[dim + 1 :]))
+
+
+def unrolled(maker: Maker, node: fx.Node, dim: int, hidden: int) -> tuple[fx.Node, int]:
+    """``(x, shift)``: ``node`` is ``x`` with each row ``shift`` further back, but for the first
+    ``hidden`` ones."""
+    base: Any = node
+    while isinstance(base, fx.Node) and base.target in (aten.clone.default, aten.alias.default):
+        base = base.args[0]
+    if not isinstance(base, fx.Node) or base.target is not aten.roll.default:
+        return node, 0
+    x, shifts, dims = [*base.args, []][:3]
+    rank = base.meta["val"].dim()
+    if not isinstance(x, fx.Node) or [d % rank for d in dims] != [dim]:  # type: ignore[union-attr]
+        return node, 0
+    shift = shifts[0]  # type: ignore[index]
+    return (x, shift) if isinstance(shift, int) and 0 <= shift <= hidden else (node, 0)
+
+
+def _start(maker: Maker, start: Any, size: Any) -> int | None:
+    """The row that a slice begins at; None: it depends on the length."""
+    value = start.meta["val"] if isinstance(start, fx.Node) else start
+    number = value.node.expr if isinstance(value, torch.SymInt) else sympy.Integer(value)
+    if isinstance(size, torch.SymInt) and (number.is_negative or number.coeff(maker.symbol, 1) < 0):
+        number = sympy.expand(number + size.node.expr)
+    return int(number) if number.is_Integer else None
 
 
 def _row(maker: Maker, index: Any) -> int | None:
@@ -175,16 +237,15 @@ def select(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
     dim = dim % len(before)  # type: ignore[operator]
     if maker.carries(before[dim]):
         if maker.pure(before[dim]) and _row(maker, index) == -1 and maker.takes_last(node):
-            own = (*modes[:dim], NEW, *modes[dim:])
-            return maker.emit(node, (maker.get(source, own), dim, -1))
+            own: Modes = (*modes[:dim], NEW, *modes[dim:])
+            x = maker.get(source, own)
+            if maker.every:  # rows in place of the one sequence
+                if dim != 1 or before[0] != 1:
+                    raise NotIncremental(f"{node.name}: the last token of several sequences")
+                return maker.graph.call_function(aten.squeeze.dim, (x, 0))
+            return maker.emit(node, (x, dim, -1))
+        if maker.number(index) == 0 and maker.dependent[source]:
+            made = maker.first_row(source, (*modes[:dim], None, *modes[dim:]), dim)
+            return maker.graph.call_function(aten.squeeze.dim, (made, dim))
         raise NotIncremental(f"{node.name}: one row of the sequence")
     return maker.emit(node, (maker.get(source, (*modes[:dim], None, *modes[dim:])), dim, index))
-
-
-@rule(aten.cat.default)
-def cat(maker: Maker, node: fx.Node, modes: Modes, value: Tensor) -> fx.Node:
-    dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % value.dim()  # type: ignore[operator]
-    if modes[dim] is not None:
-        raise NotIncremental(f"{node.name}: it joins along the sequence")
-    parts = [maker.get(x, modes) for x in node.args[0]]  # type: ignore[union-attr]
-    return maker.graph.call_function(aten.cat.default, (parts, dim))

@@ -27,12 +27,13 @@ from dspark_compile.codegen.cpp.program import NativeProgram, PlanError, Program
 from dspark_compile.diagnostics.report import GraphReport
 from dspark_compile.passes.base import PassContext
 from dspark_compile.passes.graph import is_dialect_op
+from dspark_compile.passes.turned_weights import split_blocks
 
 
 def why_not(module: fx.GraphModule) -> str | None:
     """What keeps the graph from being one native call; None if nothing does."""
     calls = [n for n in module.graph.nodes if n.op == "call_function"]
-    if not any(is_dialect_op(n, *plan.PRODUCTS) for n in calls):
+    if not any(is_dialect_op(n, *plan.PRODUCTS, "matmul") for n in calls):
         return "it has no linear layer"
     for node in module.graph.nodes:
         if node.op in ("placeholder", "output"):
@@ -46,6 +47,7 @@ def why_not(module: fx.GraphModule) -> str | None:
 def native_step(module: fx.GraphModule, ctx: PassContext) -> Callable[..., Any] | None:
     """The graph as one native call, or None with the reason in the report."""
     _print_constants(module, ctx)
+    module = split_blocks(module, ctx.fake_mode)
     reason = why_not(module)
     if reason is None:
         try:

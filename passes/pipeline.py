@@ -32,6 +32,7 @@ from dspark_compile.passes.raise_moe_table import RaiseMoETable
 from dspark_compile.passes.raise_norm import RaiseNorm
 from dspark_compile.passes.raise_quantized import RaiseQuantized
 from dspark_compile.passes.raise_rope import RaiseRope
+from dspark_compile.passes.real_parts import RealParts
 from dspark_compile.passes.repeat_kv import RepeatKV
 from dspark_compile.passes.verifier import verify
 from dspark_compile.passes.write_in_place import WriteInPlace
@@ -44,6 +45,7 @@ RAISE: list[type[Pass]] = [
     RaiseLinear,
     RaiseNorm,
     RaiseRope,
+    RealParts,
     RaiseMLP,
     RaiseMoECuts,
     RaiseMoEExperts,

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dspark_compile.codegen.aten import FORMS
 from dspark_compile.diagnostics.state import last_report
+from dspark_compile.ops import OPS
 
 STRICT = {"inner": "eager", "fallback": "error", "verify": True}
 H, DN, DR, DV, R = 3, 8, 4, 6, 12
@@ -285,3 +287,20 @@ class TestJoinWrites:
         assert not self.joined(hole, torch.randn(2, 2), torch.randn(2, 3))
         torch._dynamo.reset()
         assert not self.joined(overlap, torch.randn(2, 2), torch.randn(2, 3))
+
+
+@pytest.mark.parametrize(
+    "mask", ["", "k <= q", "(k <= t0) & t1[b, k]", "~((k % 3 == h) & (min(k, q) > 0))", "False"]
+)
+def test_the_aten_form(mask):
+    """All heads as rows of one: masks that tell them apart, and a bias of heads or of rows."""
+    shapes = ((2, H, 4, R), (2, H, 4, DR), (2, 70, R), (2, 70, DR))
+    tensors = [torch.tensor(40), torch.rand(2, 70) > 0.3]
+    parts = [torch.randn(shape) for shape in shapes]
+    for bias in (None, torch.randn(2, 1, 4, 70), torch.rand(1, H, 1, 70) > 0.5):
+        for value, softcap in ((None, 0.0), (-3e38, 0.0), (-2.0, 0.0), (None, 2.0)):
+            args = (*parts, bias, None, tensors, [])
+            kwargs = {"scale": 0.2, "mask": mask, "mask_value": value, "softcap": softcap}
+            got = FORMS["mla_attention"](*args, **kwargs)
+            want = OPS["mla_attention"].reference(*args, **kwargs)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)

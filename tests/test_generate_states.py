@@ -222,3 +222,15 @@ def test_a_program_knows_for_which_sizes_it_holds():
 
     program = Captured(function, [(x, 1)], QUICK)
     assert program.holds(256) and program.holds(299) and not program.holds(512)
+
+
+@torch.no_grad()
+def test_logits_that_are_cast_to_float32_are_as_exact_as_the_model():
+    """Mamba's are: many layers in bfloat16 differ by more than float32's rounding."""
+    from dspark_compile.runtime.rounds import COARSE, TOLERANCE
+
+    model = families.build("mamba").eval()
+    for dtype, allowed in ((torch.float32, TOLERANCE[torch.float32]), (torch.bfloat16, COARSE)):
+        model.to(dtype)
+        assert model(prompt()).logits.dtype == torch.float32
+        assert Rounds(model, 1, False)._allowed(torch.float32) == allowed

@@ -17,6 +17,7 @@ from dspark_compile.runtime import room
 from dspark_compile.runtime.rounds import Rounds
 
 QUICK = {"inner": "eager"}
+STRICT = {**QUICK, "fallback": "error"}  # raise where no cache can be inserted
 
 
 def prompt(rows: int = 1, length: int = 6) -> torch.Tensor:
@@ -202,7 +203,7 @@ class Bad(nn.Module):
 )
 def test_refused_with_the_node_and_the_reason(kind, says):
     with pytest.raises(NotIncremental, match=says):
-        dspark_compile.generate(sharpen(Bad(kind)), prompt(), max_new_tokens=4, options=QUICK)
+        dspark_compile.generate(sharpen(Bad(kind)), prompt(), max_new_tokens=4, options=STRICT)
 
 
 def test_a_wrong_cache_is_found_out(monkeypatch):
@@ -217,7 +218,7 @@ def test_a_wrong_cache_is_found_out(monkeypatch):
         ),
     )  # fmt: skip
     with pytest.raises(NotIncremental, match="logits differ by"):
-        dspark_compile.generate(sharpen(Dense.tiny()), prompt(), max_new_tokens=4, options=QUICK)
+        dspark_compile.generate(sharpen(Dense.tiny()), prompt(), max_new_tokens=4, options=STRICT)
 
 
 @pytest.mark.parametrize(

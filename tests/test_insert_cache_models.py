@@ -12,7 +12,7 @@ from torch import nn
 import dspark_compile
 from dspark_compile import last_generation
 from dspark_compile.passes.incremental import NotIncremental
-from tests.test_insert_cache import QUICK, greedy, prompt, sharpen
+from tests.test_insert_cache import QUICK, STRICT, greedy, prompt, sharpen
 
 VOCAB, WIDTH, HEADS, SIZE = 90, 32, 4, 8
 
@@ -111,7 +111,7 @@ def test_a_table_of_positions_is_a_limit():
 
 def test_a_layer_that_looks_ahead_is_refused():
     with pytest.raises(NotIncremental, match=r"attention.*(later|causal|mask)"):
-        dspark_compile.generate(sharpen(BothWays()), prompt(), max_new_tokens=4, options=QUICK)
+        dspark_compile.generate(sharpen(BothWays()), prompt(), max_new_tokens=4, options=STRICT)
 
 
 class FiniteMask(nn.Module):
@@ -241,7 +241,7 @@ def test_logits_of_the_last_token_alone(how):
         (lambda x, head: head(x - x[:, -1:]), "a slice of the sequence"),
         (lambda x, head: head(x - x[:, [-1]]), "picks rows of the sequence"),
         (lambda x, head: head(x[:, -2]), "one row of the sequence"),
-        (lambda x, head: head(x[:, 0]), "one row of the sequence"),
+        (lambda x, head: head(x[:, 0]), "the logits are not of every token"),
         (lambda x, head: head(x * math.log(1 + x.shape[1])), "reads a length that varies"),
         (lambda x, head: {"scores": head(x)}, r"mapping of \['scores'\]: name one 'logits'"),
         (lambda x, head: x[0, 0, 0], r"it gives \[\], and logits are"),
@@ -253,21 +253,21 @@ def test_what_else_is_picked_is_refused(pick, says, capfd):
             return super().forward(ids)[0]
 
     with pytest.raises(NotIncremental, match=says):
-        dspark_compile.generate(sharpen(Picks(pick)), prompt(), max_new_tokens=4, options=QUICK)
+        dspark_compile.generate(sharpen(Picks(pick)), prompt(), max_new_tokens=4, options=STRICT)
     assert "Error while creating guard" not in capfd.readouterr().err
 
 
 def test_torch_layers_that_look_ahead_are_refused():
     with pytest.raises(NotIncremental, match="attention is not causal: it has no mask"):
         dspark_compile.generate(
-            sharpen(TorchLayers(False)), prompt(), max_new_tokens=4, options=QUICK
+            sharpen(TorchLayers(False)), prompt(), max_new_tokens=4, options=STRICT
         )
 
 
 def test_a_bias_that_leaves_later_keys_visible_is_refused():
     with pytest.raises(NotIncremental, match="allows a later key"):
         dspark_compile.generate(sharpen(FiniteMask(-30.0)), prompt(), max_new_tokens=4,
-                                options=QUICK)  # fmt: skip
+                                options=STRICT)  # fmt: skip
 
 
 @torch.no_grad()

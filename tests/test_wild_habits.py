@@ -15,6 +15,7 @@ from dspark_compile.runtime.generate import free
 from tests.test_generate import prompt, qwen
 
 QUICK = {"inner": "eager"}
+STRICT = {**QUICK, "fallback": "error"}  # raise where no cache can be inserted
 HEADS, SIZE = 2, 8
 
 
@@ -100,7 +101,9 @@ def test_angles_that_depend_on_the_length_are_refused():
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
     with pytest.raises(NotIncremental, match="depends on the length of the sequence"):
-        dspark_compile.generate(Decoder(turn).eval(), prompt() % 31, max_new_tokens=4)
+        dspark_compile.generate(
+            Decoder(turn).eval(), prompt() % 31, max_new_tokens=4, options=STRICT
+        )
 
 
 def test_generate_under_autocast():
@@ -151,8 +154,12 @@ def test_a_weight_that_meets_x_before_the_root_divides(statistic):
 def test_a_length_that_is_treated_in_another_way(special):
     """What is traced for one length need not be what the model does for another."""
     model = Decoder(start=lambda ids, x: x.flip(-1) if special(ids.shape[1]) else x).eval()
+    ids = prompt() % 31
     with pytest.raises(NotIncremental, match=r"differ by .* on \d+ random tokens"):
-        dspark_compile.generate(model, prompt() % 31, max_new_tokens=4)
+        dspark_compile.generate(model, ids, max_new_tokens=4, options=STRICT)
+    got = dspark_compile.generate(model, ids, max_new_tokens=12, options=QUICK)
+    assert torch.equal(got, greedy(model, ids, 12))
+    assert last_generation().path == "recomputed"
 
 
 def test_a_branch_on_the_length_that_changes_nothing():
@@ -232,7 +239,7 @@ def test_attention_over_a_memory():
 
     model = OverMemory(torch.randn(2, 5, HEADS * SIZE), diagonal).eval()
     with pytest.raises(NotIncremental, match="which keys it may see depends on the token"):
-        dspark_compile.generate(model, ids, max_new_tokens=4, options=QUICK)
+        dspark_compile.generate(model, ids, max_new_tokens=4, options=STRICT)
 
 
 @pytest.mark.parametrize(
@@ -257,4 +264,6 @@ def test_features_are_repeated_or_turned_round(start):
 )
 def test_the_sequence_is_repeated_or_turned_round(start):
     with pytest.raises(NotIncremental, match="the sequence"):
-        dspark_compile.generate(Decoder(start=start).eval(), prompt() % 31, max_new_tokens=4)
+        dspark_compile.generate(
+            Decoder(start=start).eval(), prompt() % 31, max_new_tokens=4, options=STRICT
+        )

@@ -314,6 +314,27 @@ mlp<{t}, {rows}, {ACTIVATION[activation]}, {2 if gated else 1}, {kind}>(
 
 
 @functools.lru_cache(maxsize=256)
+def batched(dtype: torch.dtype, rows: int, turned: bool) -> Source:
+    """A matrix for each of a batch; see ``kernels/cpp/batched.h``. ``turned``: it lies by rows
+    ``[K, N]``, else by columns."""
+    t = CPP_TYPE[dtype]
+    kind = f"Batched<{t}, {rows}, {_boolean(turned)}>"
+    run = f"""
+const {kind} all{{(const {t}*)x, x_b, x_m, (const {t}*)w, w_b, ldw, ({t}*)y, y_b, y_m,
+    batch, K, N, (const {t}*)bias}};
+all.run(team, memory);
+"""
+    parameters = [
+        *("p x", "i x_b", "i x_m", "p w", "i w_b", "i ldw", "p y", "i y_b", "i y_m"),
+        *("i batch", "i K", "i N", "p bias"),
+    ]
+    name = f"bmm_{SHORT[dtype]}_m{rows}{'_turned' if turned else ''}"
+    need = f"{kind}::bytes(K, threads)"
+    about = f"y[b] = x[b] W[b]: {SHORT[dtype]}, {rows} rows"
+    return source(name, about, "batched.h", parameters, run, need=need)
+
+
+@functools.lru_cache(maxsize=256)
 def norm(
     dtype: torch.dtype,
     weight: torch.dtype,
@@ -357,6 +378,7 @@ class Attention:
         value_features: of value.
         softcap: whether scores are capped.
         adds: whether a forbidden key's score is moved by a finite ``mask_value``.
+        rest: of latent attention, those of ``features`` that lie behind the value's.
     """
 
     query: torch.dtype
@@ -370,10 +392,11 @@ class Attention:
     value_features: int
     softcap: bool
     adds: bool
+    rest: int = 0
 
 
 # The integers that ``Shape`` in attention.h takes, in order.
-ATTENTION_SHAPE = 22
+ATTENTION_SHAPE = 25
 
 
 @functools.lru_cache(maxsize=1024)
@@ -384,9 +407,12 @@ def attention(spec: Attention, mask: Printed) -> Source:
     )
     sizes = f"{spec.group}, {spec.rows}, {spec.features}, {spec.value_features}"
     flags = f"{_boolean(spec.softcap)}, {_boolean(spec.adds)}"
+    if spec.rest:
+        flags += f", {spec.rest}"
     name = (
-        f"attention_{SHORT[spec.query]}_{SHORT[spec.cache]}_g{spec.group}_m{spec.rows}"
-        f"_d{spec.features}" + (f"_{SHORT[spec.bias]}bias" if spec.bias else "")
+        f"{'mla_' if spec.rest else ''}attention_{SHORT[spec.query]}_{SHORT[spec.cache]}"
+        f"_g{spec.group}_m{spec.rows}_d{spec.features}"
+        + (f"_{SHORT[spec.bias]}bias" if spec.bias else "")
     )
     shape = ", ".join(f"n[{i}]" for i in range(ATTENTION_SHAPE))
     config = f"Config<{types}, {sizes}, {flags}>"
@@ -395,14 +421,14 @@ using C = {config};
 const int64_t* n = (const int64_t*)shape;
 const Shape sizes{{{shape}}};
 const Tensors<C> tensors{{
-    (const C::Q*)q, (const C::K*)k, (const C::K*)v, (const C::S*)ks, (const C::S*)vs,
-    (const C::B*)bias, (const C::Sink*)sinks, (C::Q*)out, float(scale), float(softcap),
-    float(mask_value), mask_value <= -3.0e4}};
+    (const C::Q*)q, (const C::Q*)qr, (const C::K*)k, (const C::K*)v, (const C::S*)ks,
+    (const C::S*)vs, (const C::B*)bias, (const C::Sink*)sinks, (C::Q*)out, float(scale),
+    float(softcap), float(mask_value), mask_value <= -3.0e4}};
 const Mask mask((const void* const*)pointers, (const int64_t*)values);
 Attention<C, Mask>(tensors, sizes, mask).run(team, memory);
 """
     parameters = [
-        *("p q", "p k", "p v", "p ks", "p vs", "p bias", "p sinks", "p out", "p shape"),
+        *("p q", "p qr", "p k", "p v", "p ks", "p vs", "p bias", "p sinks", "p out", "p shape"),
         *("p pointers", "p values", "f scale", "f softcap", "f mask_value"),
     ]
     about = (

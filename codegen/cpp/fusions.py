@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from dspark_compile.passes.graph import aten, dialect_name, is_op
+from dspark_compile.passes.turned_weights import of_turned
 
 LINEARS = ("linear", "merged_linear")
 MLPS = ("mlp", "gated_mlp", "gated_mlp_merged")
@@ -74,6 +75,8 @@ class Fusions:
                     continue
                 if dialect_name(source) not in ("linear", *MLPS) or source in self.residuals:
                     continue
+                if of_turned(source):  # its kernel takes nothing in
+                    continue
                 leaves = self._leaves(source)
                 if leaves is None or len(leaves) != 1 or leaves[0] is not node:
                     continue
@@ -117,7 +120,7 @@ class Fusions:
             leaves = self._leaves(result)
             if not leaves or any(dialect_name(leaf) not in (*LINEARS, *MLPS) for leaf in leaves):
                 continue
-            if any(self.source(leaf.args[0]) is not result for leaf in leaves):
+            if any(self.source(leaf.args[0]) is not result or of_turned(leaf) for leaf in leaves):
                 continue
             products = {self.source(x.args[0]) if dialect_name(x) in LINEARS else x for x in leaves}
             if value.numel() > value.shape[-1] and len(products) > 1:

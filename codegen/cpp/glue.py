@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, fx
 
 from dspark_compile.codegen.cpp import emit, scatter
-from dspark_compile.codegen.cpp.glue_copies import cat, embedding, in_place_of, index, roll
+from dspark_compile.codegen.cpp.glue_convolution import convolution
+from dspark_compile.codegen.cpp.glue_copies import (
+    cat,
+    embedding,
+    in_place_of,
+    index,
+    pad,
+    repeat,
+    roll,
+)
 from dspark_compile.codegen.cpp.glue_loops import SMALL, NotGlue, loops
 from dspark_compile.codegen.cpp.glue_pointwise import (
     COMPARISONS,
@@ -46,7 +55,8 @@ _EMPTY = (
     aten.empty_permuted.default,
 )  # fmt: skip
 _MAKERS = (
-    aten.arange.default, aten.arange.start, aten.arange.start_step, *_CONSTANTS, *_EMPTY,
+    aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default,
+    *_CONSTANTS, *_EMPTY,
 )  # fmt: skip
 
 
@@ -57,17 +67,22 @@ class Glue:
     Attributes:
         lines: its statements.
         tensors: what its pointers ``p0``, ``p1`` ... get.
+        sizes: symbols that its numbers ``size0``, ``size1`` ... get.
         outs: those of them that are written.
         elements: of the largest result.
     """
 
     lines: list[str] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
+    sizes: list[torch.SymInt] = field(default_factory=list)
     outs: list[Tensor] = field(default_factory=list)
     elements: int = 0
 
-    def pointer(self, x: Tensor) -> str:
-        """The name under which a tensor's first element is read."""
+    def pointer(self, x: Tensor | torch.SymInt) -> str:
+        """The name under which a tensor's first element is read, or a symbol's value."""
+        if isinstance(x, torch.SymInt):
+            self.sizes.append(x)
+            return f"size{len(self.sizes) - 1}"
         for i, known in enumerate(self.tensors):
             if known is x:
                 return f"p{i}"
@@ -80,6 +95,7 @@ class Glue:
         run = alone + "\n".join(self.lines)
         digest = hashlib.sha256(run.encode()).hexdigest()[:12]
         parameters = [f"p p{i}" for i in range(len(self.tensors))]
+        parameters += [f"i size{i}" for i in range(len(self.sizes))]
         return emit.source(
             f"glue_{digest}", "What stands between kernels.", "glue.h", parameters, run
         )
@@ -124,7 +140,8 @@ def _print(
         if x.dtype not in _TYPES:
             raise NotGlue(f"{target} of {x.dtype}")
         if not all(isinstance(n, int) for n in (*x.shape, *x.stride())):
-            raise NotGlue(f"{target} of a dynamic size, {list(x.shape)}")
+            if target is not aten.index_select.default or x is not tensors[0]:
+                raise NotGlue(f"{target} of a dynamic size, {list(x.shape)}")
     if outs[0].numel() > LARGE:
         raise NotGlue(f"{target} of {outs[0].numel()} elements")
     if target in scatter.SORTS or (target in scatter.PRINTED and not by_mask(target, args)):
@@ -141,6 +158,12 @@ def _print(
     if target is aten.stack.default:
         axis = (args[1] if len(args) > 1 else 0) % out.dim()
         return cat([[x.unsqueeze(axis) for x in args[0]], axis], out, pointer)
+    if target is aten.convolution.default:
+        return convolution(args, out, pointer)
+    if target is aten.constant_pad_nd.default:
+        return pad(args, out, pointer)
+    if target is aten.repeat.default:
+        return repeat(args, out, pointer)
     if target is aten.roll.default:
         return roll(args, out, pointer)
     if target is aten.index.Tensor:
@@ -191,6 +214,13 @@ def _made(
         compute = "double" if out.dtype.is_floating_point else "int64_t"
         value = constant(args[0] if number is None else number, compute)
         value = value.replace("C(", f"{compute}(")
+    elif node.target is aten.linspace.default:  # from both ends, as ATen does
+        (first, end, count), compute = args[:3], "double" if kind == "double" else "float"
+        if not out.dtype.is_floating_point:
+            raise NotGlue(f"{node.target} of {out.dtype}")
+        apart = f"(({end} - {compute}({first})) / {max(count - 1, 1)})"
+        low, high = f"{first} + {apart} * i", f"{end} - {apart} * ({count - 1} - i)"
+        value = f"(i < {count // 2} ? {low} : {high})" if count > 1 else f"{compute}({first})"
     else:
         start, step = 0, 1
         if node.target is not aten.arange.default:

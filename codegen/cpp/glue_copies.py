@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dspark_compile.codegen.cpp.glue_loops import NotGlue, Strides, loops
+from dspark_compile.codegen.cpp.glue_loops import SMALL, NotGlue, Strides, loops
+from dspark_compile.codegen.cpp.glue_pointwise import constant
 from dspark_compile.codegen.cpp.scatter import TYPES as _TYPES
+from dspark_compile.codegen.cpp.scatter import store
 from dspark_compile.passes.graph import aten
 
 LARGEST_INDEX = 4096  # numbers, each of which every thread checks
@@ -47,9 +49,16 @@ def index(
     args: list[Any], out: Tensor, pointer: Callable[[Tensor], str], from_end: bool = True
 ) -> list[str]:
     """``x[:, i]``, ``x[i, :, j]``: integer tensors in any places, broadcast with each other.
-    Negative ones count from the end, or are outside."""
+    Negative ones count from the end, or are outside. Of an input that grows (a cache), rows are
+    read: the one dimension whose size is not known."""
     x, given = args
     indices = {axis: i for axis, i in enumerate(given) if i is not None}
+    for axis in range(x.dim()):
+        known = isinstance(x.shape[axis], int)
+        if not (known or axis in indices) or not (
+            isinstance(x.stride(axis), int) or (known and x.shape[axis] == 1)
+        ):
+            raise NotGlue(f"rows of a tensor of a dynamic size, {list(x.shape)}")
     for i in indices.values():
         if not isinstance(i, Tensor) or i.dtype not in (torch.int64, torch.int32):
             raise NotGlue("an index that is no tensor of integers")
@@ -72,13 +81,15 @@ def index(
         read = f"((const {_TYPES[i.dtype]}*){pointer(i)})"
         # Every thread looks at all of them, so that all leave together.
         least = -size if from_end else 0
+        limit = f"{size}LL" if isinstance(size, int) else pointer(size)
         looked = [
             f"const int64_t row = {read}[{{0}}];",
-            f"if (row < {least}LL || row >= {size}LL) return 3;",
+            f"if (row < {least}LL || row >= {limit}) return 3;",
         ]
         checks += ["{", *loops(i, [i], looked, alone=True), "}"]
         body.append(f"int64_t n{n} = {read}[{{{n + 1}}}];")
-        body.append(f"if (n{n} < 0) n{n} += {size};")
+        if from_end:
+            body.append(f"if (n{n} < 0) n{n} += {size};")
         at.append(f"n{n} * {x.stride(axis)}")
     body.append(f"(({kind}*){pointer(out)})[{{out}}] = from[{' + '.join(at)}];")
     return [*checks, *loops(out, views, body)]
@@ -99,6 +110,52 @@ def cat(args: list[Any], out: Tensor, pointer: Callable[[Tensor], str]) -> list[
     return _pieces(pieces, axis, out, pointer)
 
 
+def repeat(args: list[Any], out: Tensor, pointer: Callable[[Tensor], str]) -> list[str]:
+    x, times = args[0], args[1]
+    if not out.is_contiguous():
+        raise NotGlue("a repeat with strides")
+    lead = len(times) - x.dim()
+    sizes, strides = [*[1] * lead, *x.shape], [*[0] * lead, *x.stride()]
+    whole = out.view([n for pair in zip(times, sizes) for n in pair])
+    source = Strides(tuple(n for stride in strides for n in (0, stride)))
+    kind = _TYPES[x.dtype]
+    body = f"(({kind}*){pointer(out)})[{{out}}] = ((const {kind}*){pointer(x)})[{{0}}];"
+    return loops(whole, [source], [body])
+
+
+def pad(args: list[Any], out: Tensor, pointer: Callable[[Tensor], str]) -> list[str]:
+    """A frame of numbers around a tensor, or (negative) some of its slices left out."""
+    x, sizes, value = [*args, 0][:3]
+    if not all(isinstance(n, int) for n in sizes) or not isinstance(value, (int, float)):
+        raise NotGlue("a pad of a dynamic size")
+    _done_by_one("a pad", out)
+    to, source = out, x
+    for i in range(len(sizes) // 2):
+        axis, (before, behind) = x.dim() - 1 - i, sizes[2 * i : 2 * i + 2]
+        count = max(x.shape[axis] + min(before, 0) + min(behind, 0), 0)
+        source = source.narrow(axis, min(max(-before, 0), x.shape[axis] - count), count)
+        to = to.narrow(axis, min(max(before, 0), out.shape[axis] - count), count)
+    kind = _TYPES[out.dtype]
+    compute = "double" if out.dtype.is_floating_point else "int64_t"
+    number = constant(float(value) if compute == "double" else int(value), compute)
+    fill = store(pointer(out), out.dtype, "{out}", number.replace("C(", f"{compute}("))
+    first, begin = to.storage_offset(), source.storage_offset() - x.storage_offset()
+    y = f"(({kind}*){pointer(out)} + {first - out.storage_offset()})"
+    z = f"((const {kind}*){pointer(x)} + {begin})"
+    copy = f"{y}[{{out}}] = {z}[{{0}}];"
+    return ["{", *loops(out, [], [fill]), "}", "{", *loops(to, [source], [copy]), "}"]
+
+
+def _done_by_one(what: str, out: Tensor) -> None:
+    """What writes an element twice is for one thread.
+
+    Raises:
+        NotGlue: there is more to write than one thread does alone.
+    """
+    if out.numel() > SMALL:
+        raise NotGlue(f"{what} of {out.numel()} elements")
+
+
 def in_place_of(
     node: fx.Node, args: list[Any], out: Tensor, pointer: Callable[[Tensor], str]
 ) -> list[str]:
@@ -110,15 +167,30 @@ def in_place_of(
         begin, part = rest[0] % size, part.unsqueeze(axis)
     else:
         begin, step = rest[0] if rest else None, rest[2] if len(rest) > 2 else 1
-        if step != 1 or not isinstance(begin, (int, type(None))):
-            raise NotGlue(f"{node.target} of slices apart")
+        if not isinstance(begin, (int, type(None))) or not isinstance(step, int):
+            raise NotGlue(f"{node.target} of a dynamic slice")
         begin = min(max((begin or 0) + (size if (begin or 0) < 0 else 0), 0), size)
     if part.dtype != out.dtype or x.dtype != out.dtype:
         raise NotGlue(f"{node.target} of several dtypes")
     count = part.shape[axis]
+    if node.target is aten.slice_scatter.default and step != 1:
+        _done_by_one("slices apart", out)
+        return _pieces([(x, 0, 0, size)], axis, out, pointer) + _apart(
+            part, axis, begin, step, out, pointer
+        )
     pieces = [(x, 0, 0, begin), (part, begin, 0, count)]
     pieces.append((x, begin + count, begin + count, size - begin - count))
     return _pieces(pieces, axis, out, pointer)
+
+
+def _apart(
+    part: Tensor, axis: int, begin: int, step: int, out: Tensor, pointer: Callable[[Tensor], str]
+) -> list[str]:
+    """``part`` to every ``step``-th slice of ``out`` from ``begin`` on."""
+    kind, to = _TYPES[out.dtype], list(out.stride())
+    first, to[axis] = begin * to[axis], step * to[axis]
+    write = f"(({kind}*){pointer(out)} + {first})[{{1}}] = ((const {kind}*){pointer(part)})[{{0}}];"
+    return ["{", *loops(part, [part, Strides(tuple(to))], [write], alone=True), "}"]
 
 
 def roll(args: list[Any], out: Tensor, pointer: Callable[[Tensor], str]) -> list[str]:

@@ -25,11 +25,36 @@ _UNARY: dict[Any, str] = {
     aten.tanh.default: "std::tanh({0})",
     aten.sigmoid.default: "C(1) / (C(1) + std::exp(-{0}))",
     aten.silu.default: "{0} / (C(1) + std::exp(-{0}))",
-    aten.relu.default: "({0} > C(0) ? {0} : C(0))",
+    aten.relu.default: "({0} < C(0) ? C(0) : {0})",
     aten.round.default: "std::nearbyint({0})",
     aten.floor.default: "std::floor({0})",
     aten.ceil.default: "std::ceil({0})",
     aten.trunc.default: "std::trunc({0})",
+    aten.log1p.default: "std::log1p({0})",
+    aten.log2.default: "std::log2({0})",
+    aten.log10.default: "std::log10({0})",
+    aten.exp2.default: "std::exp2({0})",
+    aten.expm1.default: "std::expm1({0})",
+    aten.tan.default: "std::tan({0})",
+    aten.asin.default: "std::asin({0})",
+    aten.acos.default: "std::acos({0})",
+    aten.atan.default: "std::atan({0})",
+    aten.sinh.default: "std::sinh({0})",
+    aten.cosh.default: "std::cosh({0})",
+    aten.asinh.default: "std::asinh({0})",
+    aten.acosh.default: "std::acosh({0})",
+    aten.atanh.default: "std::atanh({0})",
+    aten.erf.default: "std::erf({0})",
+    aten.erfc.default: "std::erfc({0})",
+    aten.erfinv.default: "C(inverse_erf({0}))",
+    aten.sign.default: "C(({0} > C(0)) - ({0} < C(0)))",
+    aten.sgn.default: "C(({0} > C(0)) - ({0} < C(0)))",
+    aten.square.default: "{0} * {0}",
+    aten.isnan.default: "({0} != {0})",
+    aten.isinf.default: "({0} - {0} != {0} - {0} && {0} == {0})",
+    aten.hardsigmoid.default: "std::fmin(std::fmax({0} + C(3), C(0)), C(6)) / C(6)",
+    aten.hardswish.default: "{0} * std::fmin(std::fmax({0} + C(3), C(0)), C(6)) / C(6)",
+    aten.mish.default: "{0} * std::tanh(std::log1p(std::exp({0})))",
     aten.logical_not.default: "!({0})",
     aten._to_copy.default: "{0}",
     aten.clone.default: "{0}",
@@ -50,6 +75,10 @@ _BINARY: dict[Any, str] = {
     aten.pow.Tensor_Scalar: "std::pow({0}, {1})",
     aten.pow.Tensor_Tensor: "std::pow({0}, {1})",
     aten.pow.Scalar: "std::pow({0}, {1})",
+    aten.atan2.default: "std::atan2({0}, {1})",
+    aten.hypot.default: "std::hypot({0}, {1})",
+    aten.clamp_min.default: "({0} < {1} ? {1} : {0})",
+    aten.clamp_max.default: "({0} > {1} ? {1} : {0})",
     aten.logical_and.default: "({0} && {1})",
     aten.logical_or.default: "({0} || {1})",
     aten.bitwise_right_shift.Tensor_Scalar: "{0} >> {1}",
@@ -69,6 +98,28 @@ COMPARISONS = frozenset(
     k for k in _BINARY if str(k).split(".")[1] in ("eq", "ne", "lt", "le", "gt", "ge")
 )
 _LOGICAL = {aten.bitwise_and.Tensor: "&", aten.bitwise_or.Tensor: "|"}
+# What else than tensors an op takes: names and what stands for them where they are left out.
+_WITH_NUMBERS: dict[Any, tuple[tuple[str, ...], tuple[float, ...], str]] = {
+    aten.softplus.default: (
+        ("beta", "threshold"), (1.0, 20.0),
+        "({0} * <beta> > <threshold> ? {0} : std::log1p(std::exp({0} * <beta>)) / <beta>)",
+    ),
+    aten.leaky_relu.default: (
+        ("negative_slope",), (0.01,), "({0} > C(0) ? {0} : {0} * <negative_slope>)",
+    ),
+    aten.elu.default: (
+        ("alpha", "scale", "input_scale"), (1.0, 1.0, 1.0),
+        "({0} <= C(0) ? std::expm1({0} * <input_scale>) * (<alpha> * <scale>) : {0} * <scale>)",
+    ),
+    aten.celu.default: (
+        ("alpha",), (1.0,), "({0} > C(0) ? {0} : std::expm1({0} / <alpha>) * <alpha>)",
+    ),
+    aten.hardtanh.default: (
+        ("min_val", "max_val"), (-1.0, 1.0),
+        "({0} < <min_val> ? <min_val> : ({0} > <max_val> ? <max_val> : {0}))",
+    ),
+}  # fmt: skip
+_LERPS = (aten.lerp.Tensor, aten.lerp.Scalar)
 FILLS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 
 
@@ -160,6 +211,22 @@ def expression(node: fx.Node, args: list[Any], out: Tensor) -> tuple[str, str]:
             inner = "C(0.7978845608028654) * ({0} + C(0.044715) * {0} * {0} * {0})"
             return compute_type(args), f"C(0.5) * {{0}} * (C(1) + std::tanh({inner}))"
         return compute_type(args), "C(0.5) * {0} * (C(1) + std::erf({0} * C(0.7071067811865476)))"
+    if target in _WITH_NUMBERS:
+        names, defaults, text = _WITH_NUMBERS[target]
+        numbers = [kwargs.get(n, args[i + 1] if len(args) > i + 1 else defaults[i])
+                   for i, n in enumerate(names)]  # fmt: skip
+        if not all(isinstance(x, (int, float)) for x in numbers):
+            raise NotGlue(f"{target} of a dynamic value")
+        for name, number in zip(names, numbers, strict=True):
+            text = text.replace(f"<{name}>", constant(float(number), ""))
+        return compute_type(args[:1], out.dtype), text
+    if target in _LERPS:
+        near = "{0} + {2} * ({1} - {0})"
+        far = "{1} - ({1} - {0}) * (C(1) - {2})"
+        return compute_type(args, out.dtype), f"(std::abs({{2}}) < C(0.5) ? {near} : {far})"
+    if target is aten.addcmul.default:
+        times = constant(kwargs.get("value", 1), "")
+        return compute_type(args, out.dtype), f"{{0}} + {times} * {{1}} * {{2}}"
     if target is aten.clamp.default:
         text = "{0}"
         if len(args) > 1 and args[1] is not None:

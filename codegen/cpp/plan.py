@@ -25,6 +25,7 @@ from dspark_compile.codegen.cpp.fusions import LINEARS, MLPS, NORMS, Fusions
 from dspark_compile.codegen.cpp.program import PlanError, Program
 from dspark_compile.kernels import cpp
 from dspark_compile.kernels.cpp import attention as attention_kernels
+from dspark_compile.kernels.cpp import batched as batched_kernels
 from dspark_compile.kernels.cpp import cache as cache_kernels
 from dspark_compile.kernels.cpp import grouped as grouped_kernels
 from dspark_compile.kernels.cpp import linear as linear_kernels
@@ -35,6 +36,7 @@ from dspark_compile.kernels.cpp import quantized as quantized_kernels
 from dspark_compile.kernels.cpp import rope as rope_kernels
 from dspark_compile.kernels.cpp._launch import MAX_ROWS, Call
 from dspark_compile.passes.graph import argument, aten, dialect_name, is_dialect_op, is_op
+from dspark_compile.passes.turned_weights import of_turned
 
 VIEWS = frozenset(
     {
@@ -43,11 +45,12 @@ VIEWS = frozenset(
         aten.squeeze.dims, aten.squeeze.default, aten.expand.default, aten.slice.Tensor,
         aten.select.int, aten.alias.default, aten.detach.default, aten.unbind.int,
         aten.split.Tensor, aten.split_with_sizes.default, aten.lift_fresh_copy.default,
+        aten.view_as_real.default,
     }
 )  # fmt: skip
 _OTHERS = (
     "rope", "cache_append_", "cache_append_int8_", "qk_norm_rope_append_",
-    "qk_norm_rope_append_int8_", "attention", "attention_int8",
+    "qk_norm_rope_append_int8_", "attention", "attention_int8", "mla_attention", "matmul",
 )  # fmt: skip
 # Where cosines and sines stand among an op's arguments.
 ANGLES = {"rope": (1, 2), "qk_norm_rope_append_": (5, 6), "qk_norm_rope_append_int8_": (5, 6)}
@@ -65,6 +68,13 @@ def reason(node: fx.Node) -> str | None:
         return None
     if node.target in sampling.STAGES or sampling.race(node):
         return sampling.reason(node)
+    if of_turned(node):
+        x, weight, bias = (
+            None if a is None else a.meta["val"]  # type: ignore[union-attr]
+            for a in (*node.args[:2], argument(node, 2, "bias"))
+        )
+        with emit.deferred():
+            return batched_kernels.supports_turned(x, weight, bias)
     if is_dialect_op(node):
         name = dialect_name(node)
         if name not in (*PRODUCTS, *NORMS, *_OTHERS, *EXPERTS):
@@ -76,6 +86,9 @@ def reason(node: fx.Node) -> str | None:
                 return f"{rows} query rows, not 1 to {MAX_ROWS}"
         with emit.deferred():
             return cpp.supports(name, *args, **kwargs)
+    if is_op(node, aten.bmm.default):
+        with emit.deferred():
+            return cpp.supports("matmul", *(x.meta["val"] for x in node.args))  # type: ignore[union-attr]
     return glue.reason(node)
 
 
@@ -107,6 +120,9 @@ class Planner:
             if node in self.done:
                 continue
             name = dialect_name(node)
+            if of_turned(node):
+                self._turned(node)
+                continue
             if name:
                 self._check(node)
             if name in LINEARS:
@@ -115,6 +131,8 @@ class Planner:
                 self._mlp(node)
             elif name in NORMS:
                 self._norm(node)
+            elif name == "matmul" or is_op(node, aten.bmm.default):
+                self._matmul(node)
             elif name:
                 self._other(node, name)
             elif node in self.fusions.totals:
@@ -165,7 +183,8 @@ class Planner:
             return
         pending, self._glue = self._glue, None
         nbytes = sum(x.numel() * x.element_size() for x in pending.outs)
-        call = Call(pending.source(), tuple(pending.tensors), nbytes, tuple(pending.outs))
+        values = (*pending.tensors, *pending.sizes)
+        call = Call(pending.source(), values, nbytes, tuple(pending.outs))
         self.program.add(call, "+".join(self._glue_names[:3]))
         self._glue_names = []
 
@@ -285,6 +304,7 @@ class Planner:
                 if user in x.users
                 and user not in self.done
                 and dialect_name(user) in LINEARS
+                and not of_turned(user)
                 and user.args[0] is x
                 and user not in self.fusions.residuals
                 and all(w is None or w in self.values for w in user.args[1:3])
@@ -406,6 +426,35 @@ class Planner:
             call, self.values[node] = cache_kernels.prepare_of(name, args)
         else:
             call, self.values[node] = attention_kernels.call_of(name, args, kwargs)
+        self.add(call, node.name)
+
+    def _turned(self, node: fx.Node) -> None:
+        """A linear whose weight lies ``[in, out]``."""
+        x, weight = (self.get(a) for a in node.args[:2])
+        bias = self.contiguous(self.get(argument(node, 2, "bias")), node.name)
+        with emit.deferred():
+            why = batched_kernels.supports_turned(x, weight, bias)
+        if why is not None:
+            raise PlanError(f"{node.name}: {why}")
+        call, out = batched_kernels.bmm_call(self.rows(x, node.name)[None], weight.t()[None], bias)
+        self.values[node] = out.reshape(node.meta["val"].shape)
+        self.add(call, node.name)
+
+    def _matmul(self, node: fx.Node) -> None:
+        x, weight = (self.get(a) for a in node.args)
+        swapped = batched_kernels.other_way(x, weight)
+        if swapped:
+            x, weight = weight.mT, x.mT
+        with emit.deferred():
+            why = cpp.supports("matmul", x, weight)  # by the real strides
+        if why is not None:
+            raise PlanError(f"{node.name}: {why}")
+        rows = x.flatten(0, -3)
+        if not self._known(rows) or rows.stride(-1) != 1:
+            rows = self._copied(x, rows.shape, node.name)
+        call, out = batched_kernels.bmm_call(rows, weight.flatten(0, -3))
+        out = out.unflatten(0, x.shape[:-2])
+        self.values[node] = out.mT if swapped else out
         self.add(call, node.name)
 
     def _sampling(self, node: fx.Node) -> None:

@@ -2,7 +2,8 @@
 products, printed as loops of the native step (`glue`).
 
     sort, flip                             stable; NaN is the largest
-    sum, mean, amax, amin, any, all        over some dimensions
+    sum, mean, amax, amin, any, all, prod  over some dimensions
+    var, std, linalg_vector_norm           the same
     cumsum                                 over one
     index_add, index_put, index_copy       rows to the places that a tensor of numbers says
     scatter, scatter_add, gather           elements
@@ -39,7 +40,9 @@ _REDUCTIONS = {
     aten.sum.default: "sum", aten.sum.dim_IntList: "sum", aten.mean.default: "mean",
     aten.mean.dim: "mean", aten.amax.default: "amax", aten.amin.default: "amin",
     aten.any.default: "any", aten.any.dim: "any", aten.any.dims: "any", aten.all.default: "all",
-    aten.all.dim: "all", aten.all.dims: "all",
+    aten.all.dim: "all", aten.all.dims: "all", aten.linalg_vector_norm.default: "norm",
+    aten.prod.default: "prod", aten.prod.dim_int: "prod", aten.var.correction: "var",
+    aten.std.correction: "std",
 }  # fmt: skip
 _SCATTERS = {
     aten.scatter.src: False, aten.scatter.value: False, aten.scatter_add.default: True,
@@ -229,8 +232,8 @@ def _sort(given: _Given, out: Any, pointer: Pointer) -> list[str]:
 
 def _reduced(kind: str, given: _Given, out: Tensor, pointer: Pointer) -> list[str]:
     x = given.args[0]
-    axes = given(1, "dim")
-    if given.node.target in (aten.sum.default, aten.mean.default):
+    axes = given(2 if kind == "norm" else 1, "dim")
+    if given.node.target in (aten.sum.default, aten.mean.default, aten.prod.default):
         axes = None
     if axes is None or axes == []:
         axes = list(range(x.dim()))
@@ -252,7 +255,26 @@ def _reduced(kind: str, given: _Given, out: Tensor, pointer: Pointer) -> list[st
     places = [out.stride(a if keeps else i) for i, a in enumerate(kept)]
     at = f"{outer.at([x.stride(a) for a in kept])} + {inner.at([x.stride(a) for a in axes])}"
     value = f"const {compute} value = {compute}({read(pointer(x), x.dtype, at)});"
+    if kind == "norm":
+        order = float(given(1, "ord", 2))
+        kind = {1.0: "norm1", 2.0: "norm2", math.inf: "norminf"}.get(order, "")
+        if not kind:
+            raise NotPrinted(f"a norm of order {order:g}")
+    if kind in ("var", "std"):
+        return outer.around(
+            _variance(inner, value, given, over, kind == "std", lambda y: store(
+                pointer(out), out.dtype, outer.at(places), y
+            ))
+        )  # fmt: skip
     step, start, end = {
+        "prod": ("total *= value;", "1", "total"),
+        "norm1": ("total += std::abs(value);", "0", "total"),
+        "norm2": ("total += value * value;", "0", "std::sqrt(total)"),
+        "norminf": (
+            "total = value != value || std::abs(value) > total ? std::abs(value) : total;",
+            "0",
+            "total",
+        ),
         "sum": ("total += value;", "0", "total"),
         "mean": ("total += value;", "0", f"total / {over}"),
         "amax": ("if (first || value != value || value > total) total = value;", "0", "total"),
@@ -269,6 +291,24 @@ def _reduced(kind: str, given: _Given, out: Tensor, pointer: Pointer) -> list[st
         store(pointer(out), out.dtype, outer.at(places), end),
     ]
     return outer.around(body)
+
+
+def _variance(
+    inner: _Nest, value: str, given: _Given, over: int, root: bool, put: Callable[[str], str]
+) -> list[str]:
+    """In two turns: the mean, then squares of what lies beside it."""
+    correction = given(2, "correction")
+    left = over - (1 if correction is None else correction)
+    if left <= 0:
+        raise NotPrinted(f"{given.op} of {over} numbers")
+    found = f"squares / {left}"
+    return [
+        "double total = 0, squares = 0;",
+        *inner.around([value, "total += value;"]),
+        f"const double mean = total / {over};",
+        *inner.around([value, "squares += (value - mean) * (value - mean);"]),
+        put(f"std::sqrt({found})" if root else found),
+    ]
 
 
 def _cumsum(given: _Given, out: Tensor, pointer: Pointer) -> list[str]:

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspark_compile import _torch_compat as compat
+from dspark_compile.diagnostics import state
+
 from .trace_whole import CaptureError, Whole, trace_whole
 
 
@@ -35,22 +38,34 @@ class Captured:
         function: reads and writes tensors that it closes over, in place; traced once, whole.
         growing: tensors and a dimension of each whose size is a symbol; all of one size.
         options: of the back end.
+        room: that size, if the program shall be for it alone.
+
+    Attributes:
+        room: as given; None: it holds for any.
+        varies: whether sizes that vary are why this is not one native call.
 
     Raises:
         CaptureError: the function cannot be traced whole, or a growing size was specialised.
     """
+
+    room: int | None = None
+    varies = False
 
     def __init__(
         self,
         function: Callable[[], Tensor],
         growing: Sequence[tuple[Tensor, int]] = (),
         options: Mapping[str, Any] | None = None,
+        room: int | None = None,
     ) -> None:
         from dspark_compile.backend import dspark
 
         sizes = {x.shape[dimension] for x, dimension in growing}
         for x, dimension in growing:
-            torch._dynamo.mark_dynamic(x, dimension)
+            if room is None:
+                torch._dynamo.mark_dynamic(x, dimension)
+            else:
+                compat.not_dynamic(x)
         with _random_numbers_kept():
             whole = trace_whole(
                 function,
@@ -63,9 +78,13 @@ class Captured:
         self._compiled, self._args = whole.compiled, whole.args
         self._symbols, self._place = whole.symbols, whole.place
         self._call: Callable[[], Any] | None = None
-        self.whole = whole
-        self.holds = whole.holds
+        self.whole, self.room = whole, room
         self.version = 0  # how often tensors were replaced
+        report = state.last_report()
+        notes = report.graphs[-1].notes if report is not None and report.graphs else []
+        self.varies = not self.native and any(
+            note.startswith("not one native call") and "dynamic" in note for note in notes
+        )
 
     @classmethod
     def again(cls, whole: Whole) -> Captured:
@@ -73,9 +92,13 @@ class Captured:
         self = cls.__new__(cls)
         self._compiled, self._args = whole.compiled, whole.args
         self._symbols, self._place = whole.symbols, whole.place
-        self._call, self.whole, self.holds, self.version = None, whole, whole.holds, 0
+        self._call, self.whole, self.version = None, whole, 0
         self.first = self()
         return self
+
+    def holds(self, size: int) -> bool:
+        """Whether the program is right for growing tensors of ``size``."""
+        return self.whole.holds(size) if self.room is None else size == self.room
 
     def replace(self, tensors: Mapping[int, Tensor], size: int) -> None:
         """Other tensors, by the ``id`` of those they replace, and the new size of what grew."""

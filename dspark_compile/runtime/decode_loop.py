@@ -31,7 +31,8 @@ class GenerationReport:
 
     Attributes:
         path: ``"native"`` (a step is one native call), ``"captured"`` (a round is one launch of a
-            CUDA graph), ``"compiled"``, ``"eager"`` or ``"transformers"`` (its own loop).
+            CUDA graph), ``"compiled"``, ``"eager"``, ``"recomputed"`` (the whole text is run for
+            every token) or ``"transformers"`` (its own loop).
         notes: why it is not a faster path, and what is called in Python at every step.
         prompt_tokens, new_tokens: for each sequence.
         seconds: of ``"prefill"``, ``"compile"`` (the first step) and ``"decode"``.
@@ -207,7 +208,7 @@ class DecodeLoop:
                     report.spend("decode", spent, len(history))
                     self.finished = bool(chooser.done.all()) or self.length >= plan.max_length
                     continue
-                alone = False
+                alone = rounds.program is None  # gone with the room it was for
             compiles = rounds.program is None and rounds.reason is None
             self._add(chooser, rounds.step()[: self.batch])
             report.spend("compile" if compiles else "decode", clock() - began, 1)
@@ -221,6 +222,7 @@ class DecodeLoop:
                 if device.reason is not None:
                     report.notes.append(device.reason)
         elif rounds.reason is not None:
+            report.path = rounds.without_program
             report.notes.append(f"the step is not compiled: {rounds.reason}")
 
     def _visit(self, device: DeviceRounds) -> None:

@@ -8,6 +8,7 @@ and compared with the original on random tokens before it is used.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from dspark_compile import _torch_compat as compat
+from dspark_compile.passes.base import UserError
 from dspark_compile.passes.incremental import (
     CacheSpec,
     Incremental,
@@ -24,8 +27,10 @@ from dspark_compile.passes.incremental import (
 
 from .errors import KVCacheError
 from .room import bucket
-from .rounds import Rounds, pool_key
+from .rounds import NotRounds, Rounds, pool_key
 from .trace_whole import CaptureError, Whole, trace_whole
+
+log = logging.getLogger(__name__)
 
 TRACED = 11  # tokens of the prompt it is traced with
 # Numbers of a table whose values are looked at, and compared at every call: 4096 by 4096 positions.
@@ -37,10 +42,17 @@ COARSE = 0.05
 
 
 class InsertedCache:
-    """The caches that a rewritten graph asked for, with room for the same number of tokens."""
+    """The caches that a rewritten graph asked for, with room for the same number of tokens, and
+    for ``front`` rows in front of these."""
 
-    def __init__(self, specs: list[CacheSpec], device: torch.device, limit: int | None = None):
-        self.specs, self.device, self.limit = specs, device, limit
+    def __init__(
+        self,
+        specs: list[CacheSpec],
+        device: torch.device,
+        limit: int | None = None,
+        front: int = 0,
+    ):
+        self.specs, self.device, self.limit, self.front = specs, device, limit, front
         self.room = self.known = 0
         self.held: list[Tensor] = []
         self.length = torch.zeros((), dtype=torch.long, device=device)
@@ -68,7 +80,7 @@ class InsertedCache:
         try:
             new = [
                 torch.zeros(
-                    [room if n is None else n for n in spec.shape],
+                    [room + self.front if n is None else n for n in spec.shape],
                     dtype=spec.dtype, device=self.device,
                 )
                 for spec in self.specs
@@ -78,10 +90,26 @@ class InsertedCache:
                 f"no memory for a cache of {room} tokens ({error}); ask for fewer new tokens or a "
                 "smaller batch"
             ) from error
+        held = self.known + self.front
         for x, old, spec in zip(new, self.held, self.specs, strict=bool(self.held)):
-            x.narrow(spec.dimension, 0, self.known).copy_(old.narrow(spec.dimension, 0, self.known))
+            x.narrow(spec.dimension, 0, held).copy_(old.narrow(spec.dimension, 0, held))
         self.held, self.room = new, room
         return True
+
+    @property
+    def size(self) -> int:
+        """Rows of every cache."""
+        return self.room + self.front
+
+    @property
+    def layers(self) -> list[InsertedCache]:
+        """What a length is set of: all its tensors have one."""
+        return [self]
+
+    @property
+    def cumulative_length(self) -> Tensor:
+        """The length, int64, by the name that layers of other caches have for it."""
+        return self.length
 
     def set_length(self, tokens: int) -> None:
         """``tokens`` are held from now on."""
@@ -115,6 +143,8 @@ class InsertedRounds(Rounds):
         NotIncremental: it cannot be decoded token by token; the node and the reason.
     """
 
+    every = False  # whether logits of every new token are wanted, where the last one's would do
+
     def __init__(
         self,
         model: torch.nn.Module,
@@ -133,17 +163,21 @@ class InsertedRounds(Rounds):
         ids = torch.randint(first, self.some, (rows, TRACED), generator=generator)
         ids = ids.to(self.tokens.device)
         try:
-            made, self._args, self._at, tables, others = _derive(function, ids)
+            with _refusing():
+                made, self._args, self._at, tables, others = _derive(function, ids, self.every)
         except NotIncremental as error:
             if not model.training:
                 raise
             raise NotIncremental(
                 f"{error} (the model is in training mode: call its eval())"
             ) from error
-        self._run, self.limit, self.last = made.module, made.limit, made.last
+        self._run, self.limit, self.only_last = made.module, made.limit, made.last
         self._tables = [(x, x.clone()) for x in tables]
-        self.cache = InsertedCache(made.caches, self.tokens.device, self.limit)
-        self._check(function, others)
+        self._fronts = made.fronts
+        front = max(made.fronts, default=0)
+        self.cache = InsertedCache(made.caches, self.tokens.device, self.limit, front)
+        with _refusing():
+            self._check(function, others)
 
     def _check(self, function: Callable[[Tensor], Tensor], others: list[int]) -> None:
         """Against the original, on other tokens, in pieces of several lengths; and on prompts of
@@ -157,20 +191,25 @@ class InsertedRounds(Rounds):
         self.reserve(shape[1] + 1)
         for size in others:
             self.begin()
+            try:
+                want = function(ids[:, :size])
+            except Exception:  # it takes no text of this length (a pad by -2 of one token, say)
+                continue
             got = self._forward({"input_ids": ids[:, :size]})
-            want = function(ids[:, :size])
             want = want if want.dim() == 3 else want[:, None]
             self._compare(got[:, -want.shape[1] :], want, f"{size} random tokens")
         self.begin()
         ids = ids[:, :most]
-        at, pieces, ends = 0, [], []
+        at, pieces = 0, []
+        ends: list[int] = []
         for size in (4, 1, 1, 2, 1):
             piece = ids[:, at : at + size]
             if piece.shape[1]:
                 pieces.append(self._forward({"input_ids": piece}).float())
-                ends.append(at + piece.shape[1])
+                end = at + piece.shape[1]
+                ends += range(at + 1, end + 1) if self.every else [end]
             at += size
-        whole = [function(ids[:, :n]) for n in ends] if self.last else [function(ids)]
+        whole = [function(ids[:, :n]) for n in ends] if self.only_last else [function(ids)]
         want = torch.cat([x if x.dim() == 3 else x[:, None] for x in whole], 1)
         self._compare(torch.cat(pieces, 1), want, "random tokens")
         self.begin()
@@ -217,6 +256,7 @@ class InsertedRounds(Rounds):
         if not self.cache.reserve(tokens):
             return
         replaced = {id(before[i]): x for _, i, x in self.cache.tensors() if i in before}
+        self._grow_mask()  # for whoever keeps caches on the same slots
         self._replace(replaced)
 
     def prefill(
@@ -233,10 +273,16 @@ class InsertedRounds(Rounds):
             logits = self._forward({"input_ids": input_ids[:, at : at + chunk]})
         assert logits is not None
         self.length += count
+        self.positions.fill_(self.length)
         return logits[:, -1]
 
     def _forward(self, given: dict[str, Any]) -> Tensor:
         ids = given["input_ids"]
+        if not self.cache.known:
+            for count in self._fronts:  # rows in front of the first token's
+                self.cache.length.fill_(-count)
+                self._call(ids.new_zeros(len(ids), count))
+            self.cache.set_length(0)
         logits = self._call(ids)
         self.cache.set_length(self.cache.known + ids.shape[1])
         return logits
@@ -260,6 +306,21 @@ class InsertedRounds(Rounds):
             return logits[:, -1]
 
         return step, self.cache.growing()
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Inside, whatever is raised is why no cache can be inserted: of code that nobody has tried
+    before, what it raises is not known."""
+    try:
+        yield
+    except (
+        NotIncremental, NotRounds, UserError, KVCacheError, MemoryError, torch.OutOfMemoryError,
+    ):  # fmt: skip
+        raise
+    except Exception as error:
+        log.info("no cache can be inserted", exc_info=True)
+        raise NotIncremental(compat.in_a_line(error)) from error
 
 
 @contextlib.contextmanager
@@ -296,7 +357,7 @@ def _vocabulary(function: Callable[[Tensor], Tensor], rows: int, device: torch.d
 
 
 def _derive(
-    function: Callable[[Tensor], Tensor], ids: Tensor
+    function: Callable[[Tensor], Tensor], ids: Tensor, every: bool = False
 ) -> tuple[Incremental, list[Any], int, list[Tensor], list[int]]:
     """(the new graph, the old one's arguments, where the tokens stand among them, tables of masks
     whose values the new graph holds for, lengths that the trace is not known to hold for)."""
@@ -345,7 +406,7 @@ def _derive(
     ProveMasks().run(traced.graph, ctx)
     traced.graph.eliminate_dead_code()
     used = [tables[n] for n in ctx.shared.get("used_constants", ())]
-    made = make_incremental(traced, tokens, whole.place, size.node.expr, values)
+    made = make_incremental(traced, tokens, whole.place, size.node.expr, values, every, True)
     # As written, the model takes no sequence that is longer than its table of a mask.
     limits = [made.limit, _longest(whole), *(min(x.shape[-2:]) for x in used)]
     made.limit = min((n for n in limits if n is not None), default=None)

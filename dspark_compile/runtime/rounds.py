@@ -69,6 +69,8 @@ class Rounds:
         options: of the back end.
     """
 
+    without_program = "eager"  # what the report calls steps that are not compiled
+
     def __init__(
         self,
         model: Any,
@@ -109,7 +111,7 @@ class Rounds:
         self.device: DeviceRounds | None = None
         self._signature = signature(model)
         self._state: list[Any] | None = None
-        self._keeps = self._positioned = False
+        self._keeps = self._positioned = self._for_one_room = False
         self._named = "past_key_values"
 
     @property
@@ -123,6 +125,11 @@ class Rounds:
         if model is None:
             raise ReferenceError("the model is gone")
         return model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model."""
+        return self.model.dtype
 
     def fits(self) -> bool:
         """Whether the model is still what the program was compiled for."""
@@ -228,8 +235,9 @@ class Rounds:
     def _replace(self, tensors: dict[int, Tensor]) -> None:
         if self.program is None:
             return
-        if self.program.holds(self.cache.room):
-            self.program.replace(tensors, self.cache.room)
+        size = getattr(self.cache, "size", self.cache.room)
+        if self.program.holds(size):
+            self.program.replace(tensors, size)
         else:  # the model asks whether the cache is longer than something: compiled anew
             self.program = None
 
@@ -401,37 +409,79 @@ class Rounds:
         before, held = positions.clone(), cache.snapshot()
         kept = kept_rounds(self, growing) if type(self) is Rounds else None
         found = kept.load() if kept is not None and trusted else None
+
+        def again() -> None:
+            cache.restore(held)
+            positions.copy_(before)
+
         try:
-            program = found or Captured(step, growing, self.options)
+            program = found or self._captured_step(step, growing, again)
             got = program.first.clone()
         except CaptureError as error:
             if not self.masked and self._positioned:
                 # A model that makes positions or masks from the length alone may do better with
                 # a mask, even one that hides nothing.
                 self.masked = True
-                cache.restore(held)
-                positions.copy_(before)
+                again()
                 return self._compile()
             program, self.reason = None, str(error)
-        cache.restore(held)
-        positions.copy_(before)
+        again()
         expected = self._eager_step()
         if program is not None and (reason := self._left_out(program)) is not None:
             program, self.reason = None, reason
         if program is not None:
             difference = (got.float() - expected.float()).norm() / expected.float().norm()
-            allowed = TOLERANCE.get(expected.dtype, COARSE) if self.scheme == "model" else COARSE
+            allowed = self._allowed(expected.dtype)
             if not difference <= allowed:
                 if found is not None:  # it was of another model after all
-                    cache.restore(held)
-                    positions.copy_(before)
+                    again()
                     return self._compile(trusted=False)
                 self.reason = f"its logits differ from eager ones by {float(difference):.1e}"
                 program = None
-            elif kept is not None and found is None:
+            elif kept is not None and found is None and program.room is None:
                 kept.save(program)
         self.program = program
         return expected
+
+    def _allowed(self, dtype: torch.dtype) -> float:
+        """How far results of ``dtype`` may lie from eager ones: logits of a model in half precision
+        are no more exact for being cast to float32."""
+        if self.scheme != "model" or self.dtype not in TOLERANCE:
+            return COARSE
+        return TOLERANCE.get(dtype, COARSE)
+
+    def _captured_step(
+        self,
+        step: Callable[[], Tensor],
+        growing: list[tuple[Tensor, int]],
+        again: Callable[[], None],
+    ) -> Captured:
+        """``step``, for any room of the cache. Where that cannot be, or is not one native call for
+        it alone, for the room that there is: then more room takes another compilation.
+
+        ``again`` takes back what running the step has changed.
+        """
+        program, room = None, getattr(self.cache, "size", self.cache.room)
+        if not self._for_one_room:
+            try:
+                program = Captured(step, growing, self.options)
+            except CaptureError:
+                if not growing or (not self.masked and self._positioned):  # a mask comes first
+                    raise
+            else:
+                if not program.varies or not growing:
+                    return program
+            again()
+        try:
+            fixed = Captured(step, growing, self.options, room)
+        except CaptureError:
+            if program is None:
+                raise
+            return program
+        if program is not None and not fixed.native:
+            return program
+        self._for_one_room = True
+        return fixed
 
     def _step(self) -> tuple[Callable[[], Tensor], list[tuple[Tensor, int]]]:
         """The step as a function of nothing, and the tensors that grow with their dimension."""

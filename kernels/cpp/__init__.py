@@ -11,6 +11,7 @@ It takes the op's own arguments, real or fake. The templates are the headers in 
     ==============================  =====================================================
     ``linear`` ``merged_linear``    `linear`
     ``mlp`` ``gated_mlp``           `linear`; ``gated_mlp_merged`` too
+    ``matmul``                      `batched`
     ``linear_int8`` ``linear_int4`` `quantized`; ``gated_mlp_int8``, ``gated_mlp_int4`` too
     ``moe_router`` ``moe_experts``  `moe`
     ``grouped_linear``              `grouped`
@@ -19,7 +20,7 @@ It takes the op's own arguments, real or fake. The templates are the headers in 
     ``rope``                        `rope`
     ``cache_append_``               `cache`; ``cache_append_int8_`` too
     ``qk_norm_rope_append_``        `cache`; ``qk_norm_rope_append_int8_`` too
-    ``attention``                   `attention`; ``attention_int8`` too
+    ``attention``                   `attention`; ``attention_int8``, ``mla_attention`` too
     ==============================  =====================================================
 """
 
@@ -41,6 +42,7 @@ OPS: dict[str, str] = {
     "mlp": "linear",
     "gated_mlp": "linear",
     "gated_mlp_merged": "linear",
+    "matmul": "batched",
     "linear_int8": "quantized",
     "linear_int4": "quantized",
     "gated_mlp_int8": "quantized",
@@ -61,6 +63,7 @@ OPS: dict[str, str] = {
     "qk_norm_rope_append_int8_": "cache",
     "attention": "attention",
     "attention_int8": "attention",
+    "mla_attention": "attention",
 }
 
 _LIBRARY = torch.library.Library("dspark_cpu", "FRAGMENT")

@@ -7,6 +7,12 @@
 //
 // In a block: test the mask (nothing allowed: the keys are not read), scores, softmax step,
 // output. Keys are read once however many query rows there are.
+//
+// Latent attention (PARTS) has one key head in two parts, of which the first is the value, too. Its
+// query heads are cut into groups that act as key heads on the same memory, so that the sums of one
+// stay in cache. Pairs are put together from both parts; other products read a copy of the block, in
+// which a key is one row. There is so much work for each number of a key that neither the copy nor
+// another group's reading matters much beside it.
 #pragma once
 #include "attention_config.h"
 #include "attention_lanes.h"
@@ -125,8 +131,16 @@ class Attention {
     return all.first < all.last ? all : Range{0, 0};
   }
 
-  const Q* query(int64_t u, int r) const {
-    return t.q + batch(u) * s.q_b + head(u, r) * s.q_h + r % M * s.q_m;
+  // Row r of the query; in `joined` if it lies in two parts.
+  const Q* query(int64_t u, int r, [[maybe_unused]] Q* joined) const {
+    const Q* from = t.q + batch(u) * s.q_b + head(u, r) * s.q_h + r % M * s.q_m;
+    if constexpr (C::PARTS) {
+      const Q* rest = t.qr + batch(u) * s.qr_b + head(u, r) * s.qr_h + r % M * s.qr_m;
+      std::memcpy(joined, from, sizeof(Q) * C::DV);
+      std::memcpy(joined + C::DV, rest, sizeof(Q) * C::DR);
+      return joined;
+    }
+    return from;
   }
   const K* keys_of(int64_t u) const { return t.k + batch(u) * s.k_b + u % s.kv_heads * s.k_h; }
   const K* values_of(int64_t u) const { return t.v + batch(u) * s.v_b + u % s.kv_heads * s.v_h; }
@@ -143,7 +157,7 @@ class Attention {
 #if defined(DSPARK_BYTE_TILES)
       std::memset(&room.matrix, 0, sizeof(room.matrix));
       for (int r = 0; r < R; ++r) {
-        const Q* from = query(u, r);
+        const Q* from = query(u, r, nullptr);
         split_query(room.matrix, r, [&](int d) { return to_float(from[d]); });
       }
 #endif
@@ -151,22 +165,28 @@ class Attention {
     }
     if constexpr (C::TILES) {
 #if defined(DSPARK_TILES)
-      for (int rows = 0; rows < R; rows += 16)
+      for (int rows = 0; rows < R; rows += 16) {
+        Q joined[16][C::PARTS ? C::D : 1];
+        const Q* from[16];
+        for (int r = 0; r < 16; ++r)
+          from[r] = rows + r < R ? query(u, rows + r, joined[r]) : nullptr;
         for (int d = 0; d < C::D; d += 32) {
           // Pairs of columns, each taken for a float.
           __m512 pairs[16];
           for (int r = 0; r < 16; ++r)
-            pairs[r] = rows + r < R ? _mm512_loadu_ps((const float*)(query(u, rows + r) + d))
-                                    : _mm512_setzero_ps();
+            pairs[r] = from[r] != nullptr ? _mm512_loadu_ps((const float*)(from[r] + d))
+                                          : _mm512_setzero_ps();
           transposed(pairs, [&](int i, __m512 row) __attribute__((always_inline)) {
             _mm512_store_ps((float*)room.matrix.q[rows / 16][d / 2 + i], row);
           });
         }
+      }
 #endif
       return;
     }
+    Q joined[C::PARTS ? C::D : 1];
     for (int r = 0; r < R; ++r) {
-      const Q* from = query(u, r);
+      const Q* from = query(u, r, joined);
       if constexpr (C::DOT) {
         std::memcpy(room.q[r], from, sizeof(Q) * C::D);
         if (C::D < C::DP) std::memset(room.q[r] + C::D, 0, sizeof(Q) * (C::DP - C::D));
@@ -212,6 +232,14 @@ class Attention {
     if (tested && !test(u, k, keys, room) && bounded()) return;
     const K* kp = keys_of(u) + k * s.k_n;
     const K* vp = values_of(u) + k * s.v_n;
+    int64_t ldk = s.k_n, ldv = s.v_n;
+    [[maybe_unused]] const K* rest = vp;
+    if constexpr (C::JOINED) {
+      join_block<C>(kp, ldk, vp, ldv, keys, room.wide);
+      kp = room.wide[0];
+      ldk = C::WIDTH;
+    }
+    if constexpr (C::PARTS) vp = kp, ldv = ldk;
     if constexpr (C::SCALED) {
       const int64_t b = batch(u), h = u % s.kv_heads;
       scales(t.ks + b * s.ks_b + h * s.ks_h + k * s.ks_n, s.ks_n, keys, t.scale, room.ks);
@@ -219,7 +247,7 @@ class Attention {
     }
     const bool inside = !tested && k >= room.inner_lower && k + keys <= room.inner_upper;
     if constexpr (C::LANES) {
-      lanes_step(u, k, keys, kp, vp, next, tested, inside, room, state);
+      lanes_step(u, k, keys, kp, ldk, vp, ldv, next, tested, inside, room, state);
       return;
     }
 #if defined(DSPARK_BYTE_TILES)
@@ -228,9 +256,9 @@ class Attention {
 #endif
     if constexpr (C::WIDEN) {
       widen_block<C, C::D>(kp, s.k_n, keys, room.wide[0], vp, s.v_n);
-      scores(room, room.wide[0], C::WIDTH, keys, nullptr, 0);
+      scores(room, room.wide[0], C::WIDTH, nullptr, 0, keys, nullptr, 0);
     } else if constexpr (!C::BYTES) {
-      scores(room, kp, s.k_n, keys, vp, s.v_n);
+      scores(room, kp, ldk, rest, s.v_n, keys, C::PARTS ? nullptr : vp, C::PARTS ? 0 : ldv);
     }
     for (int r = 0; r < R; ++r) {
       float* x = room.scores[r];
@@ -257,7 +285,7 @@ class Attention {
       widen_block<C, C::DV>(vp, s.v_n, keys, room.wide[0], next.k, s.k_n);
       values(room, room.wide[0], C::WIDTH, keys, state, nullptr, 0);
     } else if constexpr (!C::BYTES) {
-      values(room, vp, s.v_n, keys, state, next.k, s.k_n);
+      values(room, vp, ldv, keys, state, next.k, s.k_n);
     }
 #if defined(DSPARK_BYTE_TILES)
     if constexpr (C::BYTES) {
@@ -270,11 +298,14 @@ class Attention {
 #endif
   }
 
-  // The block's scores; `v`, if not null, is read next.
-  static void scores(Room<C>& room, const typename C::Read* k, int64_t ldk, int keys,
-                     const typename C::Read* v, int64_t ldv) {
+  // The block's scores, of keys in two parts with the second at `rest` unless they were joined; `v`,
+  // if not null, is read next.
+  static void scores(Room<C>& room, const typename C::Read* k, int64_t ldk,
+                     [[maybe_unused]] const typename C::Read* rest, [[maybe_unused]] int64_t ldr,
+                     int keys, const typename C::Read* v, int64_t ldv) {
 #if defined(DSPARK_DOT)
-    if constexpr (C::PAIRS) return score_pairs<C>(room, k, ldk, keys, room.scores, v, ldv);
+    if constexpr (C::PAIRS)
+      return score_pairs<C>(room, k, ldk, rest, ldr, keys, room.scores, v, ldv);
 #endif
     score_block<C>(room, k, ldk, keys, room.scores, v, ldv);
   }
@@ -301,7 +332,8 @@ class Attention {
   // `step` with a query row in each lane.
   void lanes_step([[maybe_unused]] int64_t u, [[maybe_unused]] int64_t k,
                    [[maybe_unused]] int keys, [[maybe_unused]] const K* kp,
-                   [[maybe_unused]] const K* vp, [[maybe_unused]] Next next,
+                   [[maybe_unused]] int64_t ldk, [[maybe_unused]] const K* vp,
+                   [[maybe_unused]] int64_t ldv, [[maybe_unused]] Next next,
                    [[maybe_unused]] bool tested, [[maybe_unused]] bool inside,
                    [[maybe_unused]] Room<C>& room, [[maybe_unused]] State<C>& state) const {
 #if defined(DSPARK_TILES)
@@ -311,9 +343,9 @@ class Attention {
     Follow<K, C::D, C::DV, KEYS> follow{next.k, next.v, s.k_n, s.v_n};
     float factor = C::BYTES ? 1 : t.scale;
 #if defined(DSPARK_BYTE_TILES)
-    if constexpr (C::BYTES) byte_scores(room.matrix, kp, s.k_n, keys, room.ks, room.scores, follow);
+    if constexpr (C::BYTES) byte_scores(room.matrix, kp, ldk, keys, room.ks, room.scores, follow);
 #endif
-    if constexpr (C::TILES) tile_scores<K>(room.matrix, kp, s.k_n, keys, follow);
+    if constexpr (C::TILES) tile_scores<K>(room.matrix, kp, ldk, keys, follow);
     if (C::SOFTCAP || C::BIAS || (C::TILES && (C::SCALED || !bounded() || !(factor > 0)))) {
       for (int rows = 0; rows < ROWS; ++rows)
         for (int j = 0; j < L::LIVE; ++j) {
@@ -343,9 +375,9 @@ class Attention {
     for (int rows = 0; rows < ROWS; ++rows) soften_lanes(room, state, rows, keys, factor, follow);
     __asm__ volatile("" : : "r"(&room) : "memory");
 #if defined(DSPARK_BYTE_TILES)
-    if constexpr (C::BYTES) byte_values(room.matrix, vp, s.v_n, keys, state.out, follow);
+    if constexpr (C::BYTES) byte_values(room.matrix, vp, ldv, keys, state.out, follow);
 #endif
-    if constexpr (C::TILES) tile_values<K>(room.matrix, vp, s.v_n, keys, state.out, follow);
+    if constexpr (C::TILES) tile_values<K>(room.matrix, vp, ldv, keys, state.out, follow);
 #endif
   }
 
@@ -411,15 +443,18 @@ class Attention {
 
   // A row to which every key is forbidden, where mask_value is added: rare, so plain.
   void average(int64_t u, int r, Room<C>& room, State<C>& state) const {
-    const Q* q = query(u, r);
+    Q joined[C::PARTS ? C::D : 1];
+    const Q* q = query(u, r, joined);
     const int64_t b = batch(u), h = u % s.kv_heads;
     float* weights = room.scores[0];
     for (int64_t k = 0; k < s.keys; k += KEYS) {
       const int keys = int(std::min<int64_t>(KEYS, s.keys - k));
       for (int j = 0; j < keys; ++j) {
         const K* kp = keys_of(u) + (k + j) * s.k_n;
+        [[maybe_unused]] const K* rest = values_of(u) + (k + j) * s.v_n;
         float x = 0;
-        for (int d = 0; d < C::D; ++d) x += to_float(q[d]) * to_float(kp[d]);
+        for (int d = 0; d < C::D - C::DR; ++d) x += to_float(q[d]) * to_float(kp[d]);
+        for (int d = 0; d < C::DR; ++d) x += to_float(q[C::DV + d]) * to_float(rest[d]);
         x *= t.scale;
         if constexpr (C::SCALED) {
           x *= to_float(t.ks[b * s.ks_b + h * s.ks_h + (k + j) * s.ks_n]);
@@ -432,7 +467,7 @@ class Attention {
       for (int j = keys; j < KEYS; ++j) weights[j] = NEVER;
       soften(weights, r, keys, room, state);
       for (int j = 0; j < keys; ++j) {
-        const K* vp = values_of(u) + (k + j) * s.v_n;
+        const K* vp = C::PARTS ? keys_of(u) + (k + j) * s.k_n : values_of(u) + (k + j) * s.v_n;
         for (int d = 0; d < C::DV; ++d) state.out[r][place(d)] += weights[j] * to_float(vp[d]);
       }
     }

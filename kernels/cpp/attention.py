@@ -1,5 +1,5 @@
-"""Launchers of decode attention over exact and int8 caches, up to 16 query rows (``attention.h``);
-more rows go to `attention_prefill`.
+"""Launchers of decode attention over exact, int8 and latent caches, up to 16 query rows
+(``attention.h``); more rows go to `attention_prefill`.
 
 The mask predicate is printed into the kernel. Keys that its bounds forbid are not read: a static
 cache of 8192 rows with 512 filled costs what 512 rows cost.
@@ -28,6 +28,8 @@ from dspark_compile.ops import OPS
 
 MAX_FEATURES = 1024
 MAX_GROUP = 64
+# Query rows whose sums stay in cache: latent attention takes so many heads at a time.
+LATENT_ROWS = 64
 
 
 def _spec(
@@ -39,7 +41,9 @@ def _spec(
     sinks: Tensor | None,
     softcap: float,
     mask_value: float | None,
+    query_rope: Tensor | None = None,
 ) -> emit.Attention:
+    rest = 0 if query_rope is None else query_rope.shape[3]
     return emit.Attention(
         query=query.dtype,
         cache=key.dtype,
@@ -48,10 +52,11 @@ def _spec(
         sinks=None if sinks is None else sinks.dtype,
         group=query.shape[1] // key.shape[1],
         rows=query.shape[2],
-        features=query.shape[3],
-        value_features=value.shape[3],
+        features=query.shape[3] + rest,
+        value_features=value.shape[3] if query_rope is None else query.shape[3],
         softcap=softcap > 0,
         adds=mask_value is not None,
+        rest=rest,
     )
 
 
@@ -78,10 +83,13 @@ def attention_call(
     mask: str,
     softcap: float,
     mask_value: float | None,
+    query_rope: Tensor | None = None,
 ) -> tuple[Call, Tensor]:
-    """The call and its result ``[B, Hq, M, DV]``."""
+    """The call and its result ``[B, Hq, M, DV]``. With ``query_rope`` keys have two parts: ``key``,
+    which is the value as well, and ``value``, which that meets."""
     batch, heads, count, _ = query.shape
-    kv_heads, keys, features = key.shape[1], key.shape[2], value.shape[3]
+    kv_heads, keys = key.shape[1], key.shape[2]
+    features = (value if query_rope is None else key).shape[3]
     out = query.new_empty((batch, count, heads, features))
     query, key, value = _rows(query), _rows(key), _rows(value)
     strides: list[int] = [*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]]
@@ -92,17 +100,19 @@ def attention_call(
     else:
         bias = bias.expand(batch, heads, count, keys)
         strides += bias.stride()
+    if query_rope is not None:
+        query_rope = _rows(query_rope)
+    strides += (0, 0, 0) if query_rope is None else query_rope.stride()[:3]
     if sinks is not None:
         sinks = sinks.contiguous()
     printed = _printed(mask, mask_tensors)
     shape = [batch, kv_heads, keys, *strides]
-    source = emit.attention(
-        _spec(query, key, key_scale, value, bias, sinks, softcap, mask_value), printed
-    )
+    spec = _spec(query, key, key_scale, value, bias, sinks, softcap, mask_value, query_rope)
+    source = emit.attention(spec, printed)
     call = Call(
         source,
         (
-            *(query, key, value, key_scale, value_scale, bias, sinks, out, shape),
+            *(query, query_rope, key, value, key_scale, value_scale, bias, sinks, out, shape),
             *(printed.tensors(mask_tensors), printed.values(mask_tensors, mask_ints)),
             *(scale, softcap, 0.0 if mask_value is None else mask_value),
         ),
@@ -112,16 +122,34 @@ def attention_call(
     return call, out.transpose(1, 2)
 
 
+def _latent_heads(query: Tensor, latent: Tensor, key_rope: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents and rotary parts ``[B, N, D]`` as key heads ``[B, groups, N, D]``: each serves a
+    group of the query's heads."""
+    heads, count = query.shape[1:3]
+    group = max(
+        n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * count <= LATENT_ROWS)
+    )
+    key, value = (
+        _rows(x).unsqueeze(1).expand(-1, heads // group, -1, -1) for x in (latent, key_rope)
+    )
+    return key, value
+
+
 def call_of(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Call, Tensor]:
     """`attention_call` of a dialect op's own arguments."""
+    query_rope = None
     if name == "attention":
         query, key, value, *rest = args
+        given = [query, key, None, value, None]
+    elif name == "mla_attention":
+        query, query_rope, latent, key_rope, *rest = args
+        key, value = _latent_heads(query, latent, key_rope)
         given = [query, key, None, value, None]
     else:
         given, rest = list(args[:5]), list(args[5:])
     rest += [None, None, (), ()][len(rest) :]
     numbers = (kwargs["scale"], kwargs.get("mask", ""), kwargs.get("softcap", 0.0))
-    every: list[Any] = [*given, *rest, *numbers, kwargs.get("mask_value")]
+    every: list[Any] = [*given, *rest, *numbers, kwargs.get("mask_value"), query_rope]
     return attention_call(*every)
 
 
@@ -204,6 +232,30 @@ def attention_int8(
     )  # fmt: skip
 
 
+def mla_attention(
+    query: Tensor,
+    query_rope: Tensor,
+    latent: Tensor,
+    key_rope: Tensor,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    mask_tensors: Sequence[Tensor] = (),
+    mask_ints: Sequence[int] = (),
+    **attributes: Any,
+) -> Tensor:
+    """`attention` of one key head ``[latent ; key_rope]``, whose value is the latent.
+
+    query ``[B, H, M, R]``, query_rope ``[B, H, M, Dr]``, latent ``[B, N, R]``, key_rope
+    ``[B, N, Dr]``.
+    """
+    args = (query, query_rope, latent, key_rope, bias, sinks, mask_tensors, mask_ints)
+    if query.shape[2] > MAX_ROWS or query.numel() == 0:
+        return OPS["mla_attention"].reference(*args, **attributes)
+    call, out = call_of("mla_attention", args, attributes)
+    run(call)
+    return out
+
+
 def _reason(
     query: Tensor,
     key: Tensor,
@@ -214,6 +266,7 @@ def _reason(
     mask_tensors: Sequence[Tensor],
     mask_ints: Sequence[int],
     attributes: dict[str, Any],
+    query_rope: Tensor | None = None,
 ) -> str | None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4:
@@ -264,7 +317,7 @@ def _reason(
         return None
     spec = _spec(
         query, key, key_scale, value, bias, sinks,
-        attributes.get("softcap", 0.0), attributes.get("mask_value"),
+        attributes.get("softcap", 0.0), attributes.get("mask_value"), query_rope,
     )  # fmt: skip
     return emit.why_not_built(emit.attention(spec, printed))
 
@@ -310,3 +363,43 @@ def supports_attention_int8(
         if x.dim() != 3:
             return f"{name} is {list(x.shape)}, not one scale per token and head: [B, Hkv, N]"
     return _reason(query, key, key_scale, value, bias, sinks, mask_tensors, mask_ints, attributes)
+
+
+def supports_mla_attention(
+    query: Tensor,
+    query_rope: Tensor,
+    latent: Tensor,
+    key_rope: Tensor,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    mask_tensors: Sequence[Tensor] = (),
+    mask_ints: Sequence[int] = (),
+    **attributes: Any,
+) -> str | None:
+    for name, x, rank in (
+        *(("query", query, 4), ("query_rope", query_rope, 4)),
+        *(("latent", latent, 3), ("key_rope", key_rope, 3)),
+    ):
+        if x.dim() != rank:
+            return f"{name} has {x.dim()} dimensions, not {rank}"
+        if not isinstance(x.shape[-1], int) or x.shape[-1] == 0:
+            return f"{name} has {x.shape[-1]} features"
+    heads, count, features = query.shape[1], query.shape[2], query.shape[3]
+    if not isinstance(heads, int) or heads == 0:
+        return f"{heads} query heads"
+    if not isinstance(count, int) or not 0 < count <= MAX_ROWS:
+        return f"{count} query rows, not 1 to {MAX_ROWS}"
+    if features + query_rope.shape[3] > MAX_FEATURES:
+        return f"{features + query_rope.shape[3]} features, more than {MAX_FEATURES}"
+    if latent.shape[-1] != features or key_rope.shape[-1] != query_rope.shape[3]:
+        return "a query and its part of the keys differ in features"
+    if query_rope.dtype != query.dtype:
+        return f"query is {name_of(query.dtype)}, query_rope {name_of(query_rope.dtype)}"
+    key, value = _latent_heads(query, latent, key_rope)
+    return (
+        dtype_reason(latent=latent, key_rope=key_rope)
+        or device_reason(query_rope=query_rope)
+        or _reason(
+            query, key, None, value, bias, sinks, mask_tensors, mask_ints, attributes, query_rope
+        )
+    )

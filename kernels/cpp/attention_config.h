@@ -18,7 +18,8 @@ namespace dspark {
 
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
-// Sizes and strides, in elements. The last dimension of q, k and v is contiguous.
+// Sizes and strides, in elements. The last dimension of q, k and v is contiguous. With keys in two
+// parts v_b, v_h and v_n are the second part's.
 struct Shape {
   int64_t batch, kv_heads, keys;
   int64_t q_b, q_h, q_m;
@@ -27,6 +28,7 @@ struct Shape {
   int64_t ks_b, ks_h, ks_n;
   int64_t vs_b, vs_h, vs_n;
   int64_t bias_b, bias_h, bias_m, bias_n;
+  int64_t qr_b, qr_h, qr_m;
 };
 
 // No scales: the cache is exact. No bias.
@@ -34,7 +36,7 @@ struct None {};
 inline float to_float(None) { return 0; }
 
 template <class Q_, class K_, class S_, class B_, class SINK_, int G_, int M_, int D_, int DV_,
-          bool SOFTCAP_, bool ADD_>
+          bool SOFTCAP_, bool ADD_, int DR_ = 0>
 struct Config {
   using Q = Q_;        // query and output
   using K = K_;        // keys and values
@@ -42,6 +44,9 @@ struct Config {
   using B = B_;        // bias: a float type, bool, or None
   using Sink = SINK_;  // sinks, or None
   static constexpr int G = G_, M = M_, D = D_, DV = DV_, R = G * M;
+  // Latent attention: a key is its value with DR numbers more, which lie elsewhere.
+  static constexpr int DR = DR_;
+  static constexpr bool PARTS = DR > 0;
   static constexpr bool SOFTCAP = SOFTCAP_;
   static constexpr bool ADD = ADD_;  // a forbidden key's score is moved by mask_value
   static constexpr bool SCALED = !std::is_same<S, None>::value;
@@ -82,14 +87,16 @@ struct Config {
   static constexpr int STEP = DOT ? 32 : Vec::W;
   static constexpr int DP = (D + STEP - 1) / STEP * STEP;
   static constexpr int DVP = (DV + Vec::W - 1) / Vec::W * Vec::W;
-  static constexpr int WIDTH = std::max(DP, DVP);  // of widened rows
+  static constexpr bool JOINED = PARTS && !PAIRS;  // pairs are put together from both parts
+  static constexpr bool COPIED = WIDEN || JOINED;  // the products read a block's rows from `wide`
+  static constexpr int WIDTH = std::max(DP, DVP);  // of those rows
   using Staged = typename std::conditional<DOT, bf16, float>::type;
 };
 
 template <class C>
 struct Tensors {
-  const typename C::Q* q;
-  const typename C::K *k, *v;
+  const typename C::Q *q, *qr;  // qr, of keys in two parts: what meets the second
+  const typename C::K *k, *v;   // or the two parts
   const typename C::S *ks, *vs;
   const typename C::B* bias;
   const typename C::Sink* sinks;
@@ -161,7 +168,7 @@ struct alignas(64) Room {
   int64_t lower[C::R], upper[C::R];  // of the keys that each row may attend to
   int64_t inner_lower, inner_upper;  // of those that all may
   float ks[KEYS], vs[KEYS];
-  typename C::Read wide[C::WIDEN ? KEYS : 1][C::WIDEN ? C::WIDTH : 1];
+  typename C::Read wide[C::COPIED ? KEYS : 1][C::COPIED ? C::WIDTH : 1];
 };
 
 template <class C>

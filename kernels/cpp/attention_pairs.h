@@ -25,10 +25,11 @@ inline __attribute__((always_inline)) __m512bh pair_to_all(const bf16* at) {
   return (__m512bh)_mm512_set1_epi32(both);
 }
 
-// scores[r][j] = q[r] . k[j], for whole groups of 32 keys; those behind the last are anything. `v`,
-// if not null, is where the values lie that come next.
+// scores[r][j] = q[r] . k[j], for whole groups of 32 keys; those behind the last are anything. Keys
+// in two parts end at `rest`. `v`, if not null, is where the values lie that come next.
 template <class C>
-inline void score_pairs(const Room<C>& room, const bf16* k, int64_t ldk, int keys,
+inline void score_pairs(const Room<C>& room, const bf16* k, int64_t ldk,
+                        [[maybe_unused]] const bf16* rest, [[maybe_unused]] int64_t ldr, int keys,
                         float (*scores)[C::KEYS], const bf16* v, int64_t ldv) {
   constexpr int ROWS = Together<C>::ROWS;
   // The values' lines are asked for in order, between the products of the first rows.
@@ -40,7 +41,10 @@ inline void score_pairs(const Room<C>& room, const bf16* k, int64_t ldk, int key
         __m512 in[16];
         for (int i = 0; i < 16; ++i) {
           const int64_t key = std::min(j + 16 * half + i, keys - 1);
-          in[i] = _mm512_loadu_ps(reinterpret_cast<const float*>(k + key * ldk + d));
+          const bf16* at = k + key * ldk + d;
+          if constexpr (C::PARTS)
+            if (d >= C::DV) at = rest + key * ldr + d - C::DV;
+          in[i] = _mm512_loadu_ps(reinterpret_cast<const float*>(at));
         }
         transposed(in, [&](int i, __m512 row) __attribute__((always_inline)) {
           _mm512_store_ps(turned[d / 2 + i][half], row);

@@ -41,6 +41,18 @@ inline void widen_block(const typename C::K* from, int64_t ld, int keys, typenam
   }
 }
 
+// The block's keys, both parts of each in one row: their values are the first part.
+template <class C>
+inline void join_block(const typename C::K* k, int64_t ldk, const typename C::K* r, int64_t ldr,
+                       int keys, typename C::K (*to)[C::WIDTH]) {
+  for (int j = 0; j < keys; ++j) {
+    std::memcpy(to[j], k + j * ldk, sizeof(*k) * C::DV);
+    std::memcpy(to[j] + C::DV, r + j * ldr, sizeof(*r) * C::DR);
+  }
+  // GCC 12 does not see that tiles read it.
+  __asm__ volatile("" : : "r"(to) : "memory");
+}
+
 // scores[r][i * run] = q[r] . k[i * run] for i < KR keys and RR rows, one register each.
 template <class C, int RR>
 inline __attribute__((always_inline)) void score_tile(
@@ -91,11 +103,16 @@ inline void score_block(const Room<C>& room, const typename C::Read* k, int64_t 
                         float (*scores)[C::KEYS], const typename C::Read* v, int64_t ldv) {
   constexpr int RR = C::R >= 4 ? 4 : C::R >= 2 ? 2 : 1;
   constexpr int KR = Vec::W / RR;
+  // Many long rows do not stay in the first cache: they meet a few tiles of keys that do.
+  constexpr int STRIP = C::PARTS && C::R > 8 ? 4 : 1;
   const int64_t tiles = (keys + KR - 1) / KR, run = SEQUENCE ? 1 : tiles;
-  for (int64_t j = 0; j < (SEQUENCE ? keys : tiles); j += SEQUENCE ? KR : 1)
+  for (int64_t from = 0; from < tiles; from += STRIP)
     for (int r = 0; r < C::R; r += RR)
-      score_tile<C, RR>(room.q + r, C::R - r, k + j * ldk, ldk, run, keys - int(j), scores[r] + j,
-                        r == 0 && ldv == ldk ? v + j * ldv : nullptr);
+      for (int64_t tile = from; tile < std::min(from + STRIP, tiles); ++tile) {
+        const int64_t j = SEQUENCE ? tile * KR : tile;
+        score_tile<C, RR>(room.q + r, C::R - r, k + j * ldk, ldk, run, keys - int(j),
+                          scores[r] + j, r == 0 && ldv == ldk ? v + j * ldv : nullptr);
+      }
 }
 
 // out[r] += p[r] V for RR rows and DT vectors of columns.
@@ -144,12 +161,21 @@ inline void value_block(const float (*p)[C::KEYS], const typename C::Read* v, in
   constexpr int MOST = (W == 16 ? 16 : 8) / RR, VECTORS = C::DVP / W;
   constexpr int DT = MOST < VECTORS ? MOST : VECTORS;
   const typename C::Read* soon = ldk == ldv ? k : nullptr;
-  for (int r = 0; r < C::R; r += RR) {
+  const auto tile = [&](int r, int d, auto vectors) __attribute__((always_inline)) {
+    value_tile<C, RR, decltype(vectors)::value>(p + r, C::R - r, v, ldv, keys, out + r, d,
+                                                r == 0 ? soon : nullptr);
+  };
+  const std::integral_constant<int, DT> most;
+  const std::integral_constant<int, 1> one;
+  // Long rows: a few columns at a time for all r, from the first cache for all but the first.
+  constexpr int TOGETHER = C::PARTS ? C::R : RR;
+  for (int from = 0; from < C::R; from += TOGETHER) {
+    const int to = std::min(from + TOGETHER, C::R);
     int d = 0;
     for (; d + DT * W <= C::DVP; d += DT * W)
-      value_tile<C, RR, DT>(p + r, C::R - r, v, ldv, keys, out + r, d, r == 0 ? soon : nullptr);
+      for (int r = from; r < to; r += RR) tile(r, d, most);
     for (; d < C::DVP; d += W)
-      value_tile<C, RR, 1>(p + r, C::R - r, v, ldv, keys, out + r, d, r == 0 ? soon : nullptr);
+      for (int r = from; r < to; r += RR) tile(r, d, one);
   }
 }
 

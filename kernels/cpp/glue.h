@@ -47,6 +47,17 @@ inline T floor_div(T a, T b) {
   return whole - low > T(0.5) ? low + T(1) : low;
 }
 
+// x with erf(x) = y: Winitzki's approximation, then Newton's steps.
+inline double inverse_erf(double y) {
+  if (!(y > -1 && y < 1)) return y == 1 || y == -1 ? y * INFINITY : NAN;
+  const double a = 0.147, pi = 3.14159265358979323846;
+  const double l = std::log1p(-y * y), m = 2 / (pi * a) + l / 2;
+  double x = std::copysign(std::sqrt(std::sqrt(m * m - l / a) - m), y);
+  for (int i = 0; i < 4; ++i)
+    x -= (std::erf(x) - y) * std::sqrt(pi) / 2 * std::exp(x * x);
+  return x;
+}
+
 // A number as one without sign in the same order; zeros are equal, and NaN is the largest.
 inline uint32_t rank_of(float x) {
   if (x != x) return 0xffffffffu;

@@ -259,6 +259,50 @@ def test_indices_are_stages():
         torch.testing.assert_close(compiled(x, i, j)[0], module(x, i, j)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_interpolation_and_products_that_are_added(dtype):
+    linear = torch.nn.Linear(8, 8).to(dtype)
+
+    def step(x, y, weight):
+        x = linear(x)
+        near, far = torch.lerp(x, y, weight), torch.lerp(x, y, 0.7)
+        return near, far, torch.addcmul(x, y, weight, value=0.3)
+
+    args = [torch.randn(2, 8).to(dtype), torch.randn(2, 8).to(dtype), torch.rand(8).to(dtype)]
+    compiled = torch.compile(step, backend="dspark", options={"kernels": "auto"}, dynamic=False)
+    with torch.no_grad():
+        for got, want in zip(compiled(*args), step(*args), strict=True):
+            torch.testing.assert_close(got, want)
+    notes = state.last_report().graphs[0].notes
+    assert any("one native call" in n for n in notes), notes
+
+
+def test_rows_of_a_cache_that_grows_are_read():
+    """One program for every room; what lies outside of it is an error."""
+    linear = torch.nn.Linear(8, 8)
+
+    def step(cache, x, at, back):
+        new = linear(x).view(1, 1, -1, 16)
+        torch.ops.dspark.cache_append_(cache, new, at)
+        return linear(cache.index_select(2, back).reshape(-1, 2, 8) + 1)
+
+    compiled = torch.compile(step, backend="dspark", options={"kernels": "auto"})
+    with torch.no_grad():
+        for size in (12, 20, 33):
+            cache = torch.randn(1, 1, size, 16)
+            torch._dynamo.mark_dynamic(cache, 2)
+            other, x = cache.clone(), torch.randn(1, 2, 8)
+            at, back = torch.tensor([size - 1]), torch.tensor([size - 1, 0, size - 2])
+            torch.testing.assert_close(compiled(cache, x, at, back), step(other, x, at, back))
+            torch.testing.assert_close(cache, other)
+            for outside in (size, -1):
+                with pytest.raises(IndexError, match="outside"):
+                    compiled(cache, x, at, torch.tensor([0, outside, 1]))
+        assert len(state.last_report().graphs) == 1
+        notes = state.last_report().graphs[0].notes
+        assert any("one native call" in n for n in notes), notes
+
+
 def test_gpt_fast_is_one_native_call():
     torch.manual_seed(0)
     config = GPTConfig(vocab=64, layers=2, width=64, heads=4, kv_heads=2, hidden=96)

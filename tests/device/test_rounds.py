@@ -271,3 +271,25 @@ def test_a_cache_of_the_callers(model):
     assert cache.known == got.shape[1] - 1
     gc.collect()
     check(model)
+
+
+@torch.no_grad()
+def test_modules_without_a_cache():
+    """One whose cache is inserted is captured; one that has none is run on the whole text."""
+    from tests.test_insert_cache import greedy
+    from tests.test_module_speculation import Follows, Mean, sharpen, small
+
+    module, ids = small(), prompt() % 90
+    assert torch.equal(generate(module, input_ids=ids), greedy(module, ids, 40))
+    assert last_generation().path == "captured", last_generation().notes
+    follows, ids = Follows().eval(), (torch.arange(30) % 17)[None]
+    got = generate(follows, input_ids=ids, draft="ngram", schedule="fixed")
+    assert torch.equal(got[0], torch.arange(70) % 17)
+    assert last_generation().speculation.tau > 4
+    module = sharpen(Mean())
+    ids = prompt() % 90
+    got = generate(module, input_ids=ids, max_new_tokens=5)
+    for at in range(ids.shape[1], ids.shape[1] + 5):
+        want = module(got[:, :at])["logits"][0, -1].argmax()
+        assert got[0, at] == want
+    assert last_generation().path == "recomputed"

@@ -103,13 +103,13 @@ def _count(kind):
 def test_ragged_rows_and_holes(model, drafts, monkeypatch):
     """Rows that commit different numbers of tokens share slots; holes are closed, room is made."""
     moved = []
-    compact = loops.SpeculativeRounds.compact
+    compact = rounds_module.Verifying.compact
 
     def watched(self, *args):
         moved.append(compact(self, *args))
         return moved[-1]
 
-    monkeypatch.setattr(loops.SpeculativeRounds, "compact", watched)
+    monkeypatch.setattr(rounds_module.Verifying, "compact", watched)
     monkeypatch.setattr(loops, "FIRST_ROOM", 8)
     monkeypatch.setattr(rounds_module, "HOLES", 0.0)
     new = 150

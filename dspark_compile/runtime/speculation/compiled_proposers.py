@@ -9,6 +9,7 @@ The counterparts of `dspark_compile.runtime.speculation.proposers`, on the slots
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,12 @@ from dspark_compile.kernels.cpp.speculate import PANEL
 from dspark_compile.models.draft import DraftModel
 from dspark_compile.ops.token import draw, penalised
 from dspark_compile.runtime.index_errors import known_to
+from dspark_compile.runtime.module_logits import of_hugging_face, token_function
 from dspark_compile.runtime.rounds import signature
 from dspark_compile.runtime.speculation.accept import distribution
 from dspark_compile.runtime.speculation.draft_rounds import DraftRounds
-from dspark_compile.runtime.speculation.rounds import SpeculativeRounds
+from dspark_compile.runtime.speculation.inserted_rounds import InsertedSpeculativeRounds
+from dspark_compile.runtime.speculation.rounds import SpeculativeRounds, Verifying
 from dspark_compile.runtime.speculation.state import State
 
 
@@ -60,6 +63,30 @@ class Drafted:
     confidence: Tensor | None = None
     source: str = "draft"
     lookup: Lookup | None = None
+
+
+def verifying_rounds(
+    model: Any,
+    rows: int,
+    masked: bool | str,
+    scheme: str,
+    options: Mapping[str, Any],
+    *,
+    count: int,
+    taps: Sequence[int] = (),
+    placed: bool = False,
+) -> Verifying:
+    """What verifies tokens by ``model``, whichever kind it is of.
+
+    Raises:
+        NotRounds: it cannot be driven in rounds of several tokens.
+        NotIncremental: it is not of Hugging Face, and no cache can be inserted.
+    """
+    if of_hugging_face(model):
+        return SpeculativeRounds(
+            model, rows, bool(masked), scheme, options, count=count, taps=taps, placed=placed
+        )
+    return InsertedSpeculativeRounds(model, token_function(model), rows, options, count=count)
 
 
 class _Picker:
@@ -135,7 +162,7 @@ class DraftProposals(Proposals):
 
     name = "draft"
 
-    def __init__(self, draft: DraftModel, rounds: SpeculativeRounds) -> None:
+    def __init__(self, draft: DraftModel, rounds: Verifying) -> None:
         self.rounds, self.count = rounds, draft.config.num_drafted
         self.programs = DraftRounds(draft, rounds)
         self.draft = draft
@@ -228,17 +255,24 @@ class ModelProposals(Proposals):
 
     name = "model"
 
-    def __init__(self, model: Any, count: int, rounds: SpeculativeRounds) -> None:
+    def __init__(self, model: Any, count: int, rounds: Verifying) -> None:
         self.count, self.rounds = count, rounds
         self.behind = self._read = 0
         self.width = rounds.count + 1
-        if model.device.type == "cpu":  # as many rows as its products take
-            self.width = min(self.width, most_rows(model.dtype) // rounds.rows)
+        if rounds.tokens.device.type == "cpu":  # as many rows as its products take
+            self.width = min(self.width, most_rows(next(model.parameters()).dtype) // rounds.rows)
         self.width = max(self.width, 2)
-        self.own = SpeculativeRounds(
+        self.own = verifying_rounds(
             model, rounds.rows, rounds.masked, rounds.scheme, rounds.options,
             count=self.width - 1, placed=True,
         )  # fmt: skip
+        tokens = getattr(self.own, "vocabulary", known_to(model)[0])
+        wanted = getattr(rounds, "vocabulary", None)
+        if None not in (tokens, wanted) and tokens != wanted:
+            raise ValueError(
+                f"the draft's vocabulary has {tokens} tokens and the model's {wanted}: both must "
+                "use one tokenizer"
+            )
         # It may have fewer positions than the text; what it drafts beyond them is only a guess.
         known = known_to(model)[1]
         if known is not None:
@@ -320,7 +354,8 @@ class ModelProposals(Proposals):
     def _catch_up(self, state: State) -> None:
         """Read what lies in the slots that the cache lacks, but for the last one's."""
         own, rounds, batch, end = self.own, self.rounds, state.batch, self.rounds.length
-        own.mask.copy_(rounds.mask)
+        room = min(own.mask.shape[1], rounds.mask.shape[1])
+        own.mask[:, :room].copy_(rounds.mask[:, :room])
         while self.behind > 1:
             start, count = end - self.behind, min(self.behind, self.width)
             held = rounds.mask[:batch, start:end] > 0

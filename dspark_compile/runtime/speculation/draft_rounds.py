@@ -21,7 +21,7 @@ from dspark_compile.models.draft_config import DraftError
 from dspark_compile.runtime.captured import Captured
 from dspark_compile.runtime.kept_rounds import KeptProgram
 from dspark_compile.runtime.rounds import COARSE, TOLERANCE
-from dspark_compile.runtime.speculation.rounds import SpeculativeRounds
+from dspark_compile.runtime.speculation.rounds import Verifying
 from dspark_compile.runtime.trace_whole import CaptureError
 
 
@@ -44,7 +44,7 @@ class DraftRounds:
             holes.
     """
 
-    def __init__(self, draft: DraftModel, rounds: SpeculativeRounds) -> None:
+    def __init__(self, draft: DraftModel, rounds: Verifying) -> None:
         config, rows = draft.config, rounds.rows
         if rows > 1 and config.sliding_window is not None:
             raise DraftError(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dspark_compile.runtime.speculation import ngram
 from dspark_compile.runtime.speculation.compiled_proposers import Drafted, Lookup, Proposals
-from dspark_compile.runtime.speculation.rounds import SpeculativeRounds
+from dspark_compile.runtime.speculation.rounds import Verifying
 from dspark_compile.runtime.speculation.state import State, best_length
 
 
@@ -32,9 +32,7 @@ class NgramProposals(Proposals):
             or `ModelProposals` of at most K tokens.
     """
 
-    def __init__(
-        self, count: int, rounds: SpeculativeRounds, minimum: int = 3, inner: Any = None
-    ) -> None:
+    def __init__(self, count: int, rounds: Verifying, minimum: int = 3, inner: Any = None) -> None:
         self.count, self.rounds, self.minimum, self.inner = count, rounds, minimum, inner
         self.name = "ngram" if inner is None else f"ngram+{inner.name}"
         self.slack = 0 if inner is None else inner.slack

@@ -22,12 +22,13 @@ from dspark_compile.runtime.speculation.calibration import Calibration, OnlineCa
 from dspark_compile.runtime.speculation.compiled_proposers import (
     DraftProposals,
     ModelProposals,
+    verifying_rounds,
 )
 from dspark_compile.runtime.speculation.lookup_proposals import NgramProposals, drafting_part
 from dspark_compile.runtime.speculation.native_engine import engine_for
 from dspark_compile.runtime.speculation.options import parts
 from dspark_compile.runtime.speculation.park import BATCH_BURDEN, ParkPolicy
-from dspark_compile.runtime.speculation.rounds import SpeculativeRounds
+from dspark_compile.runtime.speculation.rounds import Verifying
 from dspark_compile.runtime.speculation.state import Prices, State, Visit, widths_for
 from dspark_compile.runtime.speculation.telemetry import Counters, SpeculationStats
 from dspark_compile.runtime.speculation.torch_engine import TorchEngine
@@ -49,6 +50,7 @@ class Speculator:
 
     Raises:
         NotRounds: the model cannot be driven in rounds of several tokens.
+        NotIncremental: no cache can be inserted into a module that is not of Hugging Face.
         DraftError: the draft does not fit the target, or the batch.
     """
 
@@ -57,17 +59,15 @@ class Speculator:
         model: Any,
         draft: Any,
         rows: int,
-        masked: bool,
+        masked: bool | str,
         scheme: str,
         options: Mapping[str, Any],
         count: int | None,
     ) -> None:
-        taps: tuple[int, ...] = ()
         looks_up, own = parts(draft)
-        if isinstance(own, DraftModel):
-            taps = tuple(own.config.target_layer_ids)
+        taps = tuple(own.config.target_layer_ids) if isinstance(own, DraftModel) else ()
         count = drafted_tokens(draft, count, rows)
-        rounds = SpeculativeRounds(model, rows, masked, scheme, options, count=count, taps=taps)
+        rounds = verifying_rounds(model, rows, masked, scheme, options, count=count, taps=taps)
         rounds.key = speculator_key(rows, masked, scheme, options, draft, count)
         rounds.speculator = self
         self.rounds = rounds
@@ -121,7 +121,12 @@ def drafted_tokens(draft: Any, asked: int | None, rows: int) -> int:
 
 
 def speculator_key(
-    rows: int, masked: bool, scheme: str, options: Mapping[str, Any], draft: Any, count: int | None
+    rows: int,
+    masked: bool | str,
+    scheme: str,
+    options: Mapping[str, Any],
+    draft: Any,
+    count: int | None,
 ) -> Any:
     """What `Speculator`s must have in common to stand in for each other."""
     looks_up, own = parts(draft)
@@ -133,7 +138,7 @@ def take(
     model: Any,
     draft: Any,
     batch: int,
-    masked: bool,
+    masked: bool | str,
     scheme: str,
     options: Mapping[str, Any],
     count: int | None,
@@ -356,7 +361,7 @@ class SpeculativeLoop:
         on_cpu = state.text.device.type == "cpu"
         program = rounds.ensure(1)
         native = on_cpu and program is not None and program.native
-        limit = most_rows(rounds.model.dtype) if native else None
+        limit = most_rows(rounds.dtype) if native else None
         counts = {rounds.count}
         if self.hybrid:
             counts.add(drafting_part(self.proposer).count)
@@ -497,7 +502,7 @@ class SpeculativeLoop:
         return torch.cat((self.prompt, tail), dim=1)
 
 
-def _seconds(run: Any, rounds: SpeculativeRounds) -> float:
+def _seconds(run: Any, rounds: Verifying) -> float:
     """The shortest of some runs; what they append is taken back."""
     found = []
     for _ in range(4):

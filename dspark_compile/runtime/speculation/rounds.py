@@ -17,7 +17,7 @@ row has a quarter of them. So programs are the same for ragged requests, and non
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dspark_compile.runtime.captured import Captured
 from dspark_compile.runtime.kept_rounds import KeptProgram, kept_rounds
-from dspark_compile.runtime.rounds import COARSE, TOLERANCE, NotRounds, Rounds
+from dspark_compile.runtime.rounds import NotRounds, Rounds
 from dspark_compile.runtime.speculation.taps import Taps
 from dspark_compile.runtime.trace_whole import CaptureError
 
@@ -37,15 +37,8 @@ FAR = 1 << 40
 Follow = Callable[[Tensor, int, Tensor], None]
 
 
-class SpeculativeRounds(Rounds):
-    """Rounds that verify up to ``count`` drafted tokens of each sequence.
-
-    Args:
-        model, rows, masked, scheme, options: as `Rounds` has them.
-        count: K, drafted tokens of a round, at most.
-        taps: layers whose output the draft wants, -1 for the embedding.
-        placed: the block's tokens have positions of their own, `places`, rather than following the
-            anchor: holes may lie between them.
+class Verifying(Rounds):
+    """What rounds that verify up to ``count`` drafted tokens of each sequence have in common.
 
     Attributes:
         places: positions of the block's tokens ``[R, K + 1]``.
@@ -56,26 +49,15 @@ class SpeculativeRounds(Rounds):
         reasons: why a width has no program.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        rows: int,
-        masked: bool,
-        scheme: str = "model",
-        options: Mapping[str, Any] | None = None,
-        *,
-        count: int,
-        taps: Sequence[int] = (),
-        placed: bool = False,
-    ) -> None:
-        super().__init__(model, rows, masked, scheme, options)
-        if rows > 1 and not self._positioned:
-            raise NotRounds("it takes no position_ids, which rows of different lengths need")
-        self.count, self.taps = count, tuple(taps)
+    taps: tuple[int, ...] = ()
+
+    def _start_block(self, count: int) -> None:
+        """Make room for ``count`` drafted tokens of each row."""
+        rows, device = self.rows, self.tokens.device
+        self.count = count
         self.speculator: Any = None  # what they belong to, in the pool
-        device = self.tokens.device
         self.block = torch.zeros(rows, count + 1, dtype=torch.long, device=device)
-        self.placed, self.places = placed, torch.zeros_like(self.block)
+        self.places = torch.zeros_like(self.block)
         self.last = torch.full((1, 1), FAR, dtype=torch.long, device=device)
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
         self.states: dict[int, Tensor] = {}
@@ -100,20 +82,6 @@ class SpeculativeRounds(Rounds):
     def set_length(self, tokens: int) -> None:
         super().set_length(tokens)
         self.slot.fill_(tokens)
-
-    def _forward(self, given: dict[str, Any]) -> Tensor:
-        if not self.taps or self.follow is None:
-            return super()._forward(given)
-        start = self.cache.known
-        with Taps(self.model, self.taps) as taps:
-            logits = super()._forward(given)
-            states = taps.take()
-        positions = given.get("position_ids")
-        if positions is None:
-            steps = torch.arange(start, start + states.shape[1], device=states.device)
-            positions = steps.expand(states.shape[0], -1)
-        self.follow(states, start, positions)
-        return logits
 
     def prefill(self, *args: Any, **kwargs: Any) -> Tensor:
         logits = super().prefill(*args, **kwargs)
@@ -140,8 +108,9 @@ class SpeculativeRounds(Rounds):
         for width, program in list(self.programs.items()):
             if program is None:
                 continue
-            if program.holds(self.cache.room):
-                program.replace(replaced, self.cache.room)
+            size = getattr(self.cache, "size", self.cache.room)
+            if program.holds(size):
+                program.replace(replaced, size)
             else:  # what tracing assumed of the room: compiled anew when it is wanted
                 del self.programs[width]
         for grow in self.growers:
@@ -162,24 +131,9 @@ class SpeculativeRounds(Rounds):
         program = self.ensure(width)
         return program() if program is not None else self._eager(width)
 
-    def _given(self, width: int) -> dict[str, Any]:
-        given: dict[str, Any] = {"input_ids": self.block[:, :width]}
-        if self._positioned:
-            steps = torch.arange(width, device=self.positions.device)
-            places = self.places[:, :width] if self.placed else self.positions + steps
-            given["position_ids"] = torch.minimum(places, self.last)
-        return given
-
     def _eager(self, width: int) -> Tensor:
-        given = self._given(width)
-        if self.masked:
-            given["attention_mask"] = self.mask[:, : self.length + width]
-        model = self.model
-        with Taps(model, self.taps) if self.taps else contextlib.nullcontext() as taps:
-            logits = model(past_key_values=self.cache, use_cache=True, **given).logits
-            if taps is not None:
-                self._keep(width, taps.take())
-        return logits
+        """`verify` without a program."""
+        raise NotImplementedError
 
     def _keep(self, width: int, states: Tensor) -> None:
         if width not in self.states:
@@ -193,15 +147,17 @@ class SpeculativeRounds(Rounds):
         wanted = self.states[width].clone() if self.taps else None
         cache.set_length(length)
         kept = self._kept(width)
-        program = kept.load()
+        program = None if kept is None else kept.load()
         cache.set_length(length)
         if program is not None and self._difference(program, width, expected, wanted) is None:
             return program
-        hooks = Taps(self.model, self.taps) if self.taps else contextlib.nullcontext()
+
+        def again() -> None:
+            cache.set_length(length)
+
         try:
-            # There while the step is traced; then the taps are outputs of its graph.
-            with hooks as taps:
-                program = Captured(self._program(width, taps), self._growing(), self.options)
+            with self._traced(width) as step:
+                program = self._captured_step(step, self._growing(), again)
         except CaptureError as error:
             self.reasons[width] = str(error)
             return None
@@ -211,16 +167,21 @@ class SpeculativeRounds(Rounds):
         if reason is not None:
             self.reasons[width] = reason
             return None
-        kept.save(program)
+        if kept is not None and program.room is None:
+            kept.save(program)
         return program
 
-    def _kept(self, width: int) -> KeptProgram:
-        """The place of a width's program among what earlier processes left."""
-        more = {"block": self.block, "places": self.places, "last": self.last}
-        if self.taps:
-            more["states"] = self.states[width]
-        what = ("verify", width, self.taps, self._positioned, self.placed)
-        return kept_rounds(self, self._growing(), what, more)
+    def _growing(self) -> list[tuple[Tensor, int]]:
+        """What the cache's room is a size of."""
+        raise NotImplementedError
+
+    def _traced(self, width: int) -> contextlib.AbstractContextManager[Callable[[], Tensor]]:
+        """What verifies ``width`` tokens as a function of nothing, to be traced inside."""
+        raise NotImplementedError
+
+    def _kept(self, width: int) -> KeptProgram | None:
+        """The place of a width's program among what earlier processes left; None: it has none."""
+        return None
 
     def _difference(
         self, program: Captured, width: int, expected: Tensor, wanted: Tensor | None
@@ -231,41 +192,13 @@ class SpeculativeRounds(Rounds):
             pairs.append((self.states[width], wanted))
         for got, want in pairs:
             difference = (got.float() - want.float()).norm() / want.float().norm()
-            allowed = TOLERANCE.get(want.dtype, COARSE) if self.scheme == "model" else COARSE
-            if not difference <= allowed:
+            if not difference <= self._allowed(want.dtype):
                 return f"it differs from an eager step by {float(difference):.1e}"
         return None
 
     def _read(self) -> list[Tensor]:
-        return [x for p in self.programs.values() if p is not None for x in p.tensors()]
-
-    def _growing(self) -> list[tuple[Tensor, int]]:
-        growing = [(x, 2) for _, _, x in self.cache.tensors()]
-        if self.masked:
-            growing.append((self.mask, 1))
-        return growing
-
-    def _program(self, width: int, taps: Taps | None) -> Callable[[], Tensor]:
-        """The step as a function of nothing."""
-        model, cache, block, positions = self.model, self.cache, self.block, self.positions
-        positioned, states, last = self._positioned, self.states.get(width), self.last
-        places = self.places if self.placed and positioned else None
-        given: dict[str, Any] = {"attention_mask": self.mask} if self.masked else {}
-
-        def step() -> Tensor:
-            more = dict(given)
-            if places is not None:
-                more["position_ids"] = torch.minimum(places[:, :width], last)
-            elif positioned:
-                steps = torch.arange(width, device=positions.device)
-                more["position_ids"] = torch.minimum(positions + steps, last)
-            ids = block[:, :width]
-            logits = model(input_ids=ids, past_key_values=cache, use_cache=True, **more).logits
-            if taps is not None:
-                states.copy_(taps.states)  # type: ignore[union-attr]
-            return logits
-
-        return step
+        mine = [x for p in self.programs.values() if p is not None for x in p.tensors()]
+        return [*super()._read(), *mine]
 
     # ------------------------------------------------------------------------------- a commit
 
@@ -314,3 +247,111 @@ class SpeculativeRounds(Rounds):
         self.mask[:, most:] = 1
         self.set_length(most)
         return True
+
+
+class SpeculativeRounds(Verifying):
+    """`Verifying` rounds of a Hugging Face model.
+
+    Args:
+        model, rows, masked, scheme, options: as `Rounds` has them.
+        count: K, drafted tokens of a round, at most.
+        taps: layers whose output the draft wants, -1 for the embedding.
+        placed: the block's tokens have positions of their own, `places`, rather than following the
+            anchor: holes may lie between them.
+
+    Raises:
+        NotRounds: rows of different lengths need positions, and the model takes none.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        rows: int,
+        masked: bool,
+        scheme: str = "model",
+        options: Mapping[str, Any] | None = None,
+        *,
+        count: int,
+        taps: Sequence[int] = (),
+        placed: bool = False,
+    ) -> None:
+        super().__init__(model, rows, masked, scheme, options)
+        if rows > 1 and not self._positioned:
+            raise NotRounds("it takes no position_ids, which rows of different lengths need")
+        self.taps, self.placed = tuple(taps), placed
+        self._start_block(count)
+
+    def _forward(self, given: dict[str, Any]) -> Tensor:
+        if not self.taps or self.follow is None:
+            return super()._forward(given)
+        start = self.cache.known
+        with Taps(self.model, self.taps) as taps:
+            logits = super()._forward(given)
+            states = taps.take()
+        positions = given.get("position_ids")
+        if positions is None:
+            steps = torch.arange(start, start + states.shape[1], device=states.device)
+            positions = steps.expand(states.shape[0], -1)
+        self.follow(states, start, positions)
+        return logits
+
+    def _given(self, width: int) -> dict[str, Any]:
+        given: dict[str, Any] = {"input_ids": self.block[:, :width]}
+        if self._positioned:
+            steps = torch.arange(width, device=self.positions.device)
+            places = self.places[:, :width] if self.placed else self.positions + steps
+            given["position_ids"] = torch.minimum(places, self.last)
+        return given
+
+    def _eager(self, width: int) -> Tensor:
+        given = self._given(width)
+        if self.masked:
+            given["attention_mask"] = self.mask[:, : self.length + width]
+        model = self.model
+        with Taps(model, self.taps) if self.taps else contextlib.nullcontext() as taps:
+            logits = model(past_key_values=self.cache, use_cache=True, **given).logits
+            if taps is not None:
+                self._keep(width, taps.take())
+        return logits
+
+    @contextlib.contextmanager
+    def _traced(self, width: int) -> Iterator[Callable[[], Tensor]]:
+        hooks = Taps(self.model, self.taps) if self.taps else contextlib.nullcontext()
+        with hooks as taps:  # there while the step is traced; then they are outputs of its graph
+            yield self._program(width, taps)
+
+    def _kept(self, width: int) -> KeptProgram:
+        """The place of a width's program among what earlier processes left."""
+        more = {"block": self.block, "places": self.places, "last": self.last}
+        if self.taps:
+            more["states"] = self.states[width]
+        what = ("verify", width, self.taps, self._positioned, self.placed)
+        return kept_rounds(self, self._growing(), what, more)
+
+    def _growing(self) -> list[tuple[Tensor, int]]:
+        growing = [(x, 2) for _, _, x in self.cache.tensors()]
+        if self.masked:
+            growing.append((self.mask, 1))
+        return growing
+
+    def _program(self, width: int, taps: Taps | None) -> Callable[[], Tensor]:
+        """The step as a function of nothing."""
+        model, cache, block, positions = self.model, self.cache, self.block, self.positions
+        positioned, states, last = self._positioned, self.states.get(width), self.last
+        places = self.places if self.placed and positioned else None
+        given: dict[str, Any] = {"attention_mask": self.mask} if self.masked else {}
+
+        def step() -> Tensor:
+            more = dict(given)
+            if places is not None:
+                more["position_ids"] = torch.minimum(places[:, :width], last)
+            elif positioned:
+                steps = torch.arange(width, device=positions.device)
+                more["position_ids"] = torch.minimum(positions + steps, last)
+            ids = block[:, :width]
+            logits = model(input_ids=ids, past_key_values=cache, use_cache=True, **more).logits
+            if taps is not None:
+                states.copy_(taps.states)  # type: ignore[union-attr]
+            return logits
+
+        return step

@@ -17,7 +17,7 @@ from torch import Tensor
 from dspark_compile.runtime.speculation.accept import is_greedy
 from dspark_compile.runtime.speculation.calibration import Calibration, OnlineCalibration
 from dspark_compile.runtime.speculation.ngram import LONGEST
-from dspark_compile.runtime.speculation.rounds import SpeculativeRounds
+from dspark_compile.runtime.speculation.rounds import Verifying
 from dspark_compile.runtime.speculation.sps import SPSCurve
 from dspark_compile.runtime.speculation.telemetry import Counters
 from dspark_compile.runtime.token_choice import TokenChoice
@@ -134,7 +134,7 @@ class State:
         widths: that programs exist for.
     """
 
-    rounds: SpeculativeRounds
+    rounds: Verifying
     proposer: Any
     choice: TokenChoice
     eos: Sequence[int]
