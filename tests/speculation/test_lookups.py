@@ -223,3 +223,37 @@ def test_a_causal_draft_reads_what_it_did_not_draft(
                 torch.testing.assert_close(
                     got[row][:, slots[known]], right[0][:, known], rtol=1e-4, atol=1e-4
                 )
+
+
+def test_a_causal_draft_catches_up_where_the_room_ends(model, drafts, monkeypatch):
+    """Behind a wide round the cache may end before a whole block does: what is read stays inside."""
+    seen = {}
+    finish = loops.SpeculativeLoop._finish
+
+    def kept(self, state, engine):
+        proposer = self.proposer
+        proposer._catch_up(state)
+        own, end = proposer.own, state.rounds.length
+        tensors = [x for _, _, x in own.cache.tensors()]
+        before = [x[:, :, : end - 1].clone() for x in tensors]
+        starts, set_length = [], own.set_length
+        with monkeypatch.context() as patch:
+            patch.setattr(own, "set_length", lambda n: (starts.append(n), set_length(n)))
+            patch.setattr(type(own.cache), "room", property(lambda cache: end))
+            for behind in range(2, 2 * proposer.width + 2):
+                for x in tensors:
+                    x[:, :, end - behind : end - 1] = 7.0
+                proposer.behind = behind
+                proposer._catch_up(state)
+                assert proposer.behind <= 1
+                for x, want in zip(tensors, before, strict=True):
+                    torch.testing.assert_close(x[:, :, : end - 1], want, rtol=1e-4, atol=1e-4)
+        seen["ends"] = end, max(starts) + proposer.width
+        return finish(self, state, engine)
+
+    monkeypatch.setattr(loops.SpeculativeLoop, "_finish", kept)
+    POOL.drop(model)
+    speculate(model, ONE, 40, drafts["model"], num_drafted=3)
+    end, read = seen["ends"]
+    assert read <= end
+    POOL.drop(model)

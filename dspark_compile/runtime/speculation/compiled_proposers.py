@@ -357,7 +357,9 @@ class ModelProposals(Proposals):
         room = min(own.mask.shape[1], rounds.mask.shape[1])
         own.mask[:, :room].copy_(rounds.mask[:, :room])
         while self.behind > 1:
-            start, count = end - self.behind, min(self.behind, self.width)
+            # Behind a wide round there may be no room for as many: some it has are read again.
+            start = min(end - self.behind, own.cache.room - self.width)
+            count = min(end - start, self.width)
             held = rounds.mask[:batch, start:end] > 0
             # From here to the end each row has so many tokens; in a hole there is anything.
             left = held.flip(1).cumsum(1).flip(1)[:, :count]
@@ -366,4 +368,4 @@ class ModelProposals(Proposals):
             own.places[:batch, :count] = (rounds.positions[:batch] - left).clamp(min=0)
             own.set_length(start)
             own.verify(self.width)
-            self.behind -= count
+            self.behind = end - start - count
