@@ -140,7 +140,7 @@ def test_model_state():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("draft", [None, "ngram"])
+@pytest.mark.parametrize("draft", [None, pytest.param("ngram", marks=pytest.mark.slow)])
 def test_another_default_device(llama, draft):
     """What a caller makes the default for its own tensors is not where a step's memory lies."""
     ids, model = prompt(1, 7), sharpen(NanoGPT())

@@ -63,6 +63,7 @@ def test_a_long_prompt_is_run_in_pieces(model):
     assert all(logits == 1 for _, logits in seen)
 
 
+@pytest.mark.slow
 def test_growth_copies_what_is_held_once(model, monkeypatch):
     """Rooms are powers of two, and over a whole text fewer tokens are copied than it has twice."""
     monkeypatch.setattr(room, "SMALLEST", 8)

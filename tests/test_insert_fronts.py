@@ -92,7 +92,7 @@ def test_caches_grow(name, monkeypatch):
     check(KINDS[name](), new=40)
 
 
-@pytest.mark.parametrize("name", ["shifts", "prefix"])
+@pytest.mark.parametrize("name", [pytest.param("shifts", marks=pytest.mark.slow), "prefix"])
 def test_speculation(name):
     model, ids = KINDS[name](), prompt(1, 8).repeat(1, 2)
     given = {"max_new_tokens": 48, "options": NATIVE, "draft": "ngram"}

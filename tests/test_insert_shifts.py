@@ -397,6 +397,7 @@ def test_native(rows):
     check(all_kinds(), options=NATIVE, path="native", rows=rows)
 
 
+@pytest.mark.slow
 def test_native_in_bfloat16():
     """The text may part where two tokens are as good as each other: logits are compared."""
     model = all_kinds().bfloat16()

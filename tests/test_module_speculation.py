@@ -33,7 +33,9 @@ def small(vocab: int = 97, layers: int = 2) -> nn.Module:
     return sharpen(Dense(config))
 
 
-@pytest.mark.parametrize("options", [QUICK, NATIVE], ids=["traced", "native"])
+@pytest.mark.parametrize(
+    "options", [pytest.param(QUICK, marks=pytest.mark.slow), NATIVE], ids=["traced", "native"]
+)
 @torch.no_grad()
 def test_look_ups(options):
     model = small()
@@ -73,6 +75,7 @@ def test_look_ups_stand_where_the_text_repeats_itself():
     assert speculation().tau > 8
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_room_grows():
     model, ids = small(), COPIED % 90
@@ -81,6 +84,7 @@ def test_room_grows():
     assert torch.equal(got, plain)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_module_drafts_for_a_module():
     """The same weights: everything stands."""

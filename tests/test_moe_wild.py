@@ -385,9 +385,8 @@ LEFT = [
 ]  # fmt: skip
 FLAT |= set(LEFT)
 QUICK = {
-    counted_branches, slots_then_experts, flat_masks, repeated_rows, counts_without_end,
-    written_over_the_input, one_hot_product, gathered_with_biases, one_slot_of_two, another_count,
-    turns_of_the_hit,
+    counted_branches, flat_masks, repeated_rows, written_over_the_input, one_hot_product,
+    gathered_with_biases, one_slot_of_two, turns_of_the_hit,
 }  # fmt: skip
 
 

@@ -82,7 +82,9 @@ MADE = {"table": lambda: Table(512), "slopes": lambda: slopes, "relative": lambd
         "turned": lambda: turned}  # fmt: skip
 
 
-@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize(
+    "made", [pytest.param(m, marks=[pytest.mark.slow] * (m == "relative")) for m in MADE]
+)
 @torch.no_grad()
 def test_one_native_call(made, monkeypatch):
     monkeypatch.setattr(room, "SMALLEST", 16)
@@ -94,6 +96,7 @@ def test_one_native_call(made, monkeypatch):
         assert last_generation().path == "native", last_generation().notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", ["table", "slopes"])
 @torch.no_grad()
 def test_a_draft_beside_it(made):

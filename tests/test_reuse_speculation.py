@@ -47,7 +47,11 @@ def make(kind, model, seed=1):
     return ("ngram", draft) if kind == "ngram+draft" else draft
 
 
-@pytest.mark.parametrize("kind", ["draft", "bfloat16", "ngram+draft", "model"])
+@pytest.mark.parametrize(
+    "kind",
+    ["draft", "bfloat16"]
+    + [pytest.param(k, marks=pytest.mark.slow) for k in ("ngram+draft", "model")],
+)
 def test_programs_of_an_earlier_process_are_found(kind, traced):
     """Nothing is traced again, also for other weights of the same shapes, and a cache that grew."""
     model = target()
@@ -63,6 +67,7 @@ def test_programs_of_an_earlier_process_are_found(kind, traced):
     assert not traced
 
 
+@pytest.mark.slow
 def test_two_rows_are_other_programs(traced):
     model = target()
     draft = draft_for(model)
@@ -92,6 +97,7 @@ def test_programs_of_other_models_are_seen_by_what_they_compute(monkeypatch, tra
     assert len(traced) == 2  # verifying 1 and all tokens
 
 
+@pytest.mark.slow
 def test_blocks_of_other_sizes_do_not_take_each_others_place(traced):
     """The same draft with look-ups beside it has blocks of more tokens."""
     model = target()

@@ -74,6 +74,7 @@ def test_drafted_tokens_beyond_the_targets_positions(kernels):
         assert report.speculation is not None or len(want) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_draft_with_fewer_positions_than_the_text(model, rows):
     draft = gpt2(12, layers=1)
@@ -85,6 +86,7 @@ def test_a_draft_with_fewer_positions_than_the_text(model, rows):
         assert report.speculation is not None or rows > 1
 
 
+@pytest.mark.slow
 def test_a_draft_that_takes_no_positions(model):
     torch.manual_seed(2)
     config = BloomConfig(
@@ -124,6 +126,7 @@ def test_a_criterion_ends_inside_of_the_last_block(model, length):
         assert report.speculation is not None
 
 
+@pytest.mark.slow
 def test_a_seed_where_speculation_is_found_to_be_impossible():
     """The first call finds it out on the way; the text is that of later calls."""
     target, texts = qwen(), []
@@ -246,6 +249,7 @@ def test_a_dynamic_cache_that_is_not_lent(model):
         assert report.path == "transformers" and says in report.notes[0]
 
 
+@pytest.mark.slow
 def test_a_draft_and_the_cache_that_is_handed_over(model):
     asked = {"do_sample": False, "return_dict_in_generate": True, "max_new_tokens": 12}
     want = model.generate(prompt(), **asked)
@@ -268,7 +272,7 @@ def test_a_draft_and_the_cache_that_is_handed_over(model):
 # ----------------------------------------------------------------------------------- modules
 
 
-@pytest.mark.parametrize("kind", ["plain", "draft", "module"])
+@pytest.mark.parametrize("kind", ["plain", pytest.param("draft", marks=pytest.mark.slow), "module"])
 def test_inference_mode_comes_and_goes(kind):
     """What a call under inference mode makes and keeps serves calls outside of it."""
     with torch.inference_mode():

@@ -214,6 +214,7 @@ def test_a_step_is_one_native_call(family):
     assert sum(kind.startswith("bmm") for kind in kinds) == 2 * layers
 
 
+@pytest.mark.slow
 def test_verification_is_one_native_call():
     """Drafts from the text so far: steps of several rows."""
     model, prompt = families.build("deepseek_v3"), families.tokens("deepseek_v3", 9)[:1]

@@ -138,6 +138,7 @@ def test_in_half_precision(dtype):
     same(*native(f, torch.randn(T, H).to(dtype), torch.randn(E, H).to(dtype), TWICE), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3])
 def test_rows_as_long_as_a_vocabulary(rows):
     """Top-p as transformers has it, over more than one thread does alone."""

@@ -32,6 +32,10 @@ TWO = [[0, 0, 0, 1, 5, 9, 2, 6, 5, 3], [1, 2, 3, 1, 2, 3, 1, 2, 3, 1]]
 MASK = [[0, 0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 10]
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def model():
     return target()
@@ -82,7 +86,7 @@ def drafts(model):
 
 @pytest.mark.parametrize(
     "kind",
-    ["draft", "ngram", "ngram+draft", pytest.param("model", marks=pytest.mark.slow), "ngram+model"],
+    ["draft", "ngram", "ngram+draft", slow("model"), slow("ngram+model")],
 )
 def test_greedy_text_is_the_models(model, drafts, kind):
     new = 70
@@ -100,6 +104,7 @@ def _count(kind):
     return {"ngram": 3, "model": 3, **more}.get(kind)
 
 
+@pytest.mark.slow
 def test_ragged_rows_and_holes(model, drafts, monkeypatch):
     """Rows that commit different numbers of tokens share slots; holes are closed, room is made."""
     moved = []
@@ -120,6 +125,7 @@ def test_ragged_rows_and_holes(model, drafts, monkeypatch):
     assert any(moved)
 
 
+@pytest.mark.slow
 def test_a_draft_that_is_trained_between_two_calls(model):
     """Its weights are written to in place: what native rounds keep a copy of is copied anew."""
     draft, new = draft_for(model, markov_rank=V), 40
@@ -145,10 +151,6 @@ def forgetful(take):
         return speculator
 
     return taken
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +287,7 @@ def test_confidences_are_calibrated_anew_by_what_was_verified(
     assert made[-1].calibration.temperatures.tolist() == [2.0] * own.config.num_drafted
 
 
-@pytest.mark.parametrize("how", [{}, {"top_k": 4}])
+@pytest.mark.parametrize("how", [{}, slow({"top_k": 4})])
 def test_scores_that_turn_bad_are_an_error(how, monkeypatch):
     """As in transformers' own loop, in whatever drives the rounds; the next call is as any."""
     model = target()
@@ -474,6 +476,7 @@ def test_a_draft_that_does_not_pay_rests(model, drafts, monkeypatch):
     assert report.speculation is not None  # asked for: schedule="fixed"
 
 
+@pytest.mark.slow
 def test_look_ups_go_on_without_the_draft(model, drafts, monkeypatch):
     given = {"schedule": "auto", "num_drafted": 7}
     want = plain(model, TWO[1:], 30)

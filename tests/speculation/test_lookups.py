@@ -105,7 +105,7 @@ def test_what_closing_holes_costs_is_a_part_of_the_price():
     assert prices.beside == pytest.approx(1.5, rel=0.01)
 
 
-@pytest.mark.parametrize("kind", ["ngram", "ngram+model"])
+@pytest.mark.parametrize("kind", ["ngram", slow("ngram+model")])
 @pytest.mark.parametrize("prompt", [TWO[1:], TWO], ids=["one", "two"])
 def test_native_look_ups_are_decided_as_torch_would(model, drafts, kind, prompt, monkeypatch):
     """Before each native round the torch engine is asked, at the same prices, what it would do."""
@@ -149,6 +149,7 @@ def test_native_look_ups_are_decided_as_torch_would(model, drafts, kind, prompt,
     assert any(sum(lengths) for instead, lengths, *_ in asked_ if instead)
 
 
+@pytest.mark.slow
 def test_what_both_engines_decide_by_stands_in_python_alone(model, drafts, monkeypatch):
     """The native rounds are built with other numbers where Python has others."""
     monkeypatch.setattr(states, "SHARE", 1.0)  # what was seen last is all that is known
@@ -168,7 +169,7 @@ def _drafts(rounds, name):
     return speculator is not None and speculator.proposer.name == name
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+@pytest.mark.parametrize("native", [True, slow(False)], ids=["native", "torch"])
 @pytest.mark.parametrize(
     ("kind", "prompt"),
     [("ngram+model", TWO), slow("model", TWO), slow("ngram+model", ONE), slow("model", ONE)],
@@ -226,7 +227,7 @@ def test_a_causal_draft_reads_what_it_did_not_draft(
 
 
 def test_a_causal_draft_catches_up_where_the_room_ends(model, drafts, monkeypatch):
-    """Behind a wide round the cache may end before a whole block does: what is read stays inside."""
+    """Behind a wide round the cache may end before a block does: what is read stays inside."""
     seen = {}
     finish = loops.SpeculativeLoop._finish
 
