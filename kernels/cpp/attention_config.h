@@ -59,10 +59,12 @@ struct Config {
   static constexpr bool DOTTED = false;
 #endif
 #if defined(DSPARK_BYTE_TILES)
-  static constexpr bool BYTES = !std::is_same<Q, float>::value &&
+  // For one or two rows vectors are done sooner than tiles that are nearly empty.
+  static constexpr bool BYTES = R > 2 && !std::is_same<Q, float>::value &&
                                 std::is_same<K, int8_t>::value && D % 64 == 0 && DV % 64 == 0;
+  static constexpr bool LONG = SCALED && R <= 4;
 #else
-  static constexpr bool BYTES = false;
+  static constexpr bool BYTES = false, LONG = false;
 #endif
 #if defined(DSPARK_TILES)
   // For fewer rows vectors do as well: memory is the limit.
@@ -81,7 +83,7 @@ struct Config {
   // Many rows without tiles: pairs, see attention_pairs.h.
   static constexpr bool PAIRS = DOT && !MATRIX && R >= 8 && D % 32 == 0 && DV % 32 == 0;
   // Keys of a block. What is done once a block takes its time beside the bytes of few rows.
-  static constexpr int KEYS = BYTES && R <= 4 ? 256 : 128;
+  static constexpr int KEYS = LONG ? 256 : 128;
   static constexpr bool LANES = TILES || (BYTES && R > 4);  // a row a lane, see attention_lanes.h
   static constexpr int RP = TILES ? (R + 15) / 16 * 16 : R;  // rows of sums, padded for tiles
   static constexpr int STEP = DOT ? 32 : Vec::W;
